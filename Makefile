@@ -1,0 +1,12 @@
+.PHONY: style quality test
+
+style:          ## rewrite the code in the project's style
+	ruff check --fix .
+	ruff format .
+
+quality:        ## check it
+	ruff check .
+	ruff format --check .
+
+test:           ## run the whole suite
+	python -m pytest

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clip is, what is decoded from it, what is extracted from that, and the error a bad clip raises.
+
+Everything here is plain data, so that it can travel between processes and be stored without pickle.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+"""Samples per second of every waveform in this package."""
+
+NUM_BLENDSHAPES = 52
+"""Expression scores per face."""
+
+NO_VIDEO = "no video stream"
+NO_FACE = "no face"
+NO_AUDIO = "no audio stream"
+SILENT_AUDIO = "silent audio"
+FINDINGS = (NO_VIDEO, NO_FACE, NO_AUDIO, SILENT_AUDIO)
+"""What may be missing in a clip that is legal all the same."""
+
+REMEDIES = {
+    "missing": "check the path",
+    "not a file": "give the path of one media file",
+    "empty": "copy or download the file again",
+    "undecodable": "check that it is an audio or video file, or convert it with ffmpeg",
+    "truncated": "copy or download the file again",
+    "bad window": "give start and end in seconds with 0 <= start < end",
+    "window beyond clip": "give a window inside the clip, or leave start and end out",
+    "no streams": "give a file with sound or moving pictures",
+}
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used; raised before anything is learned from it.
+
+    Attributes:
+        path: The file.
+        problem: The kind of problem, a key of `REMEDIES`, for counting and for tables.
+    """
+
+    def __init__(self, path: Path, problem: str, detail: str):
+        """Joins file, detail and the remedy for this kind of problem into one message."""
+        super().__init__(path, problem, detail)
+        self.path = path
+        self.problem = problem
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.detail}; {REMEDIES[self.problem]}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A recording, or the part of one between two times.
+
+    Attributes:
+        path: A media file of any container.
+        start: Beginning of the window in seconds, None for the beginning of the file.
+        end: End of the window in seconds, None for the end of the file.
+    """
+
+    path: Path
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class RawClip:
+    """What was decoded from a clip.
+
+    Attributes:
+        frames: RGB pictures (frames, height, width, 3), uint8; zero frames when there is no video.
+        timestamps: When each frame is shown (frames,), float64 seconds from the window's start.
+        waveform: Mono sound (samples,), float32 at `SAMPLE_RATE`; sample 0 sounds at the window's start.
+        duration: Length of the window in seconds.
+        has_video: Whether there is a video stream that decodes.
+        has_audio: Whether there is an audio stream that decodes.
+    """
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+    waveform: np.ndarray
+    duration: float
+    has_video: bool
+    has_audio: bool
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What `extract` measures; part of the cache key and stored beside a trained model.
+
+    Attributes:
+        num_frames: Frames sampled from a clip, at the midpoints of as many equal intervals.
+        max_height: Frames higher than this many pixels are scaled down before faces are looked for.
+        face_size: Height and width of a face crop in pixels.
+        num_mels: Mel bands of the spectrogram.
+        window_ms: Length of an analysis window in milliseconds.
+        hop_ms: Time between two spectrogram steps in milliseconds.
+    """
+
+    num_frames: int = 8
+    max_height: int = 480
+    face_size: int = 96
+    num_mels: int = 80
+    window_ms: float = 25
+    hop_ms: float = 10
+
+    def __post_init__(self):
+        """Refuses values that make no features.
+
+        Raises:
+            ValueError: Naming the setting, its value and what is allowed.
+        """
+        for name, low in (("num_frames", 1), ("max_height", 64), ("face_size", 16), ("num_mels", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        for name in ("window_ms", "hop_ms"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a number of milliseconds of at least 1")
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """What a model sees of a clip besides its words.
+
+    Attributes:
+        log_mel: Natural log of the power mel spectrogram (steps, mels), float32; zero steps without sound.
+        face_crops: Aligned faces (frames, size, size, 3), uint8 RGB; zeros where no face was found.
+        blendshapes: Expression scores in [0, 1] (frames, 52), float32; zeros where no face was found.
+        face_found: Whether the frame shows the tracked face (frames,), bool.
+        timestamps: When each frame is shown (frames,), float32 seconds from the window's start.
+        findings: What is missing, out of `FINDINGS`.
+        duration: Length of the window in seconds.
+    """
+
+    log_mel: np.ndarray
+    face_crops: np.ndarray
+    blendshapes: np.ndarray
+    face_found: np.ndarray
+    timestamps: np.ndarray
+    findings: tuple[str, ...]
+    duration: float
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is sound to listen to: a stream, and not a silent one."""
+        return len(self.log_mel) > 0 and NO_AUDIO not in self.findings and SILENT_AUDIO not in self.findings
+
+    @property
+    def has_face(self) -> bool:
+        """Whether any frame shows a face."""
+        return bool(self.face_found.any())
+
+    @classmethod
+    def absent(cls, settings: ExtractionSettings) -> "ClipFeatures":
+        """Features of a clip that is not there, for text-only input: no steps, no frames, no findings."""
+        size = settings.face_size
+        return cls(
+            log_mel=np.zeros((0, settings.num_mels), np.float32),
+            face_crops=np.zeros((0, size, size, 3), np.uint8),
+            blendshapes=np.zeros((0, NUM_BLENDSHAPES), np.float32),
+            face_found=np.zeros(0, bool),
+            timestamps=np.zeros(0, np.float32),
+            findings=(),
+            duration=0.0,
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept while a file is decoded: a few frames by their times, and one waveform.
+
+Both collectors are fed frames in order, tell when they have seen enough (`done`), and know the first and last
+second they saw, from which truncation and a missed seek are recognised.
+"""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feature_extractors.clip import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    import av
+
+
+class FrameSampler:
+    """Keeps the frame on show at each midpoint of `num_frames` equal intervals of a window.
+
+    A frame is on show from its own time until the next frame's; the first frame also stands for the time
+    before it. Only one frame is held back at a time, so long clips need no more memory than short ones.
+
+    Attributes:
+        first: Time of the first frame seen, None before it; seconds from the beginning of the file.
+        last: End of the last frame seen, -1 before it.
+        done: Whether later frames cannot be wanted.
+    """
+
+    def __init__(self, start: float, end: float, num_frames: int, max_height: int):
+        """Prepares for one window, in seconds from the beginning of the file."""
+        self.start, self.end, self.max_height = start, end, max_height
+        self.targets = start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames
+        self.first: float | None = None
+        self.last = -1.0
+        self.done = False
+        self._next = 0  # index of the first target that has no frame yet
+        self._held: tuple[float, av.VideoFrame] | None = None
+        self._kept: list[tuple[float, np.ndarray]] = []
+        self._shape: tuple[int, int] | None = None  # width, height
+
+    def add(self, frame: "av.VideoFrame", origin: float) -> None:
+        """Takes the next frame; a frame without a timestamp follows its predecessor."""
+        time = max(self.last, 0.0) if frame.time is None else frame.time - origin
+        if self.first is None:
+            self.first = time
+        self._settle(time)
+        self._held = (time, frame)
+        length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+        self.last = max(self.last, time + length)
+        self.done = self._next >= len(self.targets) and time >= self.end
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frames (frames, height, width, 3) uint8 RGB and their times (frames,) from the window's start."""
+        self._settle(np.inf)
+        if not self._kept:
+            return np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0)
+        times, pictures = zip(*self._kept, strict=True)
+        return np.stack(pictures), np.array(times, np.float64) - self.start
+
+    def _settle(self, time: float) -> None:
+        """Keeps the held frame if a target falls before `time`, when the next frame takes its place."""
+        waiting = self._next
+        while self._next < len(self.targets) and self.targets[self._next] < time:
+            self._next += 1
+        if self._held is None:  # the first frame is not here yet; it will stand for these targets
+            self._next = waiting
+        elif self._next > waiting and self._held[0] <= self.end:
+            self._kept.append((self._held[0], self._convert(self._held[1])))
+
+    def _convert(self, frame: "av.VideoFrame") -> np.ndarray:
+        """To upright RGB of the first kept frame's shape, scaled down to `max_height`."""
+        quarter_turns = round(frame.rotation / 90) % 4
+        if self._shape is None:
+            shown_height = frame.width if quarter_turns % 2 else frame.height
+            scale = min(1.0, self.max_height / shown_height)
+            self._shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+        width, height = self._shape
+        picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+        return np.ascontiguousarray(np.rot90(picture, quarter_turns))
+
+
+class WaveformCollector:
+    """Resamples audio frames to mono `SAMPLE_RATE` and cuts the window out of them.
+
+    The first frame's timestamp says where the sound begins; sound that begins after the window does is
+    preceded by zeros, so that sample 0 is always the window's start and picture and sound stay together.
+
+    Attributes:
+        first: Time of the first sound, None before it; seconds from the beginning of the file.
+        last: End of the sound seen so far, -1 before it.
+        done: Whether later sound cannot be wanted.
+    """
+
+    def __init__(self, start: float, end: float):
+        """Prepares for one window, in seconds from the beginning of the file."""
+        self.start, self.end = start, end
+        self.first: float | None = None
+        self.last = -1.0
+        self.done = False
+        self._resampler: av.AudioResampler | None = None
+        self._format: tuple[str, str, int] | None = None
+        self._pieces: list[np.ndarray] = []
+
+    def add(self, frame: "av.AudioFrame", origin: float) -> None:
+        """Takes the next stretch of sound, of any format, which may change on the way."""
+        import av
+
+        if self.first is None:
+            self.first = 0.0 if frame.time is None else frame.time - origin
+            self.last = self.first
+        self.last += float(Fraction(frame.samples, frame.sample_rate))
+        sound_format = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if sound_format != self._format:
+            self._flush()
+            self._format = sound_format
+            self._resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        frame.pts = None  # gaps in the times must not change the count of samples
+        self._pieces += [piece.to_ndarray()[0] for piece in self._resampler.resample(frame)]
+        self.done = self.last >= self.end
+
+    def finish(self) -> np.ndarray:
+        """The window's sound (samples,), float32; empty if there is none."""
+        self._flush()
+        if not self._pieces:
+            return np.zeros(0, np.float32)
+        sound = np.concatenate(self._pieces)
+        skip = round((self.start - self.first) * SAMPLE_RATE)
+        sound = sound[skip:] if skip >= 0 else np.pad(sound, (-skip, 0))
+        return sound[: round((self.end - self.start) * SAMPLE_RATE)]
+
+    def _flush(self) -> None:
+        """Draws the last samples out of the resampler; it cannot be fed again."""
+        if self._resampler is not None:
+            self._pieces += [piece.to_ndarray()[0] for piece in self._resampler.resample(None)]
+            self._resampler = None

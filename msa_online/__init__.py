@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Robust multimodal sentiment analysis from raw video.
+
+Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of transformers, so
+that `AutoModel.from_pretrained` opens a checkpoint without remote code. No model and no network is touched.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from msa_online.configuration_msa import MSAConfig
+from msa_online.modeling_msa import MSAModel, MSAOutput
+from msa_online.pipeline import MSAPipeline, Prediction
+from msa_online.processing_msa import MSAProcessor
+
+__version__ = "0.1.0"
+__all__ = ["MSAConfig", "MSAModel", "MSAOutput", "MSAPipeline", "MSAProcessor", "Prediction"]
+
+AutoConfig.register(MSAConfig.model_type, MSAConfig)
+AutoModel.register(MSAConfig, MSAModel)
+AutoProcessor.register(MSAConfig, MSAProcessor)

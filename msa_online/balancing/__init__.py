@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balancing methods: three plain tables, name in the configuration to class.
+
+A method of one's own joins with `HEADS["mine"] = MyHead`, before the model is built.
+"""
+
+from msa_online.balancing.base import (
+    BalancingHead,
+    Calibrator,
+    GradientModulator,
+    HeadOutput,
+    ModulationContext,
+)
+from msa_online.balancing.late_fusion import LateFusionHead
+
+HEADS: dict[str, type[BalancingHead]] = {
+    "late_fusion": LateFusionHead,
+}
+
+MODULATORS: dict[str, type[GradientModulator]] = {
+    "identity": GradientModulator,
+}
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    "identity": Calibrator,
+}
+
+__all__ = [
+    "CALIBRATORS",
+    "HEADS",
+    "MODULATORS",
+    "BalancingHead",
+    "Calibrator",
+    "GradientModulator",
+    "HeadOutput",
+    "LateFusionHead",
+    "ModulationContext",
+]

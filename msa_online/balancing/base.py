@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every balancing method is made of: a head, a gradient modulator, a calibrator."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+
+@dataclass
+class HeadOutput:
+    """What a head hands back.
+
+    Attributes:
+        logits: Fused prediction, `(batch, outputs)`.
+        modality_logits: Prediction of each modality alone, `(batch, outputs)` each; empty if the head has none.
+        features: Pooled state of each modality, `(batch, hidden)` each.
+        fused: State the fused prediction is read from, `(batch, width)`.
+        losses: Loss terms by name, unweighted scalars; empty without labels.
+        fused_valid: False in a stage that does not train the fused prediction yet.
+        diagnostics: Detached tensors worth logging, by name.
+    """
+
+    logits: Tensor
+    modality_logits: dict[str, Tensor]
+    features: dict[str, Tensor]
+    fused: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    fused_valid: bool = True
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BalancingHead(nn.Module):
+    """Three sequences in, a prediction and named losses out. A method is one subclass, in a file of its own.
+
+    A subclass takes `widths` (width of each modality's states) and `num_labels` (outputs; 1 is regression), then
+    its hyper-parameters as keywords: they are the `head_kwargs` of the configuration.
+
+    Attributes:
+        stages: Names of the training stages in the order they run.
+    """
+
+    stages: tuple[str, ...] = ("train",)
+
+    def forward(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> HeadOutput:
+        """Fuse the sequences.
+
+        Args:
+            sequences: One per modality, states `(batch, time, width)`; time differs between modalities.
+            labels: `(batch,)`, float for regression and int64 for classification; without them no loss is computed.
+        """
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def start_stage(self, name: str) -> None:
+        """Enter the training stage `name`; heads that train in one go need nothing here."""
+
+    def modality_parameters(self) -> dict[str, list[Parameter]]:
+        """Parameters of the head that serve one modality alone, disjoint; the rest is shared."""
+        return {name: [] for name in MODALITIES}
+
+
+class Calibrator(nn.Module):
+    """Rescales the sequences between encoders and head; this base leaves them as they are.
+
+    Args:
+        widths: Width of each modality's states.
+    """
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+
+    def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
+        """Map sequences to sequences of the same shapes, absent modalities staying absent."""
+        return sequences
+
+
+@dataclass(frozen=True)
+class ModulationContext:
+    """What a modulator may know at the one point of a step where gradients are whole.
+
+    Attributes:
+        modality_parameters: Parameters that belong to each modality, disjoint; shared ones are in none.
+        stage: Name of the training stage.
+        epoch: Epochs finished since the start of the run.
+        step: Optimizer steps taken since the start of the run.
+        seed: Seed of the run: noise must come from a generator seeded by (seed, step), the same on all ranks.
+        reduce: Mean of a tensor over the ranks; whatever is derived from data goes through it.
+    """
+
+    modality_parameters: Mapping[str, list[Parameter]]
+    stage: str
+    epoch: int
+    step: int
+    seed: int
+    reduce: Callable[[Tensor], Tensor]
+
+
+class GradientModulator:
+    """Changes gradients once per optimizer step; this base changes none ("identity").
+
+    Called after backward, synchronisation and unscaling, and before clipping and the step (METHODS 8.1). A step
+    whose gradients are not finite is skipped whole and never reaches `modulate`.
+    """
+
+    def observe(self, output: Any, labels: Tensor) -> None:
+        """See the `MSAOutput` and the labels `(batch,)` of a micro-batch; keep detached statistics only."""
+
+    def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Loss terms to add to the head's, by name, already weighted."""
+        return {}
+
+    def modulate(self, context: ModulationContext) -> dict[str, Tensor]:
+        """Scale `p.grad` in place; return the coefficient of each modality for the log."""
+        return {}
+
+    def on_validation(self, metrics: Mapping[str, float]) -> None:
+        """See the validation metrics of an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sub-commands of `msa-online` do; the command line itself is read in `msa_online_cli`."""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from feature_extractors import ExtractionSettings, FeatureCache
+from feature_extractors.assets import ASSETS, AssetError, get_asset
+from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
+from msa_online.data.datasets import CorpusError, read_corpus, require_splits
+from msa_online.data.prepare import findings_table, prepare
+from msa_online.describe import describe, description_tables
+from msa_online.errors import INPUT_ERRORS
+from msa_online.evaluation.report import conditions_table
+from msa_online.evaluation.robustness import evaluate_conditions
+from msa_online.hub import load_checkpoint
+from msa_online.pipeline import MSAPipeline, Prediction
+
+
+def run(options: Namespace) -> int:
+    """Carry out the sub-command in `options.command`; an error of the input is one message and exit status 1."""
+    console = Console()
+    try:
+        COMMANDS[options.command](options, console)
+    except INPUT_ERRORS as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def run_prepare(options: Namespace, console: Console) -> None:
+    """Extract every clip of a corpus into the cache and show what was found."""
+    corpus = read_corpus(options.data, label_column=None, skip_broken=options.skip_broken)
+    settings = ExtractionSettings(num_frames=options.num_frames, face_size=options.face_size)
+    preparation = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
+    console.print(findings_table(preparation))
+
+
+def run_evaluate(options: Namespace, console: Console) -> None:
+    """Score a checkpoint on a split under the seven modality conditions."""
+    model, processor = load_checkpoint(options.checkpoint)
+    config = model.config
+    corpus = read_corpus(
+        options.data,
+        label_column=options.label_column or (config.trained_on or {}).get("label_column", "label"),
+        label_range=config.label_range if config.is_regression else None,
+        skip_broken=options.skip_broken,
+    )
+    require_splits(corpus, (options.split,))
+    label2id = None if config.is_regression else config.label2id
+    samples = corpus.split(options.split)
+    if label2id is not None and (strange := sorted({sample.label for sample in samples} - label2id.keys())):
+        raise CorpusError(
+            f"{corpus.source}: label {strange[0]!r} is unknown to the checkpoint, which knows {', '.join(label2id)}"
+        )
+    cache = FeatureCache()
+    preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
+    usable = [sample for sample in preparation.samples if sample.split == options.split]
+    dataset = ClipDataset(usable, preparation.keys, cache, processor, label2id)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    sampler = BucketBatchSampler(dataset.text_lengths, options.batch_size)
+    loader = accelerator.prepare(make_loader(dataset, sampler))
+    results = evaluate_conditions(model.to(accelerator.device), loader, accelerator)
+    if options.json:
+        report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
+        _write_json({**report, "samples": len(usable), "conditions": results}, options.json, console)
+    if options.json != "-":
+        console.print(conditions_table(results, f"{options.checkpoint} on {options.split} ({len(usable)} clips)"))
+
+
+def run_predict(options: Namespace, console: Console) -> None:
+    """Predict for clips, or for text alone."""
+    texts = options.text or [None] * len(options.clips)
+    clips = options.clips or [None] * len(texts)
+    if len(clips) != len(texts) or not clips:
+        options.refuse(f"{len(clips)} clips but {len(texts)} --text: give one for each clip, or none at all")
+    predictions = MSAPipeline.from_pretrained(options.model)(clips, text=texts)
+    if options.json:
+        _write_json([prediction.to_dict() for prediction in predictions], "-", console)
+    else:
+        console.print(predictions_table(predictions))
+
+
+def predictions_table(predictions: list[Prediction]) -> Table:
+    """Predictions as a table for the terminal."""
+    table = Table(title="predictions", title_justify="left")
+    for column in ("clip", "prediction", "from", "missing"):
+        table.add_column(column, overflow="fold")
+    for one in predictions:
+        answer = f"{one.score:+.3f}" if one.label is None else f"{one.label} ({one.probabilities[one.label]:.0%})"
+        missing = ", ".join(f"{name}: {why}" for name, why in one.missing.items())
+        table.add_row(one.clip or "(text only)", answer, ", ".join(one.modalities) or "nothing", missing)
+    return table
+
+
+def run_describe(options: Namespace, console: Console) -> None:
+    """Show the parts of a model, their parameters, the shapes inside, and how a checkpoint scored."""
+    description = describe(options.source)
+    if options.json:
+        _write_json(asdict(description), "-", console)
+        return
+    for table in description_tables(description, options.source):
+        console.print(table)
+    for split, results in description.trained_on.get("results", {}).items():
+        console.print(conditions_table(results, f"scores on {split}"))
+
+
+def run_get_models(options: Namespace, console: Console) -> None:
+    """Bring pretrained files into the cache."""
+    for name in options.names or ASSETS:
+        if name not in ASSETS:
+            raise AssetError(f"unknown model {name!r}; known are {', '.join(ASSETS)}")
+        console.print(f"{name}: {get_asset(name, report=console.print)}", soft_wrap=True)
+
+
+def run_synthesize(options: Namespace, console: Console) -> None:
+    """Render the synthetic corpus."""
+    from msa_online.data.synthetic import CorpusRecipe, render_corpus  # its libraries come with an extra
+
+    strengths = {name: getattr(options, name) for name in ("text", "audio", "vision")}
+    recipe = CorpusRecipe(clips=options.clips, seed=options.seed, strengths=strengths)
+    console.print(f"corpus: {render_corpus(options.folder, recipe, workers=options.workers)}", soft_wrap=True)
+
+
+def _write_json(content: object, target: str, console: Console) -> None:
+    text = json.dumps(content, indent=2)
+    if target == "-":
+        console.out(text, highlight=False)
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+COMMANDS = {
+    "prepare": run_prepare,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "describe": run_describe,
+    "get-models": run_get_models,
+    "synthesize": run_synthesize,
+}

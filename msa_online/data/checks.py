@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check every value of every row, so that no run stops half-way over one that was wrong before."""
+
+import math
+import os
+import stat
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from feature_extractors.clip import Clip
+from msa_online.data.corpus import BrokenRow, Sample, place
+from msa_online.data.layouts import Row, RowTable
+from msa_online.data.metadata import did_you_mean
+from msa_online.data.splits import SPLIT_NAMES, split_of
+
+SEARCHED_NAMES = 10  # missing files for which a similar name is searched, since that is slow
+Value = TypeVar("Value")
+
+
+class RowProblem(ValueError):
+    """One value of a row that cannot be used; the message holds the value and the remedy."""
+
+
+def check_rows(
+    table: RowTable, label_range: tuple[float, float] | None
+) -> tuple[list[Sample], list[BrokenRow]]:
+    """Turn rows into samples, and say of every other row all that is wrong with it.
+
+    Where no row has a split, all samples come back with an empty one for the caller to fill in.
+
+    Args:
+        table: The rows as written.
+        label_range: Smallest and largest label, both legal; None where labels are class names.
+
+    Returns:
+        The samples and the broken rows, each in the order of the rows.
+    """
+    files = _FileCheck(table.links_into)
+    splits_given = any(row.split for row in table.rows)
+    first_rows: dict[tuple[str, float, float | None], Row] = {}
+    samples, broken = [], list(table.broken)
+    for row in table.rows:
+        problems: list[str] = []
+        path = _attempt(problems, files.check, row)
+        window = _attempt(problems, _window, row) or (None, None)
+        label = _attempt(problems, _label, row, label_range)
+        split = _attempt(problems, _split, row.split) if splits_given else ""
+        if not problems:
+            earlier = first_rows.setdefault((os.path.realpath(path), window[0] or 0.0, window[1]), row)
+            if earlier is not row:
+                known = place(earlier.source, earlier.line)
+                problems.append(
+                    f"{row.file!r} has the clip and window of {known}: delete one of the two rows"
+                )
+        if problems:
+            broken.append(BrokenRow(row.source, row.line, "; ".join(problems)))
+        else:
+            clip = Clip(path, *window)
+            samples.append(
+                Sample(
+                    clip=clip,
+                    text=row.text,
+                    label=label,
+                    split=split,
+                    speaker=row.speaker.strip() or None,
+                    source=row.source,
+                    line=row.line,
+                    id=_identity(row.file, clip),
+                )
+            )
+    return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
+
+
+def _attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:
+    """The checked value; a problem goes to the list, so that one row can report several."""
+    try:
+        return check(*values)
+    except RowProblem as problem:
+        problems.append(str(problem))
+        return None
+
+
+def _identity(file: str, clip: Clip) -> str:
+    name = str(PurePosixPath(file))
+    if clip.start is None and clip.end is None:
+        return name
+    return f"{name}@{clip.start or 0:g}-{'end' if clip.end is None else format(clip.end, 'g')}"
+
+
+def _label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
+    if row.label is None:
+        return None
+    cell = row.label.strip()
+    if not cell:
+        raise RowProblem("the label is empty: rate the clip or delete the row")
+    if label_range is None:
+        return cell
+    low, high = label_range
+    wanted = f"write a number from {low:g} to {high:g}"
+    value = _number(cell)
+    if value is None:
+        raise RowProblem(f"label {cell!r} is not a number: {wanted}")
+    if not math.isfinite(value):
+        raise RowProblem(f"label {cell!r} is not finite: {wanted}")
+    if not low <= value <= high:
+        raise RowProblem(f"label {cell!r} is outside [{low:g}, {high:g}]: {wanted}, or change label_range")
+    return value
+
+
+def _split(name: str | None) -> str:
+    if name is None:
+        raise RowProblem("no split is given here although other rows have one: write train, valid or test")
+    split = split_of(name)
+    if split is None:
+        meant = did_you_mean(name, SPLIT_NAMES)
+        raise RowProblem(f"split {name!r} is unknown{meant}: write train, valid or test")
+    return split
+
+
+def _window(row: Row) -> tuple[float | None, float | None]:
+    start, end = _seconds("start", row.start), _seconds("end", row.end)
+    if end is not None and (start or 0.0) >= end:
+        raise RowProblem(f"start {start or 0:g} is not before end {end:g}: write seconds, start < end")
+    return start, end
+
+
+def _seconds(column: str, cell: str) -> float | None:
+    cell = cell.strip()
+    if not cell:
+        return None
+    value = _number(cell)
+    if value is None or not math.isfinite(value) or value < 0:
+        raise RowProblem(f"{column} {cell!r} is not a time: write seconds into the file, as in 2.5")
+    return value
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+class _FileCheck:
+    """Finds the file of a row, or says why it cannot be used and which file may have been meant."""
+
+    def __init__(self, links_into: Path | None):
+        self.links_into = links_into and Path(os.path.realpath(links_into))
+        self.real_folders: dict[Path, str] = {}
+        self.names: dict[Path, list[str]] = {}
+        self.by_stem: dict[Path, dict[str, str]] = {}
+        self.places: dict[Path, dict[str, str]] = {}
+        self.searches_left = SEARCHED_NAMES
+
+    def check(self, row: Row) -> Path:
+        """The path of a file that exists within the corpus, can be read and is not empty."""
+        if not row.file.strip() or "\0" in row.file:
+            raise RowProblem(f"file name {row.file!r} is empty or no file name: name the clip of this row")
+        if os.path.isabs(row.file):
+            raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
+        path = row.folder / row.file
+        self._require_inside(row, path)
+        try:
+            status = path.stat()
+        except OSError as error:
+            meant = self._meant(row)
+            raise RowProblem(
+                f"{row.file!r} does not exist{meant}: copy it to {path} or mend the name"
+            ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise RowProblem(f"{row.file!r} is not a file: name the clip itself")
+        if status.st_size == 0:
+            raise RowProblem(f"{row.file!r} has zero bytes: copy or download it again")
+        if not os.access(path, os.R_OK):
+            raise RowProblem(f"{row.file!r} must not be read by this user: change its permissions")
+        return path
+
+    def _require_inside(self, row: Row, path: Path) -> None:
+        if row.folder not in self.real_folders:
+            self.real_folders[row.folder] = os.path.join(os.path.realpath(row.folder), "")
+        real = os.path.realpath(path)
+        if real.startswith(self.real_folders[row.folder]):
+            return
+        if self.links_into is None or not Path(real).is_relative_to(self.links_into):
+            raise RowProblem(f"{row.file!r} leaves the corpus for {real}: copy the file into {row.folder}")
+
+    def _meant(self, row: Row) -> str:
+        """A hint at the file that was probably meant: another suffix or case, another folder, a slip."""
+        wanted = PurePosixPath(row.file)
+        folder = row.folder / wanted.parent
+        if folder not in self.names:
+            self.names[folder] = sorted(os.listdir(folder)) if folder.is_dir() else []
+            self.by_stem[folder] = {PurePosixPath(name).stem.lower(): name for name in self.names[folder]}
+        near = self.by_stem[folder].get(wanted.stem.lower())
+        if near is None:
+            near = self._elsewhere(row.folder).get(wanted.name)
+            return f" (but {near!r} does)" if near else self._similar(folder, wanted)
+        return f" (but {str(wanted.parent / near)!r} does)"
+
+    def _elsewhere(self, folder: Path) -> dict[str, str]:
+        """Every file below the folder by its last name."""
+        if folder not in self.places:
+            self.places[folder] = {
+                name: (Path(base).relative_to(folder) / name).as_posix()
+                for base, _, names in os.walk(folder)
+                for name in names
+            }
+        return self.places[folder]
+
+    def _similar(self, folder: Path, wanted: PurePosixPath) -> str:
+        if self.searches_left == 0:
+            return ""
+        self.searches_left -= 1
+        near = get_close_matches(wanted.name, self.names[folder], n=1, cutoff=0.8)
+        return f" (did you mean {str(wanted.parent / near[0])!r}?)" if near else ""

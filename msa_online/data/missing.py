@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hiding modalities on purpose."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msa_online.modalities import MODALITIES
+
+
+class ModalityDropout:
+    """Hides modalities of training samples at random, so that each learns to stand alone.
+
+    One draw covers the whole training split for an epoch. What is hidden from a sample therefore depends on
+    nothing but the seed, the epoch and the sample: not on batch order, workers, ranks or an interruption.
+
+    Args:
+        rates: Share of samples that lose each modality, by name, in [0, 1); those not named lose nothing.
+        samples: Size of the training split.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, rates: Mapping[str, float], samples: int, seed: int) -> None:
+        self.rates = np.array([rates.get(name, 0.0) for name in MODALITIES])
+        self.samples = samples
+        self.seed = seed
+        self.kept: Tensor = torch.ones(samples, len(MODALITIES), dtype=torch.bool)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw anew for epoch number `epoch`; a sample that would lose everything keeps everything."""
+        draw = np.random.default_rng([self.seed, epoch]).random((self.samples, len(MODALITIES)))
+        kept = draw >= self.rates
+        kept[~kept.any(axis=1)] = True
+        self.kept = torch.from_numpy(kept)
+
+    def hide(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden."""
+        self.kept = self.kept.to(batch["index"].device)
+        return {**batch, "modality_present": batch["modality_present"] & self.kept[batch["index"]]}

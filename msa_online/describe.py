@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking inside a model without its weights: parts, parameter counts, shapes on the way from clip to logits."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from feature_extractors import ExtractionSettings
+from msa_online.configuration_msa import MSAConfig
+from msa_online.hub import load_config
+from msa_online.modalities import ModalitySequence
+from msa_online.modeling_msa import MSAModel
+from msa_online.training.arguments import read_arguments
+
+EXAMPLE_SECONDS = 4
+EXAMPLE_TOKENS = 20
+EXAMPLE_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class Description:
+    """What there is to know of a model.
+
+    Attributes:
+        parameters: Parameter count of each part and their sum as `total`.
+        shapes: Shape of what each step hands on for one clip of four seconds, by step, in order.
+        trained_on: What a checkpoint was trained on and how it scored; empty for a configuration.
+    """
+
+    parameters: dict[str, int]
+    shapes: dict[str, list[int]]
+    trained_on: dict[str, Any]
+
+
+def describe(source: str | Path) -> Description:
+    """Describe a configuration file (`.yaml`), a checkpoint folder or a Hub repository; nothing is downloaded but its
+    configuration.
+
+    Raises:
+        ConfigurationError: The configuration file cannot be used.
+        CheckpointError: The folder or repository is no checkpoint.
+    """
+    config = _config_of(source)
+    with torch.device("meta"):
+        model = MSAModel(config)
+        return Description(count_parameters(model), _shapes(model), config.trained_on or {})
+
+
+def _config_of(source: str | Path) -> MSAConfig:
+    if Path(source).suffix not in (".yaml", ".yml"):
+        return load_config(source)
+    arguments = read_arguments(source)
+    if not arguments.model.get("text_encoder"):
+        return load_config(arguments.training.init_from)
+    classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]  # their number is known from the data alone
+    return arguments.model_config(classes)
+
+
+def count_parameters(model: MSAModel) -> dict[str, int]:
+    """Parameters of each encoder, of the calibrator and of each part of the head, and their `total`."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        counts[_part_of(name)] += parameter.numel()
+    return {"total": sum(counts.values()), **counts}
+
+
+def _part_of(name: str) -> str:
+    top, part, *_ = name.split(".")
+    return f"{part} encoder" if top == "encoders" else f"{top}.{part}"
+
+
+def _shapes(model: MSAModel) -> dict[str, list[int]]:
+    """Shapes for one example clip, found by running all but the text encoder on the meta device."""
+    settings = ExtractionSettings()
+    steps = round(EXAMPLE_SECONDS * 1000 / settings.hop_ms)
+    frames, size = settings.num_frames, settings.face_size
+    inputs = {
+        "audio_values": torch.zeros(1, steps, settings.num_mels),
+        "audio_mask": torch.ones(1, steps, dtype=torch.bool),
+        "vision_values": torch.zeros(1, frames, size, size, 3, dtype=torch.uint8),
+        "vision_blendshapes": torch.zeros(1, frames, 52),
+        "vision_mask": torch.ones(1, frames, dtype=torch.bool),
+    }
+    tokens = torch.ones(1, EXAMPLE_TOKENS, dtype=torch.bool)
+    text = ModalitySequence.of(torch.zeros(1, EXAMPLE_TOKENS, model.config.widths["text"]), tokens)
+    sequences = {"text": text, **{name: model.encoders[name](inputs) for name in ("audio", "vision")}}
+    output = model.decide(sequences)
+    return {
+        "token ids": [EXAMPLE_TOKENS],
+        "log-mel": [steps, settings.num_mels],
+        "face crops": [frames, size, size, 3],
+        **{f"{name} states": list(sequence.values.shape[1:]) for name, sequence in sequences.items()},
+        "fused": list(output.fused.shape[1:]),
+        "logits": list(output.logits.shape[1:]),
+    }
+
+
+def description_tables(description: Description, source: str) -> list[Table]:
+    """The description as tables for the terminal, results of a checkpoint apart."""
+    parts = Table(title=f"{source}: parameters", title_justify="left")
+    parts.add_column("part")
+    parts.add_column("parameters", justify="right")
+    for name, count in description.parameters.items():
+        if name != "total":
+            parts.add_row(name, f"{count:,}")
+    parts.add_section()
+    parts.add_row("total", f"{description.parameters['total']:,}")
+    shapes = Table(title=f"one clip of {EXAMPLE_SECONDS} s on its way", title_justify="left")
+    shapes.add_column("step")
+    shapes.add_column("shape")
+    for name, shape in description.shapes.items():
+        shapes.add_row(name, " x ".join(map(str, shape)))
+    record = {name: value for name, value in description.trained_on.items() if name != "results"}
+    if not record:
+        return [parts, shapes]
+    trained = Table(title="trained on", title_justify="left", show_header=False)
+    for name, value in record.items():
+        trained.add_row(name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+    return [parts, shapes, trained]

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned scaling at the entrance of the audio and face front-ends."""
+
+import torch
+from torch import Tensor, nn
+
+
+class InputAffine(nn.Module):
+    """Per-channel `values * weight + bias` on the last axis, started from known statistics of the signal.
+
+    It takes the place of fixed normalisation constants: the figures below only start it.
+
+    Args:
+        channels: Number of channels, each with its own weight and bias.
+        mean: Typical mean of the raw signal.
+        deviation: Typical standard deviation of the raw signal.
+    """
+
+    def __init__(self, channels: int, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean, self.deviation = mean, deviation
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from zero mean and unit variance under the typical statistics."""
+        nn.init.constant_(self.weight, 1.0 / self.deviation)
+        nn.init.constant_(self.bias, -self.mean / self.deviation)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Scale `(..., channels)`."""
+        return values * self.weight + self.bias

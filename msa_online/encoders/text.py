@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text front-end: any HuggingFace encoder, without its pooler."""
+
+import inspect
+import urllib.error
+import urllib.request
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from feature_extractors.assets import ASSETS, asset_path, get_asset
+from msa_online.modalities import ModalitySequence
+
+KNOWN_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"model_type": "bert"},
+    "microsoft/deberta-v3-base": {
+        "model_type": "deberta-v2",
+        "vocab_size": 128_100,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "relative_attention": True,
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "max_relative_positions": -1,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-7,
+    },
+    "sentence-transformers/all-MiniLM-L6-v2": {
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "sentence-transformers/all-mpnet-base-v2": {
+        "model_type": "mpnet",
+        "vocab_size": 30_527,
+        "max_position_embeddings": 514,
+        "layer_norm_eps": 1e-5,
+    },
+}
+"""Shapes of encoders in common use, so that models can be described and tested where no Hub answers."""
+
+
+class TextEncoderError(OSError):
+    """A text encoder is not to be had; the message says where it was looked for and what to do."""
+
+
+class TextEncoder(nn.Module):
+    """Token ids to token states, by any encoder that `AutoModel` builds.
+
+    The pooler is left out wherever the architecture allows: no head reads it, and a parameter that never
+    receives a gradient stops distributed training.
+
+    Args:
+        config: Configuration of the HuggingFace encoder.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.frozen = False
+        self.model = AutoModel.from_config(config, **_without_pooler(config))
+
+    def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
+        """Encode `text_input_ids` `(batch, tokens)` int64 under `text_mask` `(batch, tokens)` bool."""
+        states = self.model(input_ids=inputs["text_input_ids"], attention_mask=inputs["text_mask"].long())
+        return ModalitySequence.of(states.last_hidden_state, inputs["text_mask"])  # (batch, tokens, width)
+
+    def load_pretrained(self, source: str | Path) -> None:
+        """Replace the weights by those of a pretrained encoder of the same architecture, by folder or name.
+
+        Raises:
+            TextEncoderError: The weights are neither on disk nor on a Hub that answers.
+        """
+        options = _without_pooler(self.model.config)
+        pretrained = _load(AutoModel, str(source), find_text_encoder(str(source), bring=True), **options)
+        self.model.load_state_dict(pretrained.state_dict())
+
+    def freeze(self) -> None:
+        """Keep the weights as they are: no gradients, and no dropout in training either."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Switch dropout; a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+
+def find_text_encoder(name: str, bring: bool = False) -> str:
+    """Where a text encoder can be loaded from: a local folder, our cache of models, or the Hub's name as it is.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        bring: Fetch an encoder of `ASSETS` that is not on this machine yet.
+
+    Raises:
+        AssetError: It was to be brought and no source had it.
+    """
+    asset = name.rsplit("/", 1)[-1]
+    if Path(name).is_dir() or asset not in ASSETS:
+        return name
+    return str((get_asset if bring else asset_path)(asset) or name)
+
+
+def load_text_config(name: str) -> PretrainedConfig:
+    """Configuration of a text encoder by name, without its weights.
+
+    Raises:
+        TextEncoderError: The name is no folder, no known shape, and no Hub answered for it.
+    """
+    source = find_text_encoder(name)
+    known = {key.rsplit("/", 1)[-1]: value for key, value in KNOWN_TEXT_CONFIGS.items()}
+    if not Path(source).is_dir() and (shape := known.get(name.rsplit("/", 1)[-1])):
+        return AutoConfig.for_model(**shape)
+    return _load(AutoConfig, name, source)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a text encoder by name.
+
+    Raises:
+        TextEncoderError: The tokenizer is neither on disk nor on a Hub that answers.
+    """
+    return _load(AutoTokenizer, name, find_text_encoder(name, bring=True))
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub is to be reached; asked once, because its own client takes 23 s to give up."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError:
+        return False
+    return True
+
+
+def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, local_files_only=not hub_answers(), **kwargs)
+    except (OSError, ValueError) as error:
+        raise TextEncoderError(
+            f"text encoder {name!r} is neither a local folder nor in the cache of models, and the Hub did not give it "
+            f"({str(error).splitlines()[0]}). Give a folder that holds the encoder, go online, or bring one of "
+            f"{', '.join(asset.hub_id for asset in ASSETS.values() if asset.hub_id)} with `msa-online get-models`."
+        ) from error
+
+
+def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
+    accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
+

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures by which sentiment and emotion models are compared, exactly as the field's public toolkit defines them.
+
+Two accuracies share the name Acc-2 in the literature and differ by several points, so here each carries its
+convention in its name: *Has0* is negative against non-negative over all samples (`y >= 0`), *Non0* is
+negative against positive with zero labels dropped (`y > 0`). Papers print them as "Has0/Non0". Another Has0
+exists that is not offered here: the toolkit's classification mode on MOSI puts neutral with *negative*;
+figures from it do not compare.
+
+Everything is computed in float64 on whole arrays: gather all ranks first (`accelerator.gather_for_metrics`
+drops the samples that were repeated as padding), then call once. Accuracies and F1 are fractions in [0, 1].
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+SEVEN_POINT = (-3.0, 3.0)
+"""The label range on which Acc-7, Acc-5 and Acc-3 are defined."""
+
+EMOTIONS = ("happy", "sad", "angry", "neutral")
+"""Order of the four decisions in the RAVEN/MulT protocol of IEMOCAP."""
+
+ROUNDED_ACCURACIES = {"acc7": 3, "acc5": 2, "acc3": 1}  # both arrays are clipped to +-limit, then rounded
+
+METRIC_TITLES: Mapping[str, str] = {
+    "mae": "Mean absolute error",
+    "corr": "Pearson correlation",
+    "acc2_has0": "Acc-2 negative vs non-negative (Has0)",
+    "f1_has0": "F1 negative vs non-negative (Has0), weighted",
+    "acc2_non0": "Acc-2 negative vs positive (Non0)",
+    "f1_non0": "F1 negative vs positive (Non0), weighted",
+    "acc7": "Acc-7",
+    "acc5": "Acc-5",
+    "acc3": "Acc-3",
+    "accuracy": "Accuracy",
+    "f1_weighted": "F1, weighted by class size",
+    "f1_macro": "F1, mean over classes",
+    "recall_macro": "Recall, mean over classes (UA)",
+    **{f"f1_{emotion}": f"F1 {emotion} vs rest, weighted" for emotion in EMOTIONS},
+    "f1_mean": "F1, mean of the four emotions (RAVEN/MulT protocol)",
+}
+"""Full name of every metric for tables and model cards, in the order in which tables show them."""
+
+
+def regression_metrics(
+    predictions: ArrayLike,
+    labels: ArrayLike,
+    *,
+    style: Literal["mmsa", "nonzero"] = "mmsa",
+    label_range: tuple[float, float] = SEVEN_POINT,
+) -> dict[str, float]:
+    """Score sentiment predictions as CMU-MOSI and CMU-MOSEI papers do.
+
+    Predictions are taken as they are: only the rounded accuracies clip them, so a model that answers beyond
+    the range pays for it in MAE. Acc-7, Acc-5 and Acc-3 clip both arrays to +-3, +-2, +-1, round halves to
+    even and compare. They mean something on the seven-point scale only: on CH-SIMS' [-1, 1] all three would
+    be nearly the same figure, and not that data's own Acc-3 and Acc-5 (cut at 0.1 and 0.7); hence
+    `label_range`.
+
+    Args:
+        predictions: Predicted scores, `(samples,)` or `(samples, 1)`, in the unit of the labels.
+        labels: True scores, `(samples,)` or `(samples, 1)`.
+        style: "mmsa" scores all samples. "nonzero" first drops every sample whose label is exactly 0 and
+            reports no Has0 figures, which is what the public scripts of some papers do for all of their
+            metrics.
+        label_range: Declared lowest and highest label; the rounded accuracies are left out unless it is [-3,
+            3].
+
+    Returns:
+        Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". Correlation is 0, with a warning,
+        where either array is constant; Non0 figures (in "nonzero" style all) are NaN, with a warning, where
+        every label is 0.
+
+    Raises:
+        ValueError: Arrays that are empty, of different lengths, of another shape or not finite; an unknown
+            style.
+    """
+    if style not in ("mmsa", "nonzero"):
+        raise ValueError(
+            f"style is {style!r}: choose 'mmsa' (all samples) or 'nonzero' (zero labels dropped)"
+        )
+    predicted, true = _score_columns(predictions, labels)
+    nonzero = true != 0
+    if not nonzero.any():
+        warnings.warn("no label differs from 0: metrics on non-zero labels are NaN", stacklevel=2)
+    if style == "nonzero":
+        predicted, true = predicted[nonzero], true[nonzero]
+        nonzero = nonzero[nonzero]
+    metrics = {"mae": _mean(np.abs(predicted - true)), "corr": _pearson(predicted, true)}
+    if style == "mmsa":
+        metrics |= _binary_metrics(predicted >= 0, true >= 0, "has0")
+    metrics |= _binary_metrics(predicted[nonzero] > 0, true[nonzero] > 0, "non0")
+    if tuple(label_range) == SEVEN_POINT:
+        metrics |= {name: _rounded_accuracy(predicted, true, top) for name, top in ROUNDED_ACCURACIES.items()}
+    return metrics
+
+
+def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> dict[str, float]:
+    """Score a classifier with one answer per sample, such as GCNet-style four-class or BALM-style six-class IEMOCAP.
+
+    Args:
+        predictions: Probabilities or logits, `(samples, classes)`, of which the largest wins (the first of
+            equals); or class indices, `(samples,)`.
+        labels: True class indices, `(samples,)`, from 0 to `num_classes - 1`.
+        num_classes: Number of classes of the task.
+
+    Returns:
+        "accuracy"; "f1_weighted" by the true class sizes; "f1_macro", the plain mean over the classes that occur in
+        labels or predictions; "recall_macro", the mean over the classes that occur in the labels (UA).
+
+    Raises:
+        ValueError: Arrays that are empty, of different lengths, of another shape or not finite; an index
+            that is no class of the task.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+    scores = np.asarray(predictions)
+    if scores.ndim == 2:
+        if scores.shape[1] != num_classes:
+            raise ValueError(f"predictions have {scores.shape[1]} columns for num_classes={num_classes}")
+        scores = _finite(scores, "predictions").argmax(axis=1)
+    predicted = _class_indices(scores, "predictions", num_classes)
+    true = _class_indices(np.asarray(labels), "labels", num_classes)
+    _require_same_length(predicted, true)
+    return {
+        "accuracy": float(accuracy_score(true, predicted)),
+        "f1_weighted": float(f1_score(true, predicted, average="weighted", zero_division=0)),
+        "f1_macro": float(f1_score(true, predicted, average="macro", zero_division=0)),
+        "recall_macro": float(recall_score(true, predicted, labels=np.unique(true), average="macro")),
+    }
+
+
+def emotion_binary_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Score IEMOCAP as RAVEN and MulT do: four independent yes/no decisions, whose labels may coincide.
+
+    Not comparable with four-class accuracy or F1 (`classification_metrics`): name the protocol in every
+    table.
+
+    Args:
+        logits: Scores of "no" and "yes" for each of `EMOTIONS`, `(samples, 4, 2)`.
+        labels: 1 where the emotion applies and 0 where not, `(samples, 4)`.
+
+    Returns:
+        "f1_happy", "f1_sad", "f1_angry", "f1_neutral", each the mean F1 of yes and no weighted by their true
+        counts, and their mean under "f1_mean".
+
+    Raises:
+        ValueError: Empty or non-finite arrays, another shape, a label that is neither 0 nor 1.
+    """
+    scores = _finite(np.asarray(logits), "logits")
+    true = np.asarray(labels)
+    if scores.shape[1:] != (len(EMOTIONS), 2) or true.shape != scores.shape[:2]:
+        raise ValueError(
+            f"logits have shape {scores.shape} and labels {true.shape}: "
+            "expected (samples, 4, 2) and (samples, 4)"
+        )
+    if not np.isin(true, (0, 1)).all():
+        row = int(np.flatnonzero(~np.isin(true, (0, 1)).all(axis=1))[0])
+        raise ValueError(f"labels row {row} is {true[row].tolist()}: every emotion is either 0 or 1")
+    yes = scores.argmax(axis=2)
+    metrics = {f"f1_{name}": _weighted_f1(yes[:, i], true[:, i]) for i, name in enumerate(EMOTIONS)}
+    return metrics | {"f1_mean": _mean(np.array(list(metrics.values())))}
+
+
+def _binary_metrics(predicted: np.ndarray, true: np.ndarray, name: str) -> dict[str, float]:
+    return {f"acc2_{name}": _mean(predicted == true), f"f1_{name}": _weighted_f1(predicted, true)}
+
+
+def _weighted_f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """F1 averaged over the two classes by their *true* counts: swapping the arguments changes it."""
+    from sklearn.metrics import f1_score
+
+    if not len(true):
+        return float("nan")
+    return float(f1_score(true.astype(int), predicted.astype(int), average="weighted", zero_division=0))
+
+
+def _rounded_accuracy(predicted: np.ndarray, true: np.ndarray, limit: int) -> float:
+    return _mean(np.rint(predicted.clip(-limit, limit)) == np.rint(true.clip(-limit, limit)))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Correlation; max == min tells a constant, whose computed deviation is often not exactly 0."""
+    if not len(true):
+        return float("nan")
+    for name, values in (("predictions", predicted), ("labels", true)):
+        if values.max() == values.min():
+            warnings.warn(
+                f"all {name} are {values[0]}: correlation is undefined, reported as 0", stacklevel=3
+            )
+            return 0.0
+    return float(np.corrcoef(predicted, true)[0, 1])
+
+
+def _score_columns(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both arrays as finite float64 `(samples,)` of equal length."""
+    columns = []
+    for name, values in (("predictions", predictions), ("labels", labels)):
+        array = np.asarray(values)
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim != 1:
+            raise ValueError(f"{name} have shape {array.shape}: expected (samples,) or (samples, 1)")
+        columns.append(_finite(array, name))
+    _require_same_length(*columns)
+    return columns[0], columns[1]
+
+
+def _finite(array: np.ndarray, name: str) -> np.ndarray:
+    """The array in float64, refused when it is empty or when a value is NaN or infinite."""
+    if array.size == 0:
+        raise ValueError(f"{name} are empty: there is nothing to score")
+    array = array.astype(np.float64)
+    broken = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    if broken.any():
+        row = int(np.flatnonzero(broken)[0])
+        raise ValueError(
+            f"{name} row {row} is {array[row].tolist()} ({int(broken.sum())} such rows): a NaN or infinite "
+            "value has no score and must not count as a wrong answer"
+        )
+    return array
+
+
+def _class_indices(array: np.ndarray, name: str, num_classes: int) -> np.ndarray:
+    if array.ndim != 1:
+        raise ValueError(f"{name} have shape {array.shape}: expected one class index per sample")
+    array = _finite(array, name)
+    broken = (array != np.rint(array)) | (array < 0) | (array >= num_classes)
+    if broken.any():
+        row = int(np.flatnonzero(broken)[0])
+        raise ValueError(f"{name} row {row} is {array[row]:g}: classes run from 0 to {num_classes - 1}")
+    return array.astype(np.int64)
+
+
+def _require_same_length(predicted: np.ndarray, true: np.ndarray) -> None:
+    if len(predicted) != len(true):
+        raise ValueError(f"{len(predicted)} predictions for {len(true)} labels")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of results, for the terminal and for Markdown."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from msa_online.evaluation.metrics import METRIC_TITLES
+
+HEADLINES = (
+    "mae",
+    "corr",
+    "acc2_has0",
+    "acc2_non0",
+    "f1_non0",
+    "acc7",
+    "accuracy",
+    "f1_weighted",
+    "f1_macro",
+)
+IN_UNITS_OF_THE_LABEL = ("mae", "corr")
+
+Results = Mapping[str, Mapping[str, float]]
+"""Metrics by name, by condition."""
+
+
+def conditions_table(results: Results, title: str) -> Table:
+    """Results under each modality condition as a table for the terminal."""
+    columns = _headlines(results)
+    table = Table(title=title, title_justify="left")
+    table.add_column("modalities")
+    for name in columns:
+        table.add_column(METRIC_TITLES[name], justify="right")
+    for condition, metrics in results.items():
+        table.add_row(condition, *(format_metric(name, metrics[name]) for name in columns))
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """Results under each modality condition as a Markdown table."""
+    columns = _headlines(results)
+    rows = [
+        ["modalities", *(METRIC_TITLES[name] for name in columns)],
+        ["---", *("---:" for _ in columns)],
+        *(
+            [condition, *(format_metric(name, row[name]) for name in columns)]
+            for condition, row in results.items()
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def epoch_line(
+    title: str, losses: Mapping[str, float], metrics: Mapping[str, float], *, best: bool, skipped: int
+) -> str:
+    """One line on a finished epoch: training losses, validation metrics, and whether it is the best so far."""
+    trained = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    validated = " ".join(f"{name} {format_metric(name, metrics[name])}" for name in _headlines({"": metrics}))
+    notes = ("  best so far" if best else "") + (f"  {skipped} steps skipped" if skipped else "")
+    return f"{title}  train: {trained}  valid: {validated}{notes}"
+
+
+def format_metric(name: str, value: float) -> str:
+    """A metric as the field prints it: shares in percent with two decimals, the rest with three."""
+    return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
+
+
+def _headlines(results: Results) -> list[str]:
+    known = next(iter(results.values()))
+    return [name for name in HEADLINES if name in known]

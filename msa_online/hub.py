@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as others meet them: opening one, and the model card that goes with it."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.text import hub_answers
+from msa_online.evaluation.report import markdown_table
+from msa_online.modeling_msa import MSAModel
+from msa_online.processing_msa import MSAProcessor
+
+
+class CheckpointError(ValueError):
+    """A folder or repository is no checkpoint of this project; the message says what it is instead."""
+
+
+def load_config(source: str | Path) -> MSAConfig:
+    """Configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: `source` is not there, holds no configuration, or one of another kind of model.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=not folder.is_dir() and not hub_answers())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: neither a checkpoint folder nor a repository that could be read "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(config, MSAConfig):
+        raise CheckpointError(
+            f"{source}: a checkpoint of kind {config.model_type!r}, not {MSAConfig.model_type!r}; to train from a "
+            "text encoder name it as model.text_encoder in a configuration"
+        )
+    return config
+
+
+def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
+    """Model, in evaluation mode, and processor of a checkpoint folder or Hub repository.
+
+    Raises:
+        CheckpointError: As `load_config`; or the weights or the processor are missing or damaged.
+    """
+    config = load_config(source)
+    try:
+        model, found = MSAModel.from_pretrained(source, config=config, output_loading_info=True)
+        processor = MSAProcessor.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: the checkpoint cannot be read ({str(error).splitlines()[0]})") from error
+    if missing := found["missing_keys"] | found["unexpected_keys"]:
+        raise CheckpointError(f"{source}: the weights do not fit config.json, for example {sorted(missing)[0]}")
+    return model.eval(), processor
+
+
+def write_model_card(folder: Path, config: MSAConfig) -> None:
+    """Write the README.md of a checkpoint from what its configuration says it was trained on."""
+    record: dict[str, Any] = config.trained_on or {}
+    template = Template(files("msa_online").joinpath("model_card_template.md").read_text(encoding="utf-8"))
+    task = "regression" if config.is_regression else "classification"
+    outputs = (
+        f"a score in {config.label_range}" if config.is_regression else "one of " + ", ".join(config.id2label.values())
+    )
+    card = template.substitute(
+        metadata=yaml.safe_dump(_card_metadata(config, task), sort_keys=False).strip(),
+        name=folder.name,
+        task=task,
+        outputs=outputs,
+        text_encoder=config.text_encoder,
+        head=config.head,
+        modulator=record["modulator"],
+        calibrator=config.calibrator,
+        data=record["data"],
+        splits=", ".join(f"{name} {count}" for name, count in record["splits"].items()),
+        seed=record["seed"],
+        precision=record["mixed_precision"],
+        selection=record["selection"],
+        epoch=record["epoch"],
+        results="\n\n".join(
+            f"**{split}**\n\n{markdown_table(conditions)}" for split, conditions in record["results"].items()
+        ),
+        command=record["command"],
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
+    return {
+        "library_name": "msa_online",
+        "license": "apache-2.0",
+        "pipeline_tag": "video-classification",
+        "tags": ["multimodal", "sentiment-analysis", "missing-modality", "audio-classification", task, config.head],
+        **({"base_model": config.text_encoder} if "/" in (config.text_encoder or "") else {}),
+    }

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSAModel: encoders -> calibrator -> balancing head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from msa_online.balancing import CALIBRATORS, HEADS
+from msa_online.balancing.blocks import MissingTokens
+from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.affine import InputAffine
+from msa_online.encoders.audio import AudioEncoder
+from msa_online.encoders.face import FaceEncoder
+from msa_online.encoders.text import TextEncoder
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+
+@dataclass
+class MSAOutput(ModelOutput):
+    """What the model hands back; the fields of `HeadOutput` with the weighted sum of its losses.
+
+    Attributes:
+        loss: Sum of the named losses under `config.loss_weights`, a scalar; None without labels.
+        logits: Fused prediction, `(batch, outputs)`.
+        modality_logits: Prediction of each modality alone, `(batch, outputs)` each.
+        features: Pooled state of each modality, `(batch, hidden)` each.
+        fused: State the fused prediction is read from, `(batch, width)`.
+        losses: Loss terms by name, unweighted scalars.
+        fused_valid: False in a stage that does not train the fused prediction yet.
+        diagnostics: Detached tensors worth logging, by name.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    modality_logits: dict[str, Tensor] | None = None
+    features: dict[str, Tensor] | None = None
+    fused: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    fused_valid: bool | None = None
+    diagnostics: dict[str, Tensor] | None = None
+
+
+class MSAModel(PreTrainedModel):
+    """Sentiment or emotion from text, audio and face, any of which may be missing.
+
+        token ids ── text encoder ──┐
+        log-mel ──── audio encoder ─┼── calibrator ── head ── logits, named losses
+        crops ────── face encoder ──┘
+
+    Args:
+        config: The whole model as plain data. Raises `ValueError` for a head or calibrator that is in no table.
+    """
+
+    config_class = MSAConfig
+    base_model_prefix = "msa"
+    main_input_name = "text_input_ids"
+
+    def __init__(self, config: MSAConfig) -> None:
+        super().__init__(config)
+        self.encoders = nn.ModuleDict(
+            {
+                "text": TextEncoder(config.text_config),
+                "audio": AudioEncoder(config.audio_channels, config.audio_width),
+                "vision": FaceEncoder(config.face_channels, config.face_width, config.blendshapes),
+            }
+        )
+        calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)
+        head = look_up(HEADS, "head", config.head)
+        self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
+        self.head = head(config.widths, config.num_labels, **config.head_kwargs)
+        self.post_init()
+
+    def encode(self, **inputs: Tensor) -> dict[str, ModalitySequence]:
+        """Run the three encoders on a batch as `MSAProcessor` makes it; the costly half of `forward`.
+
+        Evaluation under many modality conditions encodes once and decides many times.
+
+        Returns:
+            States `(batch, time, width)` of each modality, those of absent modalities hidden.
+        """
+        return {
+            name: encoder(inputs).only(inputs["modality_present"][:, column])
+            for column, (name, encoder) in enumerate(self.encoders.items())
+        }
+
+    def decide(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> MSAOutput:
+        """Calibrate and fuse encoded sequences; `labels` `(batch,)` or None."""
+        output = self.head(self.calibrator(dict(sequences)), labels)
+        weights = self.config.loss_weights
+        terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
+        return MSAOutput(loss=torch.stack(terms).sum() if terms else None, **vars(output))
+
+    def forward(
+        self,
+        text_input_ids: Tensor,
+        text_mask: Tensor,
+        audio_values: Tensor,
+        audio_mask: Tensor,
+        vision_values: Tensor,
+        vision_blendshapes: Tensor,
+        vision_mask: Tensor,
+        modality_present: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> MSAOutput:
+        """Predict for a batch.
+
+        Args:
+            text_input_ids: Token ids, `(batch, tokens)` int64.
+            text_mask: `(batch, tokens)` bool.
+            audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`.
+            audio_mask: `(batch, steps)` bool.
+            vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB.
+            vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
+            vision_mask: Frames with a face, `(batch, frames)` bool.
+            modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is legal.
+            labels: `(batch,)`, float in regression and int64 in classification; None for prediction alone.
+            index: Row of each sample in its dataset, `(batch,)` int64, for heads that remember samples.
+        """
+        sequences = self.encode(
+            text_input_ids=text_input_ids,
+            text_mask=text_mask,
+            audio_values=audio_values,
+            audio_mask=audio_mask,
+            vision_values=vision_values,
+            vision_blendshapes=vision_blendshapes,
+            vision_mask=vision_mask,
+            modality_present=modality_present,
+        )
+        return self.decide(sequences, labels)
+
+    def modality_parameters(self) -> dict[str, list[Parameter]]:
+        """Which parameters belong to one modality: its encoder, and what the head declares. The rest is shared."""
+        of_head = self.head.modality_parameters()
+        return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
+
+    @classmethod
+    def from_pretrained_text(cls, config: MSAConfig, source: str | Path) -> "MSAModel":
+        """Build a new model whose text encoder starts from the pretrained weights `source`, a folder or name."""
+        model = cls(config)
+        model.encoders["text"].load_pretrained(source)
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # from_pretrained builds on the meta device: every raw parameter needs a start of its own here
+        if isinstance(module, InputAffine | MissingTokens):
+            module.reset_parameters()
+        elif not isinstance(module, PreTrainedModel):
+            super()._init_weights(module)
+
+
+def look_up(table: Mapping[str, type], kind: str, name: str) -> type:
+    """Class registered under `name`.
+
+    Raises:
+        ValueError: No such name; the message lists those there are.
+    """
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(sorted(table))}")
+    return table[name]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSAPipeline: one clip in, one prediction out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feature_extractors import Clip, ClipFeatures, FaceExtractor, FeatureCache, extract
+from msa_online.hub import load_checkpoint
+from msa_online.modalities import MODALITIES
+from msa_online.modeling_msa import MSAModel
+from msa_online.processing_msa import MSAProcessor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one clip.
+
+    Attributes:
+        clip: The file, or None for text alone.
+        score: Predicted label of a regression, in the units of the training labels; None in classification.
+        label: Most probable class; None in regression.
+        probabilities: Probability of each class, summing to one; empty in regression.
+        modalities: Modalities the prediction rests on.
+        missing: For each modality that was not used, why.
+    """
+
+    clip: str | None
+    score: float | None
+    label: str | None
+    probabilities: dict[str, float]
+    modalities: tuple[str, ...]
+    missing: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction as plain data, ready for JSON."""
+        return asdict(self)
+
+
+class MSAPipeline:
+    """Raw media to prediction, with the extraction the model was trained on.
+
+    Args:
+        model: A trained model.
+        processor: The processor saved with it.
+        device: Where to run; a GPU when there is one.
+        cache: Store of extracted features; None extracts every time.
+    """
+
+    def __init__(
+        self,
+        model: MSAModel,
+        processor: MSAProcessor,
+        device: str | torch.device | None = None,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.processor = processor
+        self.cache = cache
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device | None = None) -> "MSAPipeline":
+        """Open a checkpoint folder or Hub repository.
+
+        Raises:
+            CheckpointError: It is no checkpoint of this project.
+        """
+        return cls(*load_checkpoint(source), device=device)
+
+    def __call__(
+        self,
+        clips: str | Path | Clip | None | Sequence[str | Path | Clip | None] = None,
+        text: str | None | Sequence[str | None] = None,
+    ) -> Prediction | list[Prediction]:
+        """Predict for one clip, or for several at once.
+
+        Args:
+            clips: A media file, a `Clip` with a window, None for text alone, or a list of these. Sound files are legal.
+            text: What is said: one string, or a list as long as `clips`. None means the transcript is missing.
+
+        Returns:
+            One `Prediction`, or a list for lists.
+
+        Raises:
+            ClipError: A file is missing, broken or no media.
+            ValueError: Neither a clip nor a text is given, or the lists differ in length.
+        """
+        if single := not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
+            clips, text = [clips], [text]
+        clips = list(clips) if isinstance(clips, list | tuple) else [clips] * len(text)
+        text = list(text) if isinstance(text, list | tuple) else [text] * len(clips)
+        if len(clips) != len(text):
+            raise ValueError(f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip")
+        for clip, transcript in zip(clips, text, strict=True):
+            if clip is None and not (transcript or "").strip():
+                raise ValueError("nothing to predict from: give a clip, a text, or both")
+        predictions = self._predict([None if clip is None else as_clip(clip) for clip in clips], text)
+        return predictions[0] if single else predictions
+
+    @torch.inference_mode()
+    def _predict(self, clips: list[Clip | None], texts: list[str | None]) -> list[Prediction]:
+        features = self._extract(clips)
+        batch = self.processor(features, texts).to(self.device)
+        logits = self.model(**batch).logits.float().cpu()
+        present = batch["modality_present"].tolist()
+        return [self._prediction(*row) for row in zip(clips, features, texts, logits, present, strict=True)]
+
+    def _extract(self, clips: list[Clip | None]) -> list[ClipFeatures]:
+        settings = self.processor.settings
+        if all(clip is None for clip in clips):
+            return [ClipFeatures.absent(settings) for _ in clips]
+        with FaceExtractor(settings) as faces:
+            return [self._features(clip, faces) for clip in clips]
+
+    def _features(self, clip: Clip | None, faces: FaceExtractor) -> ClipFeatures:
+        settings = self.processor.settings
+        if clip is None:
+            return ClipFeatures.absent(settings)
+        return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
+
+    def _prediction(
+        self,
+        clip: Clip | None,
+        features: ClipFeatures,
+        text: str | None,
+        logits: torch.Tensor,
+        present: list[bool],
+    ) -> Prediction:
+        config = self.model.config
+        probabilities = {} if config.is_regression else dict(enumerate(logits.softmax(dim=-1).tolist()))
+        used = tuple(name for name, there in zip(MODALITIES, present, strict=True) if there)
+        return Prediction(
+            clip=None if clip is None else str(clip.path),
+            score=logits.item() if config.is_regression else None,
+            label=config.id2label[max(probabilities, key=probabilities.get)] if probabilities else None,
+            probabilities={config.id2label[number]: value for number, value in probabilities.items()},
+            modalities=used,
+            missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
+        )
+
+
+def as_clip(source: str | Path | Clip) -> Clip:
+    """A `Clip` as it is, or the whole of a media file."""
+    return source if isinstance(source, Clip) else Clip(Path(source))
+
+
+def _why_missing(name: str, clip: Clip | None, features: ClipFeatures) -> str:
+    if name == "text":
+        return "no transcript given"
+    if clip is None:
+        return "no clip given"
+    reasons = {"audio": ("no audio stream", "silent audio"), "vision": ("no video stream", "no face")}[name]
+    return next((finding for finding in features.findings if finding in reasons), "nothing found")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSAProcessor: a clip and its transcript to model inputs, saved and loaded with the model."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from feature_extractors import ClipFeatures, ExtractionSettings
+from msa_online.modalities import MODALITIES
+
+MAX_TEXT_TOKENS = 128
+MAX_AUDIO_SECONDS = 30.0
+
+
+class MSAProcessor(ProcessorMixin):
+    """Turns extracted features and a transcript into the flat batch of tensors the model takes.
+
+    It holds everything a checkpoint needs to recompute its inputs from raw media: the tokenizer and the settings
+    of extraction.
+
+    Args:
+        tokenizer: Tokenizer of the text encoder.
+        extraction: Fields of `ExtractionSettings`, as a plain dict.
+        max_text_tokens: Longest token sequence; the rest of a transcript is cut.
+        max_audio_seconds: Longest sound, in seconds; the rest is cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        extraction: dict[str, Any] | None = None,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+        max_audio_seconds: float = MAX_AUDIO_SECONDS,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.extraction = dataclasses.asdict(ExtractionSettings(**(extraction or {})))
+        self.max_text_tokens = max_text_tokens
+        self.max_audio_seconds = max_audio_seconds
+
+    @cached_property
+    def settings(self) -> ExtractionSettings:
+        """Settings with which clips have to be extracted for this model."""
+        return ExtractionSettings(**self.extraction)
+
+    def tokenize(self, text: str) -> Tensor:
+        """Token ids of a transcript with special tokens, `(tokens,)` int64; an empty one gives the special tokens."""
+        encoded = self.tokenizer(text, truncation=True, max_length=self.max_text_tokens)
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+    def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
+        """Inputs of one sample, not padded yet.
+
+        An absent modality becomes one step of zeros (text: the special tokens) with `modality_present` False: no
+        transcript, silent or missing sound, no face in any frame.
+
+        Returns:
+            `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
+            `(frames, height, width, 3)`, `vision_blendshapes` `(frames, 52)`, `vision_mask` `(frames,)` and
+            `modality_present` `(3,)`.
+        """
+        text = (text or "").strip()
+        present = {"text": bool(text), "audio": features.has_audio, "vision": features.has_face}
+        steps = round(self.max_audio_seconds * 1000 / self.settings.hop_ms) if present["audio"] else 0
+        frames = len(features.face_crops) if present["vision"] else 0
+        return {
+            "text_input_ids": self.tokenize(text),
+            "audio_values": at_least_one(torch.from_numpy(features.log_mel[:steps])),
+            "vision_values": at_least_one(torch.from_numpy(features.face_crops[:frames])),
+            "vision_blendshapes": at_least_one(torch.from_numpy(features.blendshapes[:frames])),
+            "vision_mask": at_least_one(torch.from_numpy(features.face_found[:frames])),
+            "modality_present": torch.tensor([present[name] for name in MODALITIES]),
+        }
+
+    def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
+        """Join samples from `encode` into the batch that `MSAModel.forward` documents."""
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+        batch = {
+            key: pad_sequence(values, batch_first=True) for key, values in columns.items() if key != "text_input_ids"
+        }
+        padding = self.tokenizer.pad_token_id
+        batch["text_input_ids"] = pad_sequence(columns["text_input_ids"], batch_first=True, padding_value=padding)
+        batch["text_mask"] = _lengths_to_mask(columns["text_input_ids"])
+        batch["audio_mask"] = _lengths_to_mask(columns["audio_values"])
+        return BatchFeature(batch)
+
+    def __call__(self, features: Sequence[ClipFeatures], text: Sequence[str | None]) -> BatchFeature:
+        """Batch of model inputs for extracted clips and their transcripts, one each."""
+        return self.pad([self.encode(*pair) for pair in zip(features, text, strict=True)])
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors in a batch."""
+        return [
+            *("text_input_ids", "text_mask", "audio_values", "audio_mask"),
+            *("vision_values", "vision_blendshapes", "vision_mask", "modality_present"),
+        ]
+
+
+def at_least_one(values: Tensor) -> Tensor:
+    """`values` `(time, ...)`, or one step of zeros where there is none: no sequence in a batch is empty."""
+    return values if len(values) else values.new_zeros(1, *values.shape[1:])
+
+
+def _lengths_to_mask(sequences: Sequence[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)

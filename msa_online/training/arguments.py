@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: typed dataclasses read from YAML, with `key=value` changes from the command line."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from feature_extractors import ExtractionSettings
+from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
+from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.text import load_text_config
+from msa_online.modalities import MODALITIES
+from msa_online.modeling_msa import look_up
+from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
+
+MIXED_PRECISION = ("no", "fp16", "bf16")
+NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")
+
+
+class ConfigurationError(ValueError):
+    """A run is configured in a way that cannot work; the message names the key, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """What to train on: the `data:` section.
+
+    Attributes:
+        path: Folder, Hub repository or table (see the README on layouts).
+        task: "regression" or "classification".
+        label_column: Column that holds the label.
+        label_range: Lowest and highest legal label of a regression.
+        skip_broken: Go on without rows that cannot be used, instead of stopping.
+        split_seed: Seed of the speaker-grouped split made where the data brings none.
+        num_frames: Frames sampled from each clip.
+        face_size: Height and width of a face crop in pixels.
+        max_text_tokens: Longest token sequence.
+        max_audio_seconds: Longest sound.
+        prepare_workers: Processes that extract features; all cores by default.
+        loader_workers: Processes that load batches; 0 loads them in the training process.
+    """
+
+    path: str = ""
+    task: str = "regression"
+    label_column: str = "label"
+    label_range: tuple[float, float] = (-3.0, 3.0)
+    skip_broken: bool = False
+    split_seed: int = 1111
+    num_frames: int = 8
+    face_size: int = 96
+    max_text_tokens: int = MAX_TEXT_TOKENS
+    max_audio_seconds: float = MAX_AUDIO_SECONDS
+    prepare_workers: int | None = None
+    loader_workers: int = 0
+
+    @property
+    def extraction(self) -> ExtractionSettings:
+        """Settings of feature extraction."""
+        return ExtractionSettings(num_frames=self.num_frames, face_size=self.face_size)
+
+    @property
+    def legal_range(self) -> tuple[float, float] | None:
+        """Range labels have to lie in; None for classes."""
+        return self.label_range if self.task == "regression" else None
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """One stage of training.
+
+    Attributes:
+        name: One of the head's `stages`.
+        epochs: Longest duration.
+        patience: Epochs without a better validation score before the stage ends; None never ends it early.
+    """
+
+    name: str
+    epochs: int
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """How to train: the `training:` section.
+
+    Attributes:
+        output_dir: The run's folder; it becomes a loadable checkpoint.
+        seed: Seed of initialisation, order, dropout and modality dropout.
+        epochs: Epochs of a run in one stage.
+        patience: Early stopping for a run in one stage.
+        stages: Stages of a head that has several, in place of `epochs` and `patience`.
+        batch_size: Samples of one process in one forward pass.
+        accumulation: Forward passes to one optimizer step.
+        mixed_precision: "no", "fp16" or "bf16"; None takes what `accelerate launch` says.
+        text_learning_rate: Peak learning rate of the text encoder.
+        learning_rate: Peak learning rate of everything else.
+        weight_decay: AdamW's decay of matrices; vectors (biases, norms, tokens) are not decayed.
+        warmup: Share of all steps in which the learning rate rises, before it falls linearly to zero.
+        clip_norm: Largest gradient norm; larger gradients are scaled down to it.
+        modality_dropout: Share of training samples from which each modality is hidden, by name.
+        freeze_text_encoder: Leave the text encoder's weights as they are.
+        modulator: Name in `MODULATORS`.
+        modulator_kwargs: Keyword arguments of the modulator.
+        init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
+        resume: Go on with an interrupted run in `output_dir`.
+        overwrite: Replace an earlier run in `output_dir`.
+        log_with: Trackers Accelerate knows: tensorboard, wandb, trackio, ...
+    """
+
+    output_dir: str = "runs/run"
+    seed: int = 1111
+    epochs: int = 10
+    patience: int | None = None
+    stages: list[StageArguments] | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    mixed_precision: str | None = None
+    text_learning_rate: float = 2e-5
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip_norm: float = 1.0
+    modality_dropout: dict[str, float] = field(default_factory=dict)
+    freeze_text_encoder: bool = False
+    modulator: str = "identity"
+    modulator_kwargs: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    log_with: str | None = "tensorboard"
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """A whole run.
+
+    Attributes:
+        model: Keyword arguments of `MSAConfig`: the `model:` section.
+        data: The `data:` section.
+        training: The `training:` section.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataArguments = field(default_factory=DataArguments)
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+
+    def model_config(self, classes: Sequence[str]) -> MSAConfig:
+        """Configuration of the model to build; `classes` names the labels of a classification, empty for regression.
+
+        Raises:
+            TextEncoderError: The text encoder's configuration is not to be had.
+        """
+        text_config = load_text_config(self.model["text_encoder"])
+        return MSAConfig(text_config=text_config, **self.model, **self.output_fields(classes))
+
+    def output_fields(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The part of a model's configuration that the task decides: label range, or names of the classes."""
+        if self.data.task == "regression":
+            return {"label_range": list(self.data.label_range)}
+        return {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain data, as a YAML file holds it."""
+        plain = dataclasses.asdict(self)
+        plain["data"]["label_range"] = list(self.data.label_range)
+        return plain
+
+
+def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArguments:
+    """Read a configuration file and apply changes to it.
+
+    Args:
+        path: YAML file with the sections `model`, `data` and `training`.
+        changes: Items like `training.epochs=3`; the value is read as YAML.
+
+    Raises:
+        ConfigurationError: The file is not there or no YAML, a key is unknown (the nearest is named), or a value has
+            the wrong type or lies out of range.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path}: not YAML: {error}") from error
+    for change in changes:
+        _apply(document, change)
+    return parse_arguments(document, origin=str(path))
+
+
+def parse_arguments(document: Mapping[str, Any], origin: str = "configuration") -> RunArguments:
+    """Typed arguments from plain data; raises `ConfigurationError` as `read_arguments` does."""
+    arguments = _build(RunArguments, document, origin, "")
+    _check(arguments, origin)
+    return arguments
+
+
+def _apply(document: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals:
+        raise ConfigurationError(f"{change!r} is no change: write key=value, for example training.epochs=3")
+    *sections, name = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise ConfigurationError(f"{change!r}: {section!r} holds a value, not a section")
+    document[name] = yaml.safe_load(value)
+
+
+def _build(kind: type, values: Any, origin: str, section: str) -> Any:
+    """Make dataclass `kind` of plain data, section by section."""
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(f"{origin}: {section or 'the file'} must be a section of keys, not {values!r}")
+    hints = get_type_hints(kind)
+    _refuse_unknown(values, list(hints), origin, section)
+    made = {}
+    for name, value in values.items():
+        key = f"{section}.{name}".lstrip(".")
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = _build(hints[name], value, origin, key)
+        elif key == "training.stages" and value is not None:
+            made[name] = [_build(StageArguments, stage, origin, key) for stage in value]
+        else:
+            made[name] = _typed(value, hints[name], origin, key)
+    try:
+        return kind(**made)
+    except TypeError as error:
+        raise ConfigurationError(f"{origin}: {section}: {error}") from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], origin: str, section: str) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            key = f"{section}.{name}".lstrip(".")
+            raise ConfigurationError(f"{origin}: unknown key {key!r}; did you mean {near!r}?")
+
+
+def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
+    """`value` if it is what the annotation `hint` says; whole numbers pass for floats, lists for tuples."""
+    options = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    for option in options:
+        bare = getattr(option, "__origin__", option)
+        if bare is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if bare is float and isinstance(value, str) and _is_number(value):
+            return float(value)  # YAML 1.1 reads 1e-5 as a string
+        if bare is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
+            return tuple(_typed(item, kind, origin, key) for item, kind in zip(value, get_args(option), strict=True))
+        if isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)).replace("NoneType", "null") for option in options)
+    raise ConfigurationError(f"{origin}: {key} is {value!r}, but must be {names}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check(arguments: RunArguments, origin: str) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    model, data, training = arguments.model, arguments.data, arguments.training
+    declared = [name for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML]
+    _refuse_unknown(model, declared, origin, "model")
+    problems = [
+        (not (model.get("text_encoder") or training.init_from), "model.text_encoder is missing: name any HuggingFace encoder or a folder"),
+        (data.task not in ("regression", "classification"), f"data.task is {data.task!r}: regression or classification"),
+        (data.label_range[0] >= data.label_range[1], f"data.label_range is {list(data.label_range)}: low must be first"),
+        (training.mixed_precision not in (None, *MIXED_PRECISION), f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(MIXED_PRECISION)}"),
+        (not 0 <= training.warmup <= 1, f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"),
+        (training.resume and training.overwrite, "training.resume and training.overwrite exclude each other"),
+        *((getattr(training, name) < 1, f"training.{name} is {getattr(training, name)}: at least 1") for name in ("epochs", "batch_size", "accumulation")),
+        *((getattr(training, name) <= 0, f"training.{name} is {getattr(training, name)}: above 0") for name in ("learning_rate", "text_learning_rate", "clip_norm")),
+        *((stage.epochs < 1, f"training.stages: stage {stage.name!r} has {stage.epochs} epochs: at least 1") for stage in training.stages or ()),
+        *((name not in MODALITIES, f"training.modality_dropout names {name!r}: one of {', '.join(MODALITIES)}") for name in training.modality_dropout),
+        *((not 0 <= rate < 1, f"training.modality_dropout of {name} is {rate}: at least 0 and below 1") for name, rate in training.modality_dropout.items()),
+    ]  # fmt: skip
+    for failed, message in problems:
+        if failed:
+            raise ConfigurationError(f"{origin}: {message}")
+    for table, kind, name in (
+        (HEADS, "head", model.get("head", "late_fusion")),
+        (CALIBRATORS, "calibrator", model.get("calibrator", "identity")),
+        (MODULATORS, "modulator", training.modulator),
+    ):
+        try:
+            look_up(table, kind, name)
+        except ValueError as error:
+            raise ConfigurationError(f"{origin}: {error}") from error

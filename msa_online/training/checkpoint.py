@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves on disk: a loadable checkpoint of its best epoch, and the state it resumes from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from msa_online.modeling_msa import MSAModel
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.arguments import ConfigurationError, RunArguments
+
+STATE = "state"
+SETTINGS = "run.yaml"
+FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with"}
+
+
+class RunFolder:
+    """The folder of one run; it is itself a checkpoint once an epoch has been validated.
+
+        config.json, model.safetensors, tokenizer and processor files, README.md    the best epoch
+        run.yaml, history.json                                                       how it came about
+        state/                                                                       the last epoch, to resume from
+        logs/                                                                        what the tracker wrote
+
+    Args:
+        path: The folder.
+        accelerator: Tells the main process, which alone writes.
+    """
+
+    def __init__(self, path: str | Path, accelerator: Accelerator) -> None:
+        self.path = Path(path)
+        self.accelerator = accelerator
+
+    def open(self, arguments: RunArguments) -> None:
+        """Make the folder ready for a new run, or for the rest of an interrupted one.
+
+        Raises:
+            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or there is
+                nothing to resume; or the resumed run was configured differently.
+        """
+        training = arguments.training
+        if training.resume:
+            self._check_resumable(arguments)
+        elif (self.path / SETTINGS).exists() and not training.overwrite:
+            raise ConfigurationError(
+                f"{self.path} holds an earlier run: say training.resume=true to go on with it, training.overwrite=true "
+                "to replace it, or give another training.output_dir"
+            )
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        if self.accelerator.is_main_process and not training.resume:
+            if (self.path / SETTINGS).exists():
+                shutil.rmtree(self.path)  # only ever a folder that a run of ours has made
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.path / SETTINGS, yaml.safe_dump(arguments.to_dict(), sort_keys=False))
+        self.accelerator.wait_for_everyone()
+
+    def _check_resumable(self, arguments: RunArguments) -> None:
+        if self._state is None:
+            raise ConfigurationError(f"{self.path}: nothing to resume, no epoch of a run has been finished there")
+        before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8"))
+        now = arguments.to_dict()
+        for section, values in now.items():
+            for key in values.keys() | before.get(section, {}).keys():
+                if key not in FREE_TO_CHANGE_ON_RESUME and values.get(key) != before.get(section, {}).get(key):
+                    raise ConfigurationError(
+                        f"{self.path}: the run was started with {section}.{key}={before.get(section, {}).get(key)!r}, "
+                        f"not {values.get(key)!r}; resume it unchanged, or start another"
+                    )
+
+    @property
+    def _state(self) -> Path | None:
+        """The newest whole state: a stop between the two renames of `save_state` leaves the older one."""
+        return next((state for name in (STATE, f"{STATE}.old") if (state := self.path / name).is_dir()), None)
+
+    def save_state(self) -> None:
+        """Save model, optimizer, random numbers and whatever is registered; never leaves half a state behind."""
+        new, current, old = (self.path / name for name in (f"{STATE}.new", STATE, f"{STATE}.old"))
+        if self.accelerator.is_main_process:
+            shutil.rmtree(new, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(new))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(old, ignore_errors=True)
+            if current.exists():
+                os.rename(current, old)
+            os.rename(new, current)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load_state(self) -> None:
+        """Take up the run where `save_state` left it."""
+        self.accelerator.load_state(str(self._state))
+
+    def forget_state(self) -> None:
+        """Remove what only an interrupted run needs."""
+        for name in (STATE, f"{STATE}.old", f"{STATE}.new"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def publish(self, model: MSAModel, processor: MSAProcessor) -> None:
+        """Make the folder a checkpoint of `model` as it is now; each file is replaced whole."""
+        if not self.accelerator.is_main_process:
+            return
+        staging = self.path / "publish.new"
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        for file in staging.iterdir():
+            os.replace(file, self.path / file.name)
+        staging.rmdir()
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Write what every epoch brought to history.json."""
+        if self.accelerator.is_main_process:
+            _write_atomically(self.path / "history.json", json.dumps(history, indent=1))
+
+
+def require_space(folder: Path, model: MSAModel) -> None:
+    """Refuse to start a run whose checkpoints would not fit on the disk.
+
+    A run holds the best weights, and twice (while one replaces the other) a state of weights and two moments.
+
+    Raises:
+        ConfigurationError: Naming the bytes needed and those free.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    needed = size * 2 + 2 * 3 * size
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigurationError(
+            f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            "give another training.output_dir or make room"
+        )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

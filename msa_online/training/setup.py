@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a run needs before its first step: processes and precision, data, model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from feature_extractors import FeatureCache
+from msa_online.configuration_msa import MSAConfig
+from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
+from msa_online.data.datasets import Sample, read_corpus, require_splits
+from msa_online.data.prepare import Preparation, findings_table, prepare
+from msa_online.encoders.text import load_tokenizer
+from msa_online.hub import load_config
+from msa_online.modeling_msa import MSAModel
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
+
+logger = get_logger(__name__)
+
+
+def start_accelerator(training: TrainingArguments) -> Accelerator:
+    """Accelerate with what the configuration says, and what `accelerate launch` said for the rest.
+
+    Raises:
+        ConfigurationError: fp16 without a GPU, which would silently compute in fp32.
+    """
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_steps=training.accumulation,
+        log_with=training.log_with,
+        project_dir=f"{training.output_dir}/logs",
+        step_scheduler_with_optimizer=False,
+        # stages, and heads that ignore part of an encoder, leave parameters without a gradient
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigurationError("fp16 needs a GPU: on a CPU say training.mixed_precision=bf16, or no")
+    return accelerator
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The corpus of a run, prepared.
+
+    Attributes:
+        preparation: Usable samples, their cache keys, and what was found.
+        classes: Names of the labels in sorted order; empty for regression.
+        cache: Where the features are.
+    """
+
+    preparation: Preparation
+    classes: tuple[str, ...]
+    cache: FeatureCache
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """Usable samples of a split."""
+        return tuple(sample for sample in self.preparation.samples if sample.split == name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Usable samples in each split that has any."""
+        return {name: len(samples) for name in ("train", "valid", "test") if (samples := self.split(name))}
+
+
+def prepare_data(data: DataArguments, accelerator: Accelerator, console: Console) -> RunData:
+    """Read, check and extract the corpus; every rank ends with the same samples.
+
+    Raises:
+        CorpusError: Rows or clips cannot be used and `skip_broken` is not said, or a split is empty.
+    """
+    corpus = read_corpus(
+        data.path,
+        label_column=data.label_column,
+        label_range=data.legal_range,
+        skip_broken=data.skip_broken,
+        seed=data.split_seed,
+    )
+    require_splits(corpus, ("train", "valid"))
+    cache = FeatureCache()
+    with accelerator.main_process_first():  # the others find everything in the cache
+        preparation = prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken)
+    console.print(findings_table(preparation))
+    classes = sorted({sample.label for sample in preparation.samples}) if data.task == "classification" else ()
+    return RunData(preparation, tuple(classes), cache)
+
+
+def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAModel, MSAProcessor]:
+    """A new model with a pretrained text encoder, or one fine-tuned from `init_from`, and its processor.
+
+    Raises:
+        TextEncoderError: The text encoder is not to be had.
+        CheckpointError: `init_from` is no checkpoint.
+        ConfigurationError: `init_from` has another text encoder than the configuration names.
+    """
+    training, data = arguments.training, arguments.data
+    if training.init_from:
+        config = _inherit(arguments, classes)
+        model = MSAModel.from_pretrained(training.init_from, config=config, ignore_mismatched_sizes=True)
+        tokenizer = MSAProcessor.from_pretrained(training.init_from).tokenizer
+    else:
+        name = arguments.model["text_encoder"]
+        config = arguments.model_config(classes)
+        tokenizer = load_tokenizer(name)
+        model = MSAModel.from_pretrained_text(config, name)
+    if training.freeze_text_encoder:
+        model.encoders["text"].freeze()
+    extraction = {setting.name: getattr(data.extraction, setting.name) for setting in fields(data.extraction)}
+    return model, MSAProcessor(tokenizer, extraction, data.max_text_tokens, data.max_audio_seconds)
+
+
+def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
+    """The configuration of `init_from`, changed by what the `model:` section says, with this run's labels."""
+    source = arguments.training.init_from
+    config = load_config(source)
+    named = arguments.model.get("text_encoder", config.text_encoder)
+    if named != config.text_encoder:
+        raise ConfigurationError(
+            f"training.init_from={source} has text encoder {config.text_encoder!r}, but model.text_encoder is {named!r}"
+        )
+    inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
+    for outputs in ("id2label", "label2id", "num_labels", "label_range"):
+        inherited.pop(outputs, None)
+    return MSAConfig(**inherited, **arguments.output_fields(classes))
+
+
+def make_loaders(
+    data: RunData, processor: MSAProcessor, config: MSAConfig, arguments: RunArguments, processes: int
+) -> dict[str, DataLoader]:
+    """A loader for each split that has samples: the training split shuffled by seed, the others by length.
+
+    Raises:
+        ConfigurationError: The training split is smaller than one optimizer step.
+    """
+    training = arguments.training
+    label2id = None if config.is_regression else config.label2id
+    per_step = training.accumulation * processes
+    loaders = {}
+    for name in data.sizes:
+        dataset = ClipDataset(data.split(name), data.preparation.keys, data.cache, processor, label2id)
+        shuffled = {"batches_per_step": per_step, "seed": training.seed} if name == "train" else {}
+        sampler = BucketBatchSampler(dataset.text_lengths, training.batch_size, **shuffled)
+        loaders[name] = make_loader(dataset, sampler, arguments.data.loader_workers)
+    if len(loaders["train"]) == 0:
+        raise ConfigurationError(
+            f"the training split has {data.sizes['train']} samples, fewer than one optimizer step takes: "
+            f"training.batch_size={training.batch_size} x training.accumulation={training.accumulation} x {processes} "
+            "processes; lower one of them"
+        )
+    return loaders
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the initialisation of the model, the same on every rank."""
+    torch.manual_seed(seed)

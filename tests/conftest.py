@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: clips written on the spot, tiny random encoders, the real recordings."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SAMPLE_RATE = 48_000  # of the clips written here; the extractors resample
+VIDEO_CODECS = {".flv": "flv", ".mpg": "mpeg1video", ".webm": "libvpx", ".avi": "mpeg4"}
+AUDIO_CODECS = {".flv": "libmp3lame", ".mpg": "mp2", ".webm": "libopus", ".avi": "libmp3lame", ".wav": "pcm_s16le"}
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real recordings; tests that need it skip, saying so, where it is absent."""
+    folder = Path(os.environ.get("MSA_TEST_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
+    if not (folder / "composite" / "metadata.csv").exists():
+        message = f"no recordings at {folder}: set MSA_TEST_DATA to the folder that holds composite/"
+        if os.environ.get("MSA_TEST_REQUIRE_DATA") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def face_image() -> np.ndarray:
+    """A real face, (160, 160, 3) uint8 RGB: the public-domain portrait that scikit-image carries."""
+    import cv2
+    from skimage.data import astronaut
+
+    return cv2.resize(astronaut()[0:256, 96:352], (160, 160), interpolation=cv2.INTER_AREA)
+
+
+@pytest.fixture(scope="session")
+def make_clip(face_image: np.ndarray):
+    """A function that writes a real media file with PyAV; the container follows from the suffix."""
+
+    def write(
+        path: Path,
+        *,
+        seconds: float = 1.0,
+        fps: int = 25,
+        size: tuple[int, int] = (160, 160),
+        frames: np.ndarray | None = None,
+        audio: str | np.ndarray | None = "tone",
+        video: bool = True,
+    ) -> Path:
+        import av
+
+        if video and frames is None:
+            frames = np.broadcast_to(face_image, (round(seconds * fps), *face_image.shape))
+        with av.open(str(path), "w") as container:
+            pictures = sound = None
+            if video:
+                pictures = container.add_stream(VIDEO_CODECS.get(path.suffix, "libx264"), rate=fps)
+                pictures.width, pictures.height, pictures.pix_fmt = size[0], size[1], "yuv420p"
+                pictures.bit_rate = 2_000_000
+            if audio is not None:
+                sound = container.add_stream(AUDIO_CODECS.get(path.suffix, "aac"), rate=_audio_rate(path))
+                sound.layout = "mono"
+            if pictures is not None:
+                _write_video(container, pictures, frames, size)
+            if sound is not None:
+                _write_audio(container, sound, _waveform(audio, seconds, sound.rate))
+        return path
+
+    return write
+
+
+def _audio_rate(path: Path) -> int:
+    return 44_100 if path.suffix == ".flv" else SAMPLE_RATE
+
+
+def _write_video(container, stream, frames: np.ndarray, size: tuple[int, int]) -> None:
+    import av
+
+    for picture in frames:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        container.mux(stream.encode(frame.reformat(width=size[0], height=size[1], format="yuv420p")))
+    container.mux(stream.encode())
+
+
+def _write_audio(container, stream, waveform: np.ndarray) -> None:
+    import av
+
+    frame = av.AudioFrame.from_ndarray(waveform[None].astype(np.float32), format="fltp", layout="mono")
+    frame.sample_rate = stream.rate
+    frame.pts = 0
+    fifo = av.AudioFifo()
+    fifo.write(frame)
+    resampler = av.AudioResampler(format=stream.format.name, layout="mono", rate=stream.rate)
+    step = stream.frame_size or 1024
+    while (chunk := fifo.read(step, partial=True)) is not None:
+        for piece in resampler.resample(chunk):
+            container.mux(stream.encode(piece))
+    container.mux(stream.encode())
+
+
+def _waveform(audio: str | np.ndarray, seconds: float, rate: int) -> np.ndarray:
+    """A given waveform at `rate`, a voiced-like tone, or silence."""
+    if not isinstance(audio, str):
+        return audio
+    times = np.arange(round(seconds * rate)) / rate
+    tone = sum(np.sin(2 * np.pi * 150 * harmonic * times) / harmonic for harmonic in range(1, 6))
+    return {"tone": 0.2 * tone, "silent": 0.0 * tone}[audio]
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of features that still sees the pretrained files already brought to this machine."""
+    from feature_extractors.assets import cache_root
+
+    models = cache_root() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "models").symlink_to(models)
+    monkeypatch.setenv("MSA_CACHE", str(folder))
+    return folder
+
+
+WORDS = "a the it is was i loved liked hated film movie good bad great awful very not really and but ending".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_text_config():
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tiny_text_config, tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a small random BERT and its tokenizer, as a pretrained one would be saved."""
+    import torch
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    torch.manual_seed(0)
+    BertModel(tiny_text_config, add_pooling_layer=False).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_text_config):
+    from msa_online import MSAConfig
+
+    return MSAConfig(
+        text_config=tiny_text_config,
+        audio_channels=[16, 16],
+        audio_width=16,
+        face_channels=8,
+        face_width=16,
+        head_kwargs={"hidden_size": 16},
+        label_range=[-3, 3],
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    import torch
+
+    from msa_online import MSAModel
+
+    torch.manual_seed(0)
+    return MSAModel(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_processor(tiny_tokenizer):
+    from msa_online import MSAProcessor
+
+    return MSAProcessor(tiny_tokenizer, {"face_size": 32, "num_frames": 4})
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """A function that makes a batch of random inputs as `MSAModel.forward` documents, with regression labels."""
+    import torch
+
+    def make(batch_size: int = 4, seed: int = 0, present: tuple[bool, bool, bool] = (True, True, True)) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(3, 9, (batch_size,), generator=generator)
+        text_mask = torch.arange(9) < lengths[:, None]
+        steps = torch.randint(20, 61, (batch_size,), generator=generator)
+        ids = torch.randint(5, 5 + len(WORDS), (batch_size, 9), generator=generator)
+        return {
+            "text_input_ids": ids * text_mask,
+            "text_mask": text_mask,
+            "audio_values": torch.randn(batch_size, 60, 80, generator=generator),
+            "audio_mask": torch.arange(60) < steps[:, None],
+            "vision_values": torch.randint(0, 256, (batch_size, 4, 32, 32, 3), generator=generator).to(torch.uint8),
+            "vision_blendshapes": torch.rand(batch_size, 4, 52, generator=generator),
+            "vision_mask": torch.tensor([True, True, False, True]).expand(batch_size, 4).clone(),
+            "modality_present": torch.tensor(present).expand(batch_size, 3).clone(),
+            "labels": torch.rand(batch_size, generator=generator) * 6 - 3,
+            "index": torch.arange(batch_size),
+        }
+
+    return make

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from msa_online.encoders.text import TextEncoder, TextEncoderError, find_text_encoder, load_text_config, load_tokenizer
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+ARCHITECTURES = {
+    "bert": {},
+    "mpnet": {},
+    "roberta": {},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+}
+
+
+def text_inputs(generator_seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(generator_seed)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    return {"text_input_ids": torch.randint(5, 50, (2, 7), generator=generator) * mask, "text_mask": mask}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_architecture_encodes_tokens_and_has_no_pooler(architecture):
+    config = AutoConfig.for_model(architecture, **SMALL | ARCHITECTURES[architecture])
+    encoder = TextEncoder(config).eval()
+    sequence = encoder(text_inputs())
+    assert sequence.values.shape == (2, 7, 32)
+    assert torch.isfinite(sequence.values).all()
+    assert (sequence.values[1, 4:] == 0).all()
+    assert not any("pooler" in name for name, _ in encoder.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_does_not_change_a_token(architecture):
+    encoder = TextEncoder(AutoConfig.for_model(architecture, **SMALL | ARCHITECTURES[architecture])).eval()
+    inputs = text_inputs()
+    alone = encoder({name: value[1:, :4] for name, value in inputs.items()}).values
+    torch.testing.assert_close(encoder(inputs).values[1:, :4], alone, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("bert-base-uncased", 108_891_648),
+        ("microsoft/deberta-v3-base", 183_831_552),
+        ("sentence-transformers/all-MiniLM-L6-v2", 22_565_376),
+        ("sentence-transformers/all-mpnet-base-v2", 108_895_872),
+    ],
+)
+def test_known_shapes_have_their_published_size(name, parameters, monkeypatch):
+    monkeypatch.setattr("msa_online.encoders.text.find_text_encoder", lambda name, bring=False: name)  # as without a local copy
+    with torch.device("meta"):
+        encoder = TextEncoder(load_text_config(name))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+
+
+def test_the_shape_in_the_table_is_the_shape_of_the_local_copy():
+    for name in ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"):
+        if find_text_encoder(name) == name:
+            continue  # not brought to this machine
+        local = AutoConfig.from_pretrained(find_text_encoder(name))
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in TextEncoder(local).parameters())
+        assert count == {384: 22_565_376, 768: 108_895_872}[local.hidden_size]
+
+
+def test_pretrained_weights_arrive(tiny_text_config, tiny_text_encoder):
+    encoder = TextEncoder(tiny_text_config)
+    encoder.load_pretrained(tiny_text_encoder)
+    expected = AutoModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False).state_dict()
+    assert all(torch.equal(encoder.model.state_dict()[name], value) for name, value in expected.items())
+
+
+def test_a_frozen_encoder_has_no_gradients_and_no_dropout_in_training(tiny_text_config):
+    encoder = TextEncoder(tiny_text_config)
+    encoder.freeze()
+    encoder.train()
+    inputs = {"text_input_ids": torch.randint(5, 20, (2, 7)), "text_mask": torch.ones(2, 7, dtype=torch.bool)}
+    assert torch.equal(encoder(inputs).values, encoder(inputs).values)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("load", [load_text_config, load_tokenizer])
+def test_an_encoder_that_cannot_be_had_is_one_clear_message(load):
+    with pytest.raises(TextEncoderError, match=r"'nobody/no-such-encoder'.*get-models"):
+        load("nobody/no-such-encoder")

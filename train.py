@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a model: `accelerate launch train.py CONFIG [key=value ...]`.
+
+The story of a run: read the configuration, prepare the data, build the model, train and validate epoch by epoch,
+keep the best, and finish with the test split and a model card.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from rich.console import Console
+
+from msa_online.balancing import MODULATORS
+from msa_online.data.missing import ModalityDropout
+from msa_online.errors import INPUT_ERRORS
+from msa_online.evaluation.report import conditions_table, epoch_line
+from msa_online.evaluation.robustness import evaluate_conditions, selection_score
+from msa_online.hub import load_checkpoint, write_model_card
+from msa_online.modalities import COMPLETE
+from msa_online.training.arguments import RunArguments, read_arguments
+from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.loop import TrainingLoop
+from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.setup import build_model, make_loaders, prepare_data, seed_everything, start_accelerator
+from msa_online.training.stages import make_schedule
+
+logger = get_logger(__name__)
+
+
+def train(arguments: RunArguments, command: str) -> None:
+    """Carry out the run that `arguments` describe; `command` is how it was called, for the record."""
+    training = arguments.training
+    accelerator = start_accelerator(training)
+    console = Console(quiet=not accelerator.is_main_process)
+    console.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
+
+    # Everything that can be wrong with the input is found before the first step, and before anything is written.
+    data = prepare_data(arguments.data, accelerator, console)
+    seed_everything(training.seed)
+    model, processor = build_model(arguments, data.classes)
+    config = model.config
+    schedule = make_schedule(training, model.head.stages)
+    loaders = make_loaders(data, processor, config, arguments, accelerator.num_processes)
+    folder = RunFolder(training.output_dir, accelerator)
+    require_space(folder.path, model)
+    folder.open(arguments)
+
+    sampler = loaders["train"].batch_sampler
+    steps = len(loaders["train"]) // (training.accumulation * accelerator.num_processes)
+    optimizer = make_optimizer(
+        model,
+        learning_rate=training.learning_rate,
+        text_learning_rate=training.text_learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    scheduler = make_scheduler(optimizer, steps=steps * schedule.total_epochs, warmup=training.warmup)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
+    loop = TrainingLoop(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        modulator=MODULATORS[training.modulator](**training.modulator_kwargs),
+        dropout=ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed),
+        clip_norm=training.clip_norm,
+        seed=training.seed,
+    )
+    accelerator.register_for_checkpointing(scheduler, schedule, loop.modulator, loop.progress)
+    accelerator.init_trackers("msa_online")
+    if training.resume:
+        folder.load_state()
+        console.print(f"resuming after epoch {schedule.epoch}")
+
+    stage = None
+    while not schedule.finished:
+        if schedule.stage != stage:
+            stage = schedule.stage
+            loop.bare_model.head.start_stage(stage.name)
+        epoch, last_stage = schedule.epoch, schedule.is_last_stage
+        sampler.set_epoch(epoch)
+        title = f"epoch {epoch + 1}/{schedule.total_epochs}"
+        losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
+        metrics = evaluate_conditions(loop.bare_model, loaders["valid"], accelerator, (COMPLETE,))[COMPLETE]
+        loop.modulator.on_validation(metrics)
+        best = schedule.advance(selection_score(metrics, config.is_regression))
+        loop.progress.history.append({"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics})
+        accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
+        if best and last_stage:
+            folder.publish(loop.bare_model, processor)
+        folder.save_state()
+        folder.write_history(loop.progress.history)
+        console.print(epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped))
+
+    # The best epoch was chosen on validation; the test split is looked at once, here.
+    accelerator.wait_for_everyone()
+    model, processor = load_checkpoint(folder.path)
+    model.to(accelerator.device)
+    results = {
+        split: evaluate_conditions(model, loaders[split], accelerator) for split in ("valid", "test") if split in loaders
+    }
+    model.config.trained_on = {
+        "data": arguments.data.path,
+        "label_column": arguments.data.label_column,
+        "splits": data.sizes,
+        "seed": training.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "modulator": training.modulator,
+        "selection": "validation " + ("MAE" if config.is_regression else "weighted F1"),
+        "epoch": schedule.best_epoch,
+        "skipped_steps": loop.progress.skipped,
+        "results": results,
+        "command": command,
+    }
+    if accelerator.is_main_process:
+        model.config.save_pretrained(folder.path)
+        write_model_card(folder.path, model.config)
+        folder.forget_state()
+    for split, conditions in results.items():
+        console.print(conditions_table(conditions, f"{split}, best epoch {schedule.best_epoch}"))
+    console.print(f"checkpoint and model card: {folder.path}")
+    accelerator.end_training()
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    command = "accelerate launch train.py " + shlex.join(argv)
+    try:
+        train(read_arguments(Path(argv[0]), argv[1:]), command)
+    except INPUT_ERRORS as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
