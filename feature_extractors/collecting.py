@@ -30,7 +30,10 @@ class FrameSampler:
 
     def __init__(self, start: float, end: float, num_frames: int, max_height: int):
         """Prepares for one window, in seconds from the beginning of the file."""
+        from av.video.reformatter import VideoReformatter
+
         self.start, self.end, self.max_height = start, end, max_height
+        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
         self.targets = start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames
         self.first: float | None = None
         self.last = -1.0
@@ -77,8 +80,8 @@ class FrameSampler:
             scale = min(1.0, self.max_height / shown_height)
             self._shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
         width, height = self._shape
-        picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-        return np.ascontiguousarray(np.rot90(picture, quarter_turns))
+        picture = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1)
+        return np.ascontiguousarray(np.rot90(picture.to_ndarray(), quarter_turns))
 
 
 class WaveformCollector:

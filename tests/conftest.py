@@ -229,3 +229,22 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(make_clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of thirty short talking clips with metadata.csv: 16 train, 6 valid, 8 test; some lack a modality."""
+    import csv
+
+    folder = tmp_path_factory.mktemp("tiny_corpus")
+    random = np.random.default_rng(0)
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "label", "split", "speaker"])
+        for number in range(30):
+            name = f"clip_{number:02d}.mp4"
+            make_clip(folder / name, seconds=0.6, fps=10, audio=None if number == 3 else "tone")
+            split = "train" if number < 16 else "valid" if number < 22 else "test"
+            words = "" if number == 5 else " ".join(random.choice(WORDS, size=random.integers(2, 8)))
+            writer.writerow([name, words, round(float(random.uniform(-3, 3)), 2), split, f"speaker_{number % 4}"])
+    return folder

@@ -105,8 +105,8 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(
-            f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the name "
-            "and the network, log in with `hf auth login` if it is private, or give the path of a folder."
+            f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the "
+            "name and the network, log in with `hf auth login` if it is private, or give the path of a folder."
         ) from error
     # a snapshot is made of links into blobs/, two folders up
     return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])

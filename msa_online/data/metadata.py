@@ -72,8 +72,8 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise CorpusError(
-            f"{path} line {line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8. Save the file as "
-            f"UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.csv"
+            f"{path} line {line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8. Save the file "
+            f"as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.csv"
         ) from error
 
 

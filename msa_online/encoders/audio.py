@@ -10,7 +10,7 @@ from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
 NUM_MELS = 80
-TYPICAL_LOG_MEL = (-7.0, 4.0)  # mean and deviation of natural-log mel power over speech at usual levels
+TYPICAL_LOG_MEL = (-11.0, 6.0)  # mean and deviation of natural-log mel power over recorded speech, pauses included
 
 
 class AudioEncoder(nn.Module):

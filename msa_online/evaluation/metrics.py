@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures by which sentiment and emotion models are compared, exactly as the field's public toolkit defines them.
+"""The figures by which sentiment and emotion models are compared, as the field's public toolkit defines them.
 
 Two accuracies share the name Acc-2 in the literature and differ by several points, so here each carries its
 convention in its name: *Has0* is negative against non-negative over all samples (`y >= 0`), *Non0* is
@@ -67,8 +67,8 @@ def regression_metrics(
         style: "mmsa" scores all samples. "nonzero" first drops every sample whose label is exactly 0 and
             reports no Has0 figures, which is what the public scripts of some papers do for all of their
             metrics.
-        label_range: Declared lowest and highest label; the rounded accuracies are left out unless it is [-3,
-            3].
+        label_range: Declared lowest and highest label; the rounded accuracies are left out off
+            [-3, 3].
 
     Returns:
         Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". Correlation is 0, with a warning,
@@ -100,7 +100,7 @@ def regression_metrics(
 
 
 def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> dict[str, float]:
-    """Score a classifier with one answer per sample, such as GCNet-style four-class or BALM-style six-class IEMOCAP.
+    """Score a classifier with one answer per sample, as in four-class (GCNet) or six-class (BALM) IEMOCAP.
 
     Args:
         predictions: Probabilities or logits, `(samples, classes)`, of which the largest wins (the first of
@@ -109,8 +109,8 @@ def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classe
         num_classes: Number of classes of the task.
 
     Returns:
-        "accuracy"; "f1_weighted" by the true class sizes; "f1_macro", the plain mean over the classes that occur in
-        labels or predictions; "recall_macro", the mean over the classes that occur in the labels (UA).
+        "accuracy"; "f1_weighted" by the true class sizes; "f1_macro", the plain mean over the classes that
+        occur in labels or predictions; "recall_macro", the mean over the classes that occur in labels (UA).
 
     Raises:
         ValueError: Arrays that are empty, of different lengths, of another shape or not finite; an index

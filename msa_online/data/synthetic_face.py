@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real face made to smile, frown and speak: the picture half of the synthetic corpus.
+
+The portrait of an astronaut that scikit-image carries (NASA, public domain) is bent by a smooth displacement
+field: named points of the face, measured once with the MediaPipe Face Landmarker and written down below,
+move by known amounts between a frown, a neutral face, a smile and an open mouth; a thin-plate spline spreads
+each point's movement over its surroundings and a ring of fixed points keeps the rest of the picture in place.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+FRAME_SIZE = 160  # pixels, square
+CROP_LEFT, CROP_TOP, CROP_SIZE = 140, 30, 168  # the window of the portrait that fills a frame
+FACELESS_TOP = 290  # a window from here down shows the suit only
+FACE_CENTRE = (223.0, 118.0)
+
+# Name: position in the portrait of the point on the left of the picture and, where there are two, of its
+# mirror image.
+POINTS = {
+    "mouth_corner": ((201.9, 139.2), (244.7, 140.6)),
+    "upper_lip_outer": ((207.5, 139.1), (239.3, 140.0)),
+    "upper_lip_inner": ((209.2, 140.8), (237.4, 141.7)),
+    "lower_lip_inner": ((209.2, 145.5), (236.5, 146.5)),
+    "lower_lip_outer": ((207.1, 147.8), (238.6, 149.1)),
+    "mid_upper_lip_outer": ((223.2, 140.5),),
+    "mid_upper_lip_inner": ((223.1, 143.2),),
+    "mid_lower_lip_inner": ((222.5, 150.0),),
+    "mid_lower_lip_outer": ((222.2, 155.5),),
+    "chin": ((220.6, 178.4),),
+    "chin_side": ((195.3, 163.0), (248.8, 166.0)),
+    "jaw": ((185.8, 149.1), (260.6, 153.2)),
+    "cheek": ((195.3, 125.9), (252.6, 129.0)),
+    "brow_inner": ((216.2, 94.8), (234.5, 95.2)),
+    "brow_middle": ((197.6, 86.7), (254.7, 89.1)),
+    "brow_outer": ((187.7, 90.8), (264.4, 94.5)),
+    "upper_lid": ((202.6, 97.9), (248.2, 100.1)),
+    "lower_lid": ((204.1, 104.3), (246.1, 106.6)),
+}
+FIXED_POINTS = (
+    *((223.0, 131.0), (223.0, 133.5), (210.1, 126.5), (236.9, 127.8), (224.0, 96.0)),  # nose
+    *((195.3, 100.7), (213.5, 103.7), (236.4, 104.9), (255.4, 103.8)),  # corners of the eyes
+    *((226.4, 70.2), (180.3, 109.5), (270.7, 114.3)),  # hairline and temples
+)
+
+# How far a point moves from where the portrait has it: pixels towards the middle of the face, pixels down.
+# The portrait itself smiles broadly, so a neutral face already needs its corners lowered and its lips closed.
+FROWN = {
+    "mouth_corner": (3.5, 8.0),
+    "upper_lip_outer": (2.2, 5.0),
+    "upper_lip_inner": (2.2, 4.7),
+    "lower_lip_inner": (2.2, 1.8),
+    "lower_lip_outer": (2.2, 1.8),
+    "mid_upper_lip_outer": (0.0, 0.3),
+    "mid_upper_lip_inner": (0.0, 0.3),
+    "mid_lower_lip_inner": (0.0, -5.2),
+    "mid_lower_lip_outer": (0.0, -3.0),
+    "chin": (0.0, -1.5),
+    "cheek": (0.7, 2.2),
+    "brow_inner": (1.8, 3.2),
+    "brow_middle": (0.5, 1.8),
+    "upper_lid": (0.0, 1.0),
+}
+NEUTRAL = {
+    "mouth_corner": (1.8, 3.6),
+    "upper_lip_outer": (1.1, 2.5),
+    "upper_lip_inner": (1.1, 2.4),
+    "lower_lip_inner": (1.1, 0.4),
+    "lower_lip_outer": (1.1, 0.0),
+    "mid_upper_lip_outer": (0.0, 0.8),
+    "mid_upper_lip_inner": (0.0, 0.8),
+    "mid_lower_lip_inner": (0.0, -3.6),
+    "mid_lower_lip_outer": (0.0, -2.3),
+    "chin": (0.0, -0.8),
+    "cheek": (0.4, 1.1),
+}
+SMILE = {
+    "mouth_corner": (-2.5, -2.5),
+    "upper_lip_outer": (-1.5, -1.5),
+    "upper_lip_inner": (-1.5, -1.5),
+    "lower_lip_inner": (-1.0, 0.0),
+    "lower_lip_outer": (-1.0, 0.0),
+    "mid_lower_lip_inner": (0.0, 1.0),
+    "mid_lower_lip_outer": (0.0, 0.5),
+    "cheek": (-0.5, -1.5),
+    "brow_inner": (0.0, -2.0),
+    "brow_middle": (0.0, -2.5),
+    "brow_outer": (0.0, -1.0),
+    "lower_lid": (0.0, -1.2),
+}
+OPEN_MOUTH = {
+    "mouth_corner": (1.2, 1.0),
+    "lower_lip_inner": (0.4, 3.4),
+    "lower_lip_outer": (0.4, 3.4),
+    "mid_lower_lip_inner": (0.0, 4.2),
+    "mid_lower_lip_outer": (0.0, 4.2),
+    "chin": (0.0, 3.5),
+    "chin_side": (0.0, 1.8),
+    "cheek": (0.0, 0.5),
+}
+WIDE_JAW = {"jaw": (-1.0, 0.0), "chin_side": (-0.7, 0.0)}  # one unit of each tells speakers apart
+LONG_CHIN = {"chin": (0.0, 1.0), "chin_side": (0.0, 0.5)}
+HIGH_BROWS = {"brow_inner": (0.0, -1.0), "brow_middle": (0.0, -1.0), "brow_outer": (0.0, -1.0)}
+MOVEMENTS = (FROWN, NEUTRAL, SMILE, OPEN_MOUTH, WIDE_JAW, LONG_CHIN, HIGH_BROWS)
+
+# Outline of the teeth in the portrait; darkened while the mouth is open, since stretched teeth look like a
+# mask.
+TEETH = ((205, 141.5), (209.2, 142.5), (216, 145), (222.5, 146.2), (229, 145.6), (237, 143), (242, 142))
+TEETH += ((236.5, 146.5), (228, 149.7), (222.5, 150), (217, 149.2), (209.2, 145.5))
+MOUTH_COLOUR = (70, 28, 28)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What makes one speaker's pictures differ from another's, whatever the expression.
+
+    Attributes:
+        mirrored: Whether left and right are exchanged.
+        zoom: Size of the face relative to the frame, about 1.
+        colour: Factors on red, green and blue, about 1.
+        contrast: Exponent on the brightness in [0, 1], about 1.
+        jaw: Pixels by which each side of the jaw stands out.
+        chin: Pixels by which the chin is lower.
+        brows: Pixels by which the brows are higher.
+    """
+
+    mirrored: bool
+    zoom: float
+    colour: tuple[float, float, float]
+    contrast: float
+    jaw: float
+    chin: float
+    brows: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Look":
+        """A random speaker: lighting from dim to bright and from cool to warm, and a slightly different face."""
+        brightness, warmth = rng.uniform(0.8, 1.1), rng.uniform(-0.08, 0.08)
+        return cls(
+            mirrored=bool(rng.integers(2)),
+            zoom=float(rng.uniform(0.88, 1.12)),
+            colour=(brightness * (1 + warmth), brightness, brightness * (1 - warmth)),
+            contrast=float(rng.uniform(0.8, 1.3)),
+            jaw=float(rng.uniform(-2.5, 2.5)),
+            chin=float(rng.uniform(-2.5, 2.5)),
+            brows=float(rng.uniform(-0.8, 0.8)),
+        )
+
+
+@dataclass(frozen=True)
+class Pose:
+    """The state of the head in one frame: `angle` in radians, `shift` in pixels right and down, `scale` about 1."""
+
+    angle: float
+    shift: tuple[float, float]
+    scale: float
+
+
+def head_motion(frames: int, rng: np.random.Generator) -> list[Pose]:
+    """Slow swaying of a head, one pose a frame: random sines, independent of what is said and felt."""
+    phases = rng.uniform(0, 2 * np.pi, 4)
+    periods = rng.uniform(8, 20, 4)  # frames
+    amplitudes = rng.uniform(0.4, 1.0, 4) * (0.06, 5.0, 3.5, 0.03)
+    waves = amplitudes * np.sin(2 * np.pi * np.arange(frames)[:, None] / periods + phases)
+    return [Pose(angle, (right, down), 1 + growth) for angle, right, down, growth in waves.tolist()]
+
+
+class FaceRenderer:
+    """Draws the face with a wanted expression; build one and use it for all clips, also from several threads."""
+
+    def __init__(self) -> None:
+        from skimage.data import astronaut
+
+        self._portrait = astronaut()
+
+    def faceless(self, frames: int, rng: np.random.Generator) -> np.ndarray:
+        """A video that never shows the face, `(frames, 160, 160, 3)` uint8 RGB: the camera drifts over the suit."""
+        left = int(rng.integers(100, 240))
+        drift = rng.integers(-3, 4)
+        lefts = np.clip(left + drift * np.arange(frames), 0, self._portrait.shape[1] - FRAME_SIZE)
+        rows = slice(FACELESS_TOP, FACELESS_TOP + FRAME_SIZE)
+        return np.stack([self._portrait[rows, start : start + FRAME_SIZE] for start in lefts])
+
+    def draw(self, look: Look, pose: Pose, expression: float, openness: float) -> np.ndarray:
+        """One frame, `(160, 160, 3)` uint8 RGB.
+
+        Args:
+            look: The speaker.
+            pose: Where the head is.
+            expression: From -1, a frown, through 0, neutral, to 1, a broad smile.
+            openness: Of the mouth, from 0, at rest, to 1.
+        """
+        import cv2
+
+        frown, neutral, smile = max(-expression, 0), 1 - abs(expression), max(expression, 0)
+        weights = np.array([frown, neutral, smile, openness, look.jaw, look.chin, look.brows], np.float32)
+        field = np.tensordot(weights, self._fields, axes=1)
+        where = wanted = _source_positions(pose, look)
+        for _ in range(3):  # a point seen at `wanted` came from `where`: where + field(where) = wanted
+            moved = cv2.remap(
+                field, where[..., 0], where[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
+            where = wanted - moved
+        texture = (1 - openness) * self._texture + openness * self._speaking_texture
+        frame = cv2.remap(
+            texture, where[..., 0], where[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
+        )
+        frame = (frame.clip(0, 255) / 255) ** look.contrast * look.colour
+        return np.rint(frame.clip(0, 1) * 255).astype(np.uint8)
+
+    @cached_property
+    def _texture(self) -> np.ndarray:
+        """The portrait's window, `(168, 168, 3)` float32."""
+        rows, columns = slice(CROP_TOP, CROP_TOP + CROP_SIZE), slice(CROP_LEFT, CROP_LEFT + CROP_SIZE)
+        return self._portrait[rows, columns].astype(np.float32)
+
+    @cached_property
+    def _speaking_texture(self) -> np.ndarray:
+        """The same window with the teeth painted dark."""
+        import cv2
+
+        outline = (np.array(TEETH) - (CROP_LEFT, CROP_TOP)) * 4  # drawn four times as large, for smooth edges
+        mask = np.zeros((CROP_SIZE * 4, CROP_SIZE * 4), np.float32)
+        cv2.fillPoly(mask, [np.rint(outline).astype(np.int32)], 1.0)
+        mask = cv2.resize(
+            cv2.GaussianBlur(mask, (0, 0), 3), (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA
+        )
+        mask = mask[..., None]
+        return self._texture * (1 - mask) + mask * np.array(MOUTH_COLOUR, np.float32)
+
+    @cached_property
+    def _fields(self) -> np.ndarray:
+        """Displacement of every pixel of the window for each of `MOVEMENTS`, `(movements, 168, 168, 2)` float32."""
+        from scipy.interpolate import RBFInterpolator
+
+        sources, targets = [], []
+        for name, pair in POINTS.items():
+            for point, side in zip(pair, (1, -1) if len(pair) == 2 else (0,), strict=True):
+                sources.append(point)
+                targets.append([(side * inward, down) for inward, down in _moves(name)])
+        border = np.linspace(0, CROP_SIZE, 5)
+        edges = [(x, y) for x in border for y in border if {x, y} & {0, CROP_SIZE}]
+        fixed = [*FIXED_POINTS, *((CROP_LEFT + x, CROP_TOP + y) for x, y in edges)]
+        points = np.array([*sources, *fixed])
+        values = np.zeros((len(points), len(MOVEMENTS) * 2))
+        values[: len(sources)] = np.array(targets).reshape(len(sources), -1)
+        columns, rows = np.meshgrid(np.arange(CROP_SIZE) + CROP_LEFT, np.arange(CROP_SIZE) + CROP_TOP)
+        grid = np.stack([columns.ravel(), rows.ravel()], axis=1)
+        fields = RBFInterpolator(points, values, kernel="thin_plate_spline")(grid.astype(float))
+        fields = fields.reshape(CROP_SIZE, CROP_SIZE, len(MOVEMENTS), 2)
+        return np.ascontiguousarray(fields.transpose(2, 0, 1, 3), np.float32)
+
+
+def _moves(name: str) -> list[tuple[float, float]]:
+    return [movement.get(name, (0.0, 0.0)) for movement in MOVEMENTS]
+
+
+def _source_positions(pose: Pose, look: Look) -> np.ndarray:
+    """Where in the window every pixel of the frame looks, before any expression: `(160, 160, 2)` float32, x first."""
+    rows, columns = np.mgrid[:FRAME_SIZE, :FRAME_SIZE].astype(np.float32) - FRAME_SIZE / 2
+    if look.mirrored:
+        columns = -columns
+    right, down = columns - pose.shift[0], rows - pose.shift[1]
+    zoom = CROP_SIZE / FRAME_SIZE / (look.zoom * pose.scale)
+    cos, sin = np.cos(pose.angle) * zoom, np.sin(pose.angle) * zoom
+    x = cos * right + sin * down + FACE_CENTRE[0] - CROP_LEFT
+    y = -sin * right + cos * down + FACE_CENTRE[1] - CROP_TOP
+    return np.stack([x, y], axis=-1).astype(np.float32)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speech whose tone, not whose words, carries a sentiment: the sound half of the synthetic corpus.
+
+espeak-ng speaks sentences that judge nothing. Its synthesiser keeps hidden state from one utterance to the
+next, so the same words would sound different depending on what was rendered before. Each utterance is
+therefore spoken by a short process of its own: this very file, run as a script with the standard library
+alone, text and settings in, samples out.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VOICE_RATE = 22_050  # samples per second that espeak-ng produces
+MALE_VOICES = ("en-us", "en-us+m1", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m7", "en-us+Andy", "en-us+Gene")
+FEMALE_VOICES = ("en-us+f1", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+f5", "en-us+Annie", "en-us+linda", "en-us+steph")
+VOICES = tuple(voice for pair in zip(MALE_VOICES, FEMALE_VOICES, strict=True) for voice in pair)
+
+CARRIERS = (
+    "the meeting was moved to the second floor of the other building",
+    "they put the boxes on the table next to the window",
+    "the number on the door is written above the handle",
+    "we take the bus at ten past eight from the station",
+    "the report has four pages and a table at the end",
+    "she keeps the keys in the drawer under the printer",
+    "the road goes along the river and turns left at the bridge",
+    "the paper comes in sheets of two different sizes",
+)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How something is said, in espeak-ng's units: `pitch` and `pitch_range` 0 to 100, `words_per_minute` 80 to 450."""
+
+    voice: str
+    pitch: int
+    pitch_range: int
+    words_per_minute: int
+
+
+def prosody(cue: float, voice: str, pitch_offset: float) -> tuple[Speech, float]:
+    """The speech and the gain (a factor) of a sentiment: higher, livelier, faster and louder the happier.
+
+    Args:
+        cue: Sentiment in [-3, 3].
+        voice: One of `VOICES`.
+        pitch_offset: How much higher than the voice's own pitch this speaker talks, a few units.
+    """
+    speech = Speech(
+        voice=voice,
+        pitch=round(48 + 11 * cue + pitch_offset),
+        pitch_range=round(50 + 14 * cue),
+        words_per_minute=round(165 * (1 + 0.09 * cue)),
+    )
+    return speech, 10 ** (2.0 * cue / 20)
+
+
+def speak(words: str, speech: Speech) -> "np.ndarray":
+    """Synthesise `words` as a waveform, `(samples,)` float32 in [-1, 1] at `VOICE_RATE`; the same on every call.
+
+    Raises:
+        RuntimeError: espeak-ng failed, with what it said.
+    """
+    import espeakng_loader
+    import numpy as np
+
+    request = {
+        "library": espeakng_loader.get_library_path(),
+        "data": espeakng_loader.get_data_path(),
+        "voice": speech.voice,
+        "parameters": {1: speech.words_per_minute, 3: speech.pitch, 4: speech.pitch_range},  # espeak_PARAMETER
+        "words": words,
+    }
+    script = [sys.executable, "-I", "-S", __file__]
+    done = subprocess.run(script, input=json.dumps(request).encode(), capture_output=True, check=False)
+    if done.returncode != 0 or not done.stdout:
+        raise RuntimeError(f"espeak-ng could not speak {words!r} as {speech}: {done.stderr.decode().strip()}")
+    return np.frombuffer(done.stdout, np.int16).astype(np.float32) / 32768
+
+
+def _synthesise(library: str, data: str, voice: str, parameters: dict[str, int], words: str) -> bytes:
+    """Drive the C library: 16-bit samples at `VOICE_RATE`."""
+    espeak = ctypes.CDLL(library)
+    samples = array("h")
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(chunk: object, count: int, events: object) -> int:
+        if chunk and count > 0:
+            samples.extend(chunk[:count])
+        return 0  # go on
+
+    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: nothing is played, the callback runs before espeak_Synth returns
+    rate = espeak.espeak_Initialize(synchronous, 0, data.encode(), 0)
+    if rate != VOICE_RATE:
+        raise RuntimeError(f"espeak_Initialize returned {rate}, not {VOICE_RATE}")
+    espeak.espeak_SetSynthCallback(collect)
+    _require_ok(espeak.espeak_SetVoiceByName(voice.encode()), f"voice {voice}")
+    for number, value in parameters.items():
+        _require_ok(espeak.espeak_SetParameter(int(number), value, 0), f"parameter {number}={value}")
+    text = words.encode()
+    _require_ok(espeak.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None),
+    "espeak_Synth") return samples.tobytes()
+
+
+def _require_ok(status: int, what: str) -> None:
+    if status != 0:
+        raise RuntimeError(f"{what}: status {status}")
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(_synthesise(**json.load(sys.stdin)))

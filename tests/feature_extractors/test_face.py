@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faces are found, aligned to the template, and the same person is followed whatever came before."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from feature_extractors import BLENDSHAPE_NAMES, ExtractionSettings, FaceExtractor
+from feature_extractors.face import TEMPLATE, align, anchor_points
+
+
+@pytest.fixture(scope="module")
+def face_extractor():
+    with FaceExtractor() as extractor:
+        yield extractor
+
+
+def scene(*placed: tuple[np.ndarray, int, int, int], size: tuple[int, int] = (360, 640)) -> np.ndarray:
+    """A gray picture of a height and width with faces (image, side, x, y) on it."""
+    picture = np.full((*size, 3), 100, np.uint8)
+    for image, side, x, y in placed:
+        picture[y : y + side, x : x + side] = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+    return picture
+
+
+@pytest.mark.parametrize("angle", [-25, 0, 25])
+@pytest.mark.parametrize("scale", [0.8, 1.3])
+def test_eyes_and_mouth_lie_at_the_template_after_rotation_and_scaling(
+    face_extractor, face_image, angle, scale
+):
+    matrix = cv2.getRotationMatrix2D((80, 80), angle, scale)
+    matrix[:, 2] += 80
+    turned = cv2.warpAffine(face_image, matrix, (320, 320))
+    (face,) = face_extractor._detect(turned)
+    crop = align(turned, anchor_points(face.landmarks), 192)
+    (again,) = face_extractor._detect(crop)
+    np.testing.assert_allclose(anchor_points(again.landmarks) / 192, TEMPLATE, atol=0.035)
+
+
+def test_alignment_is_exact_for_points_that_can_be_matched():
+    frame = np.zeros((200, 300, 3), np.uint8)
+    angle = np.deg2rad(30)
+    turn = 120 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = (TEMPLATE - 0.5) @ turn.T + (150, 100)
+    for (x, y), color in zip(points, np.eye(3) * 255, strict=True):
+        cv2.circle(frame, (round(x), round(y)), 5, color.tolist(), -1)
+    crop = align(frame, points, 96).astype(float)
+    for (x, y), channel in zip(TEMPLATE * 96, range(3), strict=True):
+        rows, columns = np.nonzero(crop[..., channel] > 128)
+        assert columns.mean() == pytest.approx(x, abs=1) and rows.mean() == pytest.approx(y, abs=1)
+
+
+def test_shapes_types_and_ranges_and_zeros_where_nobody_is(face_extractor, face_image):
+    faces = face_extractor.extract(np.stack([face_image, np.zeros_like(face_image), face_image]))
+    assert faces.found.tolist() == [True, False, True]
+    assert faces.crops.shape == (3, 96, 96, 3) and faces.crops.dtype == np.uint8
+    assert faces.blendshapes.shape == (3, 52) and faces.blendshapes.dtype == np.float32
+    assert not faces.crops[1].any() and not faces.blendshapes[1].any()
+    assert faces.blendshapes.min() >= 0 and faces.blendshapes.max() <= 1
+    smile = BLENDSHAPE_NAMES.index("mouthSmileLeft")
+    assert faces.blendshapes[0, smile] > 0.3  # the astronaut smiles
+
+
+def test_no_frames_give_no_faces(face_extractor):
+    faces = face_extractor.extract(np.zeros((0, 0, 0, 3), np.uint8))
+    assert (
+        faces.crops.shape == (0, 96, 96, 3) and faces.blendshapes.shape == (0, 52) and len(faces.found) == 0
+    )
+
+
+def test_crop_size_follows_the_settings(face_image):
+    with FaceExtractor(ExtractionSettings(face_size=64)) as extractor:
+        assert extractor.extract(face_image[None]).crops.shape == (1, 64, 64, 3)
+
+
+def test_the_largest_face_is_chosen_and_followed_when_another_becomes_larger(face_extractor, face_image):
+    red = face_image // np.array([1, 4, 4], np.uint8)  # tints tell who is in the crop
+    blue = face_image // np.array([4, 4, 1], np.uint8)
+    small, large = 160, 240
+    frames = np.stack(
+        [
+            scene((red, large, 20, 50), (blue, small, 400, 90)),
+            scene((red, small, 50, 90), (blue, large, 380, 50)),
+            scene((red, small, 70, 90), (blue, large, 380, 50)),
+        ]
+    )
+    faces = face_extractor.extract(frames)
+    assert faces.found.all()
+    assert all(crop[..., 0].mean() > 1.5 * crop[..., 2].mean() for crop in faces.crops)
+
+
+def test_a_lost_track_goes_on_with_the_largest_face(face_extractor, face_image):
+    red = face_image // np.array([1, 4, 4], np.uint8)
+    blue = face_image // np.array([4, 4, 1], np.uint8)
+    faces = face_extractor.extract(np.stack([scene((red, 220, 20, 50)), scene((blue, 220, 400, 50))]))
+    assert faces.found.all() and faces.crops[1][..., 2].mean() > 1.5 * faces.crops[1][..., 0].mean()
+
+
+def test_features_do_not_depend_on_what_was_seen_before(face_extractor, face_image):
+    clip = np.stack([face_image, np.roll(face_image, 5, axis=1)])
+    other = np.stack([scene((face_image, 220, 20, 50)), scene((face_image, 220, 400, 50))])
+    first = face_extractor.extract(clip)
+    face_extractor.extract(other)
+    again = face_extractor.extract(clip)
+    np.testing.assert_array_equal(first.crops, again.crops)
+    np.testing.assert_array_equal(first.blendshapes, again.blendshapes)
+
+
+@pytest.mark.parametrize("x", [20, 270, 500])
+def test_a_small_face_in_a_wide_frame_is_found(face_extractor, face_image, x):
+    assert face_extractor.extract(scene((face_image, 128, x, 100))[None]).found.all()
+
+
+def test_loading_the_model_leaves_the_terminal_clean_but_own_errors_come_through(tmp_path):
+    fake = tmp_path / "fake.task"
+    fake.write_bytes(b"no model")
+    program = (
+        "import sys, numpy as np\nfrom feature_extractors import FaceExtractor\n"
+        "with FaceExtractor() as e: e.extract(np.zeros((1, 64, 64, 3), np.uint8))\n"
+        f"try: FaceExtractor(model_path={str(fake)!r})\nexcept ValueError as error: print(error, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith(f"{fake}: not a MediaPipe face landmark model")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import yaml
+
+from msa_online.training.arguments import ConfigurationError, StageArguments, parse_arguments, read_arguments
+
+MODEL = "model: {text_encoder: bert-base-uncased}\n"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function that writes a configuration file and reads it; the file is called run.yaml."""
+
+    def read_text(text: str, *changes: str):
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return read_arguments(tmp_path / "run.yaml", changes)
+
+    return read_text
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("modle: {}", "modle", "model"),
+        ("model: {hed: ebmc}", "model.hed", "head"),
+        ("model: {text_encodr: x}", "model.text_encodr", "text_encoder"),
+        ("training: {batchsize: 8}", "training.batchsize", "batch_size"),
+        ("data: {labels_range: [-1, 1]}", "data.labels_range", "label_range"),
+        ("training: {stages: [{name: a, epoch: 3}]}", "training.stages.epoch", "epochs"),
+    ],
+)
+def test_a_misspelt_key_is_refused_naming_the_file_and_the_nearest_key(read, text, key, nearest):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: unknown key '{key}'.*'{nearest}'"):
+        read(text)
+
+
+@pytest.mark.parametrize("key", ["text_config", "label_range", "trained_on", "num_labels"])
+def test_what_the_data_decide_cannot_be_set_as_part_of_the_model(read, key):
+    with pytest.raises(ConfigurationError, match=f"unknown key 'model.{key}'"):
+        read(f"model: {{text_encoder: x, {key}: 3}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "kind"),
+    [
+        ("training: {epochs: ten}", "training.epochs", "'ten'", "int"),
+        ("training: {epochs: 1.5}", "training.epochs", "1.5", "int"),
+        ("training: {epochs: true}", "training.epochs", "True", "int"),
+        ("training: {epochs: null}", "training.epochs", "None", "int"),
+        ("training: {patience: soon}", "training.patience", "'soon'", "int or null"),
+        ("training: {resume: 1}", "training.resume", "1", "bool"),
+        ("training: {learning_rate: fast}", "training.learning_rate", "'fast'", "float"),
+        ("training: {learning_rate: true}", "training.learning_rate", "True", "float"),
+        ("training: {modality_dropout: 0.3}", "training.modality_dropout", "0.3", "dict"),
+        ("training: {stages: [{name: a, epochs: x}]}", "training.stages.epochs", "'x'", "int"),
+        ("data: {path: 3}", "data.path", "3", "str"),
+        ("data: {label_range: 3}", "data.label_range", "3", ""),
+        ("data: {label_range: [1]}", "data.label_range", r"\[1\]", ""),
+        ("data: {label_range: [-1, high]}", "data.label_range", "'high'", "float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_naming_file_key_value_and_type(read, text, key, value, kind):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: {key} is {value}, but must be .*{kind}"):
+        read(MODEL + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("training: {stages: 3}", "training.stages is 3"),
+        ("training: {stages: {warmup: 3}}", "training.stages"),
+        ("training: {stages: [warmup]}", "training.stages.*'warmup'"),
+        ("training: {stages: [{name: warmup}]}", "training.stages.*epochs"),
+        ("training: {modality_dropout: {text: high}}", "training.modality_dropout.*'high'"),
+        ("model: {text_encoder: x, head: [late_fusion]}", "head.*late_fusion"),
+        ("data: 3", "data must be a section of keys, not 3"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_a_message_and_no_traceback(read, text, named):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: .*{named}"):
+        read(MODEL + text if "model" not in text else text)
+
+
+def test_numbers_are_taken_as_people_write_them(read):
+    arguments = read(MODEL + "training: {learning_rate: 1e-5, clip_norm: 2}\ndata: {label_range: [0, 1e1]}")
+    assert arguments.training.learning_rate == 1e-5  # YAML 1.1 takes 1e-5 for a string
+    assert arguments.training.clip_norm == 2.0 and isinstance(arguments.training.clip_norm, float)
+    assert arguments.data.label_range == (0.0, 10.0)
+
+
+def test_changes_on_the_command_line_win_over_the_file(read):
+    arguments = read(
+        MODEL + "training: {epochs: 3, modality_dropout: {text: 0.1}}",
+        "training.epochs=7",
+        "training.learning_rate=1e-4",
+        "training.modality_dropout.audio=0.2",
+        "model.head_kwargs.hidden_size=32",
+        "data.label_range=[0, 4]",
+        "data.path=clips/with=sign",
+        "training.log_with=null",
+    )
+    assert (arguments.training.epochs, arguments.training.learning_rate) == (7, 1e-4)
+    assert arguments.training.modality_dropout == {"text": 0.1, "audio": 0.2}
+    assert arguments.model == {"text_encoder": "bert-base-uncased", "head_kwargs": {"hidden_size": 32}}
+    assert arguments.data.label_range == (0.0, 4.0)
+    assert arguments.data.path == "clips/with=sign"
+    assert arguments.training.log_with is None
+
+
+def test_stages_can_be_given_in_the_file_and_on_the_command_line(read):
+    expected = [StageArguments("enhance", 5, 2), StageArguments("balance", 3)]
+    stages = "[{name: enhance, epochs: 5, patience: 2}, {name: balance, epochs: 3}]"
+    assert read(MODEL + f"training: {{stages: {stages}}}").training.stages == expected
+    assert read(MODEL, f"training.stages={stages}").training.stages == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("training", "'training' is no change: write key=value"),
+        ("training.epochs.x=2", "'training.epochs.x=2': 'epochs' holds a value"),
+        ("training.epoch=2", "unknown key 'training.epoch'.*'epochs'"),
+        ("training.epochs=many", "training.epochs is 'many'"),
+        ("training.stages=[", r"training\.stages=\["),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_named(read, change, named):
+    with pytest.raises(ConfigurationError, match=named):
+        read(MODEL + "training: {epochs: 3}", change)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
+@pytest.mark.parametrize("changes", [(), ("training.epochs=3",), ("epochs=3",)])
+def test_a_file_without_sections_is_refused(read, text, changes):
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: the file must be a section of keys"):
+        read(text, *changes)
+
+
+def test_an_empty_section_means_the_defaults(read):
+    assert read(MODEL + "training:\n").training.epochs == 10
+    assert read(MODEL + "training:\n", "training.epochs=2").training.epochs == 2
+
+
+@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe\x80\x81", b"\x80\x02binary", b"a: \x00"])
+def test_a_file_that_is_no_yaml_is_a_message_and_no_traceback(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="model.safetensors: not YAML"):
+        read_arguments(path)
+
+
+def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"none\.yaml: cannot read the configuration .No such file"):
+        read_arguments(tmp_path / "none.yaml")
+    with pytest.raises(ConfigurationError, match=f"{tmp_path.name}: cannot read the configuration"):
+        read_arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("training: {epochs: 0}", "training.epochs is 0"),
+        ("training: {batch_size: 0}", "training.batch_size is 0"),
+        ("training: {accumulation: -1}", "training.accumulation is -1"),
+        ("training: {learning_rate: 0}", "training.learning_rate is 0.0"),
+        ("training: {text_learning_rate: -1e-5}", "training.text_learning_rate is -1e-05"),
+        ("training: {clip_norm: 0}", "training.clip_norm is 0.0"),
+        ("training: {learning_rate: .nan}", "training.learning_rate is nan"),
+        ("training: {weight_decay: -1}", "training.weight_decay is -1"),
+        ("training: {patience: 0}", "training.patience is 0"),
+        ("training: {warmup: 1.5}", "training.warmup is 1.5"),
+        ("training: {warmup: -0.1}", "training.warmup is -0.1"),
+        ("training: {mixed_precision: fp8}", "training.mixed_precision is 'fp8': one of no, fp16, bf16"),
+        ("training: {resume: true, overwrite: true}", "exclude each other"),
+        ("training: {stages: [{name: a, epochs: 0}]}", "stage 'a' has 0 epochs"),
+        ("training: {modality_dropout: {sound: 0.1}}", "modality_dropout names 'sound': one of text, audio, vision"),
+        ("training: {modality_dropout: {audio: 1}}", "modality_dropout of audio is 1"),
+        ("training: {modality_dropout: {audio: -0.1}}", "modality_dropout of audio is -0.1"),
+        ("training: {output_dir: ''}", "training.output_dir"),
+        ("data: {task: sorting}", "data.task is 'sorting': regression or classification"),
+        ("data: {label_range: [3, -3]}", r"data.label_range is \[3.0, -3.0\]"),
+        ("data: {label_range: [.nan, 3]}", "data.label_range"),
+        ("data: {num_frames: 0}", "num_frames is 0"),
+        ("data: {face_size: 4}", "face_size is 4"),
+        ("data: {max_text_tokens: 0}", "data.max_text_tokens is 0"),
+        ("data: {max_audio_seconds: 0}", "data.max_audio_seconds is 0"),
+        ("data: {loader_workers: -1}", "data.loader_workers is -1"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_before_anything_is_loaded(read, text, named):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: .*{named}"):
+        read(MODEL + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("model: {text_encoder: x, head: nosuch}", "head"),
+        ("model: {text_encoder: x, calibrator: nosuch}", "calibrator"),
+        (MODEL + "training: {modulator: nosuch}", "modulator"),
+    ],
+)
+def test_an_unknown_method_is_refused_listing_the_known_ones(read, text, kind):
+    known = {"head": "late_fusion", "calibrator": "identity", "modulator": "identity"}[kind]
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: unknown {kind} 'nosuch'; known are .*{known}"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model: {text_encoder: x, head_kwargs: {hiden_size: 8}}", "hiden_size"),
+        (MODEL + "training: {modulator_kwargs: {strength: 8}}", "strength"),
+        ("model: {text_encoder: x, audio_width: wide}", "audio_width"),
+    ],
+)
+def test_keywords_no_method_takes_are_refused_before_hours_of_extraction(read, text, named):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: .*{named}"):
+        read(text)
+
+
+def test_a_run_needs_a_text_encoder_or_a_checkpoint_to_start_from(read):
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: model\.text_encoder is missing"):
+        read("data: {path: clips}")
+    assert read("training: {init_from: runs/first}").training.init_from == "runs/first"
+
+
+def test_the_record_of_a_run_configures_the_same_run(read):
+    arguments = read(
+        MODEL + "data: {label_range: [-1, 1], prepare_workers: 2}",
+        "training.stages=[{name: a, epochs: 2}, {name: b, epochs: 1, patience: 1}]",
+        "training.modality_dropout={text: 0.25}",
+    )
+    assert read(yaml.safe_dump(arguments.to_dict())) == arguments
+
+
+def test_the_task_decides_the_outputs_of_the_model():
+    document = {"model": {"text_encoder": "bert-base-uncased"}, "data": {"label_range": [0, 5]}}
+    regression = parse_arguments(document).model_config(())
+    assert (regression.num_labels, regression.label_range, regression.is_regression) == (1, [0.0, 5.0], True)
+
+    document["data"] = {"task": "classification"}
+    classification = parse_arguments(document).model_config(("angry", "happy", "sad"))
+    assert classification.id2label == {0: "angry", 1: "happy", 2: "sad"}
+    assert classification.label2id == {"angry": 0, "happy": 1, "sad": 2}
+    assert (classification.num_labels, classification.label_range) == (3, None)
+    assert parse_arguments(document).data.legal_range is None

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import AutoProcessor
+from transformers import logging as transformers_logging
+
+from msa_online import MSAModel
+from msa_online.training.arguments import ConfigurationError, RunArguments, parse_arguments
+from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.loop import Progress
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+def configured(path: Path, **training) -> RunArguments:
+    """A run in `path`, with some keys of its `training:` section."""
+    document = {"model": {"text_encoder": "bert-base-uncased"}, "training": {"output_dir": str(path), **training}}
+    return parse_arguments(document)
+
+
+class Run:
+    """A run reduced to what a state holds: a linear layer, its optimizer, and a registered count of steps."""
+
+    def __init__(self, path: Path) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        layer = torch.nn.Linear(2, 1)
+        self.layer, self.optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
+        self.progress = Progress()
+        accelerator.register_for_checkpointing(self.progress)
+        self.folder = RunFolder(path, accelerator)
+
+    def train(self) -> None:
+        """One step on random data."""
+        self.layer(torch.randn(8, 2)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+
+    @property
+    def weights(self) -> list[float]:
+        return self.layer.weight.flatten().tolist()
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+@pytest.fixture
+def begun(path) -> Run:
+    """A run that has finished one epoch: its folder holds a state."""
+    run = Run(path)
+    run.folder.open(configured(path))
+    run.train()
+    run.folder.save_state()
+    return run
+
+
+def test_a_run_records_how_it_was_configured(path):
+    Run(path).folder.open(configured(path, epochs=3))
+    text = (path / "run.yaml").read_text()
+    assert "epochs: 3" in text and "text_encoder: bert-base-uncased" in text
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(begun, path):
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigurationError, match="holds an earlier run.*training.resume=true.*training.overwrite=true"):
+        Run(path).folder.open(configured(path))
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_overwrite_begins_with_an_empty_folder(begun, path):
+    (path / "model.safetensors").write_text("of the earlier run")
+    Run(path).folder.open(configured(path, overwrite=True, epochs=7))
+    assert [file.name for file in path.iterdir()] == ["run.yaml"]
+    assert "epochs: 7" in (path / "run.yaml").read_text()
+
+
+def test_overwrite_never_deletes_what_the_run_did_not_write(path):
+    path.mkdir(parents=True)
+    (path / "interview.mp4").write_text("the only copy")
+    try:
+        Run(path).folder.open(configured(path))
+        Run(path).folder.open(configured(path, overwrite=True))
+    except ConfigurationError as error:
+        assert str(path) in str(error)
+    assert (path / "interview.mp4").read_text() == "the only copy"
+
+
+def test_resuming_where_no_epoch_was_finished_is_refused(path):
+    with pytest.raises(ConfigurationError, match=f"{path.name}: nothing to resume"):
+        Run(path).folder.open(configured(path, resume=True))
+    Run(path).folder.open(configured(path))  # started, and stopped in its first epoch
+    with pytest.raises(ConfigurationError, match="nothing to resume"):
+        Run(path).folder.open(configured(path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 99}, "started with training.epochs=10, not 99"),
+        ({"learning_rate": 0.5}, "started with training.learning_rate=0.001, not 0.5"),
+        ({"modality_dropout": {"text": 0.5}}, r"training.modality_dropout=\{\}, not \{'text': 0.5\}"),
+        ({"stages": [{"name": "a", "epochs": 1}]}, "training.stages=None, not"),
+    ],
+)
+def test_resuming_under_another_configuration_names_what_changed(begun, path, change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Run(path).folder.open(configured(path, resume=True, **change))
+
+
+def test_a_key_given_up_since_the_start_counts_as_a_change(begun, path):
+    started = path / "run.yaml"
+    started.write_text(started.read_text().replace("bert-base-uncased", "bert-base-uncased\n  head: ebmc"))
+    with pytest.raises(ConfigurationError, match="started with model.head='ebmc', not None"):
+        Run(path).folder.open(configured(path, resume=True))
+
+
+@pytest.mark.parametrize("section", ["data", "training"])
+def test_resuming_may_change_what_does_not_touch_the_result(begun, path, section):
+    arguments = configured(path, resume=True, log_with=None)
+    if section == "data":  # the number of processes that read: another machine has other cores
+        document = arguments.to_dict()
+        document["data"] |= {"prepare_workers": 3, "loader_workers": 2}
+        arguments = parse_arguments(document)
+    Run(path).folder.open(arguments)
+
+
+def test_a_resumed_run_lands_where_an_uninterrupted_one_does(begun, path):
+    begun.train()
+    expected = begun.weights
+
+    resumed = Run(path)
+    resumed.folder.open(configured(path, resume=True))
+    resumed.folder.load_state()
+    assert resumed.progress.step == 1
+    resumed.train()  # draws the same data: the random numbers were resumed as well
+    assert resumed.weights == expected
+
+
+def test_saving_leaves_one_state_and_nothing_else(begun, path):
+    begun.train()
+    begun.folder.save_state()
+    assert sorted(file.name for file in path.iterdir()) == ["run.yaml", "state"]
+
+
+@pytest.mark.parametrize("stopped", ["while the new state is written", "between the renames", "before tidying up"])
+def test_a_stop_while_saving_costs_one_epoch_at_most(begun, path, stopped):
+    first = begun.weights
+    if stopped == "while the new state is written":
+        (path / "state.new").mkdir()
+        (path / "state.new" / "model.safetensors").write_text("half")
+    elif stopped == "between the renames":
+        shutil.copytree(path / "state", path / "state.new")
+        (path / "state").rename(path / "state.old")
+    else:
+        (path / "state.old").mkdir()
+        (path / "state.old" / "model.safetensors").write_text("older")
+    resumed = Run(path)
+    resumed.folder.open(configured(path, resume=True))
+    resumed.folder.load_state()
+    assert resumed.weights == first
+    resumed.train()
+    resumed.folder.save_state()
+    assert sorted(file.name for file in path.iterdir()) == ["run.yaml", "state"]
+    again = Run(path)
+    again.folder.load_state()
+    assert again.weights == resumed.weights
+
+
+def test_two_stops_in_a_row_while_saving_cost_no_more_than_one(begun, path, monkeypatch):
+    (path / "state").rename(path / "state.old")  # the first stop came between the renames
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    begun.train()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", stop)
+        begun.folder.save_state()
+    Run(path).folder.open(configured(path, resume=True))  # there still is a whole state
+    Run(path).folder.load_state()
+
+
+def test_a_finished_run_keeps_no_state(begun, path):
+    begun.folder.forget_state()
+    assert [file.name for file in path.iterdir()] == ["run.yaml"]
+
+
+def test_a_published_folder_is_a_checkpoint_as_it_is(begun, path, tiny_model, tiny_processor):
+    begun.folder.publish(tiny_model, tiny_processor)
+    with torch.no_grad():
+        tiny_model.head.classifier.bias += 1.0
+    begun.folder.publish(tiny_model, tiny_processor)  # a better epoch replaces it
+    assert not (path / "publish.new").exists() and (path / "state").is_dir()
+    weights = MSAModel.from_pretrained(path).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in tiny_model.state_dict().items())
+    assert AutoProcessor.from_pretrained(path).extraction == tiny_processor.extraction
+
+
+def test_a_stop_while_publishing_is_made_good_by_the_next(begun, path, tiny_model, tiny_processor):
+    (path / "publish.new").mkdir()
+    (path / "publish.new" / "model.safetensors").write_text("half")
+    begun.folder.publish(tiny_model, tiny_processor)
+    assert not (path / "publish.new").exists()
+    MSAModel.from_pretrained(path)
+
+
+def test_history_is_json_that_grows_with_the_run(begun, path):
+    begun.folder.write_history([{"epoch": 1}])
+    begun.folder.write_history([{"epoch": 1}, {"epoch": 2}])
+    assert json.loads((path / "history.json").read_text()) == [{"epoch": 1}, {"epoch": 2}]
+    assert not list(path.glob("*.new"))
+
+
+def test_too_little_disk_is_said_before_training(path, tiny_model, monkeypatch):
+    size = sum(value.numel() for value in tiny_model.state_dict().values()) * 4
+    # weights twice while one checkpoint replaces another, and twice a state of weights and two moments
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=8 * size))
+    require_space(path, tiny_model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=8 * size - 1))
+    with pytest.raises(ConfigurationError, match=f"{path.name}: checkpoints need about .* GB free; give another"):
+        require_space(path, tiny_model)
+
+
+def test_a_resumed_run_needs_no_room_for_what_it_has_written_already(begun, path, tiny_model, monkeypatch):
+    size = sum(value.numel() for value in tiny_model.state_dict().values()) * 4
+    with open(path / "state" / "optimizer.bin", "wb") as file:
+        file.truncate(3 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=5 * size))
+    require_space(path, tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers_logging.set_verbosity_error()
