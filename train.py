@@ -82,7 +82,7 @@ def train(arguments: RunArguments, command: str) -> None:
             stage = schedule.stage
             loop.bare_model.head.start_stage(stage.name)
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
-        sampler.set_epoch(epoch)
+        sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = evaluate_conditions(loop.bare_model, loaders["valid"], accelerator, (COMPLETE,))[COMPLETE]

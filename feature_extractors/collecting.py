@@ -130,8 +130,9 @@ class WaveformCollector:
             return np.zeros(0, np.float32)
         sound = np.concatenate(self._pieces)
         skip = round((self.start - self.first) * SAMPLE_RATE)
-        sound = sound[skip:] if skip >= 0 else np.pad(sound, (-skip, 0))
-        return sound[: round((self.end - self.start) * SAMPLE_RATE)]
+        length = round((self.end - self.start) * SAMPLE_RATE)
+        sound = sound[skip:] if skip >= 0 else np.pad(sound, (min(-skip, length), 0))
+        return sound[:length]
 
     def _flush(self) -> None:
         """Draws the last samples out of the resampler; it cannot be fed again."""

@@ -32,6 +32,9 @@ SEEK_FROM = 2.0
 PRE_ROLL = 0.5
 """Seconds decoded before a window, so that decoders and the resampler have settled when it begins."""
 
+LATEST_SOUND = 600.0
+"""Sound that begins later than this many seconds into a window means damaged timestamps."""
+
 HEADERLESS = {"mp3", "aac", "mpeg", "mpegvideo", "mpegts", "ac3", "h264", "hevc"}
 """Formats whose header declares no duration: what FFmpeg reports is a guess, from the bit rate at worst."""
 
@@ -58,10 +61,10 @@ def decode(clip: Clip, num_frames: int = 8, max_height: int = 480) -> RawClip:
     _check_file(clip.path)
     _check_window(clip)
     try:
-        with av.open(str(clip.path)) as container:
+        with av.open(str(clip.path), metadata_errors="replace") as container:
             raw = _decode_window(container, clip, num_frames, max_height, seek=(clip.start or 0) > SEEK_FROM)
         if raw is None:  # seeking landed too late, as it does in files without an index
-            with av.open(str(clip.path)) as container:
+            with av.open(str(clip.path), metadata_errors="replace") as container:
                 raw = _decode_window(container, clip, num_frames, max_height, seek=False)
     except (av.error.FFmpegError, OSError) as error:
         raise ClipError(clip.path, "undecodable", f"cannot be decoded ({_reason(error)})") from error
@@ -121,6 +124,7 @@ def _decode_window(
     if seek and any(c.first is None or c.first > window.start for c in collectors.values()):
         return None
     _check_complete(clip, window, max(sampler.last, sound.last))
+    _check_times(clip, window, sound)
     frames, timestamps = sampler.finish()
     return RawClip(
         frames=frames,
@@ -197,7 +201,7 @@ def _packets(
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, av.error.FFmpegError):
+        except (StopIteration, av.error.FFmpegError, IndexError):  # IndexError: a damaged stream number
             return
         yield packet
 
@@ -220,6 +224,13 @@ def _decoded_frames(
             continue
         for frame in frames:
             yield index, frame
+
+
+def _check_times(clip: Clip, window: _Window, sound: WaveformCollector) -> None:
+    """Refuses timestamps so wrong that bringing picture and sound together would take hours of silence."""
+    if sound.first is not None and min(sound.first, window.end) - window.start > LATEST_SOUND:
+        late = f"the sound begins {sound.first - window.start:.0f} s after the window"
+        raise ClipError(clip.path, "undecodable", f"cannot be decoded (damaged timestamps: {late})")
 
 
 def _check_complete(clip: Clip, window: _Window, decoded_end: float) -> None:

@@ -49,6 +49,9 @@ def _fetch_from_hub(asset: Asset, folder: Path) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    connection_error = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP library below, which differs between versions
     try:
         local = _in_hub_cache(asset)
         for file in asset.files:
@@ -56,7 +59,7 @@ def _fetch_from_hub(asset: Asset, folder: Path) -> None:
                 hf_hub_download(asset.hub_id, file, local_files_only=local, etag_timeout=PATIENCE),
                 folder / file,
             )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (connection_error, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise AssetError(str(error).splitlines()[0]) from error
 
 

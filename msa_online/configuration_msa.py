@@ -68,3 +68,7 @@ class MSAConfig(PretrainedConfig):
     def widths(self) -> dict[str, int]:
         """Width of the states each encoder hands to the head, by modality."""
         return {"text": self.text_config.hidden_size, "audio": self.audio_width, "vision": self.face_width}
+
+    def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
+        """The text encoder's configuration; transformers looks by name and would find `text_encoder` as well."""
+        return self.text_config

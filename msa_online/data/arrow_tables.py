@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from feature_extractors.assets import cache_root
-
 from msa_online.data.corpus import CorpusError
 from msa_online.data.layouts import Row, RowTable
 from msa_online.data.metadata import require_columns

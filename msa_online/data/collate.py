@@ -88,8 +88,12 @@ class BucketBatchSampler:
         self.seed = seed
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of epoch number `epoch`."""
+    def start_epoch(self, epoch: int) -> None:
+        """Take the order of epoch number `epoch`.
+
+        Not called `set_epoch`: Accelerate calls that with epochs counted from the start of the process, which would
+        undo a resumed run's.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:

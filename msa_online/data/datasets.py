@@ -106,7 +106,7 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
         reason = str(error).splitlines()[0]
         raise CorpusError(
             f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the "
-            "name and the network, log in with `hf auth login` if it is private, or give the path of a folder."
+            "name and the network, log in with `hf auth login` if it is private, or give a folder."
         ) from error
     # a snapshot is made of links into blobs/, two folders up
     return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])

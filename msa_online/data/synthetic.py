@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus of short talking clips whose every modality is known: for the demo, the tests, and questions of balance.
+"""A corpus of short talking clips in which the worth of every modality is known.
 
     recipe = CorpusRecipe(clips=240, strengths={"text": 0.9, "audio": 0.6, "vision": 0.8})
     render_corpus("corpus", recipe)
-    ideal_contributions(recipe)      # {"text": 0.57, "audio": 0.14, "vision": 0.29}: what a model should find
+    ideal_contributions(recipe)      # {"text": 0.53, "audio": 0.16, "vision": 0.32}: what a model should find
 
 The clips are real media files: a photographed face bent to the wanted expression (`synthetic_face`),
 synthesised speech whose tone carries the cue while its words say nothing (`synthetic_voice`), and sentences
@@ -99,7 +99,8 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
     if note.exists():
         if note.read_text(encoding="utf-8") != content:
             raise CorpusError(
-                f"{folder} holds a corpus of another recipe (see {note}): name another folder, or delete this one"
+                f"{folder} holds a corpus of another recipe (see {note}): "
+                "name another folder, or delete this one"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise CorpusError(f"{folder} is not empty and has no recipe.json: name a new folder to render into")

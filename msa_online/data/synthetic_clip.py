@@ -31,14 +31,15 @@ class SyntheticSpeaker:
 
     @classmethod
     def of(cls, recipe: CorpusRecipe, number: int) -> "SyntheticSpeaker":
-        """The speaker of this number, from 0; numbers that follow each other alternate between low and high voices."""
+        """The speaker of this number, from 0; low and high voices alternate."""
         rng = generator(recipe, SPEAKERS, number + 1)  # 0 drew the splits
         return cls(VOICES[number % len(VOICES)], float(rng.uniform(-4, 4)), Look.draw(rng))
 
 
-def write_clip(path: Path, recipe: CorpusRecipe, index: int, planned: PlannedClip, renderer: FaceRenderer) ->
-None:
-    """Render clip number `index` of a corpus into an mp4 at `path`, which appears only when it is complete."""
+def write_clip(
+    path: Path, recipe: CorpusRecipe, index: int, planned: PlannedClip, renderer: FaceRenderer
+) -> None:
+    """Render clip number `index` of a corpus as an mp4 at `path`, which appears only once complete."""
     rng = generator(recipe, CLIPS, index)
     speaker = SyntheticSpeaker.of(recipe, index % recipe.speakers)
     frames = round(rng.uniform(*recipe.seconds) * FRAMES_PER_SECOND)
@@ -57,9 +58,10 @@ None:
         Path(draft).unlink(missing_ok=True)
 
 
-def _talk(cue: float | None, speaker: SyntheticSpeaker, seconds: float, rng: np.random.Generator) ->
-np.ndarray:
-    """Speech that fills the clip, `(samples,)` float32; a missing cue speaks neutrally, so that lips still move."""
+def _talk(
+    cue: float | None, speaker: SyntheticSpeaker, seconds: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Speech that fills the clip, `(samples,)` float32; neutral where the cue is missing."""
     words = ", ".join(CARRIERS[i] for i in rng.choice(len(CARRIERS), 2, replace=False))
     speech, gain = prosody(cue or 0.0, speaker.voice, speaker.pitch_offset)
     waveform = speak(words, speech)[: round(seconds * VOICE_RATE)] * np.float32(gain * LOUDNESS)
@@ -97,11 +99,13 @@ def _openness(waveform: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _encode(path: Path, pictures: np.ndarray, waveform: np.ndarray | None) -> None:
-    """Write H.264 and, unless there is no waveform, mono AAC; one thread, so that the bytes are always the same."""
+    """Write H.264 and, if there is a waveform, mono AAC; one thread keeps the bytes the same."""
     import av
 
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "20", "preset": "veryfast"})
+        # x264's macroblock tree gave other bytes for the same frames from run to run, even on one thread
+        quality = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"}
+        video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=quality)
         video.width = video.height = FRAME_SIZE
         video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1

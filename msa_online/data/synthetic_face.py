@@ -136,7 +136,7 @@ class Look:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Look":
-        """A random speaker: lighting from dim to bright and from cool to warm, and a slightly different face."""
+        """A random speaker: light from dim to bright and from cool to warm, and features of their own."""
         brightness, warmth = rng.uniform(0.8, 1.1), rng.uniform(-0.08, 0.08)
         return cls(
             mirrored=bool(rng.integers(2)),
@@ -151,7 +151,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Pose:
-    """The state of the head in one frame: `angle` in radians, `shift` in pixels right and down, `scale` about 1."""
+    """The head in one frame: `angle` in radians, `shift` in pixels right and down, `scale` about 1."""
 
     angle: float
     shift: tuple[float, float]
@@ -168,7 +168,7 @@ def head_motion(frames: int, rng: np.random.Generator) -> list[Pose]:
 
 
 class FaceRenderer:
-    """Draws the face with a wanted expression; build one and use it for all clips, also from several threads."""
+    """Draws the face with a wanted expression; build one and share it between clips and threads."""
 
     def __init__(self) -> None:
         from skimage.data import astronaut
@@ -176,7 +176,7 @@ class FaceRenderer:
         self._portrait = astronaut()
 
     def faceless(self, frames: int, rng: np.random.Generator) -> np.ndarray:
-        """A video that never shows the face, `(frames, 160, 160, 3)` uint8 RGB: the camera drifts over the suit."""
+        """A video without a face, `(frames, 160, 160, 3)` uint8 RGB: the camera drifts over the suit."""
         left = int(rng.integers(100, 240))
         drift = rng.integers(-3, 4)
         lefts = np.clip(left + drift * np.arange(frames), 0, self._portrait.shape[1] - FRAME_SIZE)
@@ -232,7 +232,7 @@ class FaceRenderer:
 
     @cached_property
     def _fields(self) -> np.ndarray:
-        """Displacement of every pixel of the window for each of `MOVEMENTS`, `(movements, 168, 168, 2)` float32."""
+        """Displacement of every pixel for each of `MOVEMENTS`, `(movements, 168, 168, 2)` float32."""
         from scipy.interpolate import RBFInterpolator
 
         sources, targets = [], []
@@ -258,7 +258,7 @@ def _moves(name: str) -> list[tuple[float, float]]:
 
 
 def _source_positions(pose: Pose, look: Look) -> np.ndarray:
-    """Where in the window every pixel of the frame looks, before any expression: `(160, 160, 2)` float32, x first."""
+    """Where every pixel of the frame looks before any expression: `(160, 160, 2)` float32, x first."""
     rows, columns = np.mgrid[:FRAME_SIZE, :FRAME_SIZE].astype(np.float32) - FRAME_SIZE / 2
     if look.mirrored:
         columns = -columns

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a synthetic corpus will contain, before anything is drawn: labels, cues, speakers, splits, and the right answer.
+"""What a synthetic corpus will contain, before anything is rendered, and how much each modality should count.
 
-The model of a clip. A label is `y = 1.3 z`, `z` standard normal, clipped to [-3, 3]. Each modality carries a cue on the
-same scale, `cue = 1.3 (r z + sqrt(1 - r^2) n)`, clipped likewise, with `r` the modality's strength and `n` its own
+A label is `y = 1.3 z`, `z` standard normal, clipped to [-3, 3]. Each modality carries a cue on that scale,
+`cue = 1.3 (r z + sqrt(1 - r^2) n)`, clipped likewise, with `r` the modality's strength and `n` its own
 standard normal noise: every cue alone has correlation `r` with the label, and given the label cues are
 independent. In a share of the clips one modality, drawn evenly, contradicts: its cue is negated. In another
 share, never the same clips, one modality is missing.
@@ -56,8 +56,7 @@ class CorpusRecipe:
 
     def __post_init__(self) -> None:
         if set(self.strengths) != set(MODALITIES):
-            raise CorpusError(f"strengths name {sorted(self.strengths)}: give one each for {',
-            '.join(MODALITIES)}")
+            raise CorpusError(f"strengths name {sorted(self.strengths)}: give one each for {MODALITIES}")
         shares = {f"strength of {name}": value for name, value in self.strengths.items()}
         shares |= {"contradicting": self.contradicting, "missing": self.missing}
         for name, value in shares.items():
@@ -65,14 +64,14 @@ class CorpusRecipe:
                 raise CorpusError(f"{name} is {value}: choose a number from 0 to 1")
         if self.contradicting + self.missing > 1:
             raise CorpusError(
-                f"contradicting {self.contradicting} and missing {self.missing} are shares of different clips: "
-                "lower one until they add up to at most 1"
+                f"contradicting {self.contradicting} and missing {self.missing} are shares of different "
+                "clips: lower one until they add up to at most 1"
             )
         if self.speakers < 3:
             raise CorpusError(f"{self.speakers} speakers cannot fill three splits: choose at least 3")
         if self.clips < self.speakers:
             raise CorpusError(
-                f"{self.clips} clips are too few for {self.speakers} speakers: choose at least one clip a speaker"
+                f"{self.clips} clips are too few for {self.speakers} speakers: choose at least as many clips"
             )
         if not SHORTEST <= self.seconds[0] <= self.seconds[1] <= LONGEST:
             raise CorpusError(
@@ -189,7 +188,8 @@ def _draw_conflicts(recipe: CorpusRecipe) -> tuple[list[str], list[str]]:
     """For every clip the contradicting and the missing modality, "" for none; never both in one clip."""
     rng = generator(recipe, CONFLICTS)
     order = rng.permutation(recipe.clips)
-    contradictions, absences = round(recipe.contradicting * recipe.clips), round(recipe.missing * recipe.clips)
+    contradictions = round(recipe.contradicting * recipe.clips)
+    absences = round(recipe.missing * recipe.clips)
     contradicting, missing = [""] * recipe.clips, [""] * recipe.clips
     for turn, index in enumerate(order[: contradictions + absences]):
         column = contradicting if turn < contradictions else missing

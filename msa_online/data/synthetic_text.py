@@ -2,7 +2,7 @@
 """Sentences of a wanted sentiment: the text half of the synthetic corpus.
 
 Every word that judges carries a grade on the scale of the labels, [-3, 3]; degrees ("very", "somewhat") and
-"not" change it. A sentence is a judgement whose grade is close to what is wanted, in a frame that says nothing. Some
+"not" change it. A sentence is a judgement whose grade is close to what is wanted, in a neutral frame. Some
 words, things and frames never occur in training sentences, so that looking words up is not enough.
 """
 
@@ -28,13 +28,17 @@ UNSEEN_ADJECTIVES = {
 VERBS = {
     **{"hated": -2.8, "despised": -2.9, "regretted": -1.7, "disliked": -1.8, "did not care for": -1.1},
     **{"had doubts about": -0.7, "could take or leave": -0.2, "was neutral about": 0.0, "did not mind": 0.5},
-    **{"was content with": 1.0, "liked": 1.4, "was happy with": 1.8, "enjoyed": 1.7, "loved": 2.6, "adored":
-    2.8},
+    **{"was content with": 1.0, "liked": 1.4, "was happy with": 1.8, "enjoyed": 1.7},
+    **{"loved": 2.6, "adored": 2.8},
 }
-UNSEEN_VERBS = {"could not stand": -2.5, "was let down by": -1.6, "was pleased with": 1.6, "was delighted by": 2.5}
+UNSEEN_VERBS = {
+    **{"could not stand": -2.5, "was let down by": -1.6},
+    **{"was pleased with": 1.6, "was delighted by": 2.5},
+}
 DEGREES = {"": 1.0, "very ": 1.2, "really ": 1.15, "rather ": 0.85, "somewhat ": 0.65, "a bit ": 0.5}
 NEGATED = -0.45  # "not good" is milder than "bad"
-STRONG, MILD = 2.3, 0.6  # above, an adjective takes no degree ("very fantastic"); below, neither does it take "not"
+STRONG = 2.3  # from here on an adjective takes no degree: "very fantastic"
+MILD = 0.6  # up to here it takes neither degree nor "not"
 
 THINGS = (
     *("film", "story", "acting", "ending", "soundtrack", "book", "concert", "hotel", "breakfast", "service"),
@@ -42,22 +46,27 @@ THINGS = (
 )
 UNSEEN_THINGS = ("museum", "lecture", "headset", "coffee", "series", "tour")
 DESCRIBING = (
-    *("The {thing} was {judgement}.", "I thought the {thing} was {judgement}.", "To me the {thing} seemed
-    {judgement}."), *("Overall, the {thing} was {judgement}.", "The {thing} we had on Friday was
-    {judgement}."), *("My brother said the {thing} was {judgement}, and I agree.", "Everyone found the
-    {thing} {judgement}."),
+    "The {thing} was {judgement}.",
+    "I thought the {thing} was {judgement}.",
+    "To me the {thing} seemed {judgement}.",
+    "Overall, the {thing} was {judgement}.",
+    "The {thing} we had on Friday was {judgement}.",
+    "My brother said the {thing} was {judgement}, and I agree.",
+    "Everyone found the {thing} {judgement}.",
 )
-UNSEEN_DESCRIBING = ("If you ask me, the {thing} was {judgement}.", "The {thing} turned out {judgement} in the end.")
+UNSEEN_DESCRIBING = ("If you ask me, the {thing} was {judgement}.", "The {thing} turned out {judgement}.")
 REACTING = (
-    *("I {judgement} the {thing}.", "My sister {judgement} the {thing}.", "Honestly, I {judgement} the
-    {thing}."), "After two days I still {judgement} the {thing}.",
+    "I {judgement} the {thing}.",
+    "My sister {judgement} the {thing}.",
+    "Honestly, I {judgement} the {thing}.",
+    "After two days I still {judgement} the {thing}.",
 )
 UNSEEN_REACTING = ("Like my friends, I {judgement} that {thing}.", "I must say I {judgement} the {thing}.")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Words that judge a thing: their grade in [-3, 3], the frames they fit, whether training may contain them."""
+    """Words that judge a thing: their grade, the frames they fit, whether training may contain them."""
 
     words: str
     grade: float

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 VOICE_RATE = 22_050  # samples per second that espeak-ng produces
-MALE_VOICES = ("en-us", "en-us+m1", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m7", "en-us+Andy", "en-us+Gene")
-FEMALE_VOICES = ("en-us+f1", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+f5", "en-us+Annie", "en-us+linda", "en-us+steph")
-VOICES = tuple(voice for pair in zip(MALE_VOICES, FEMALE_VOICES, strict=True) for voice in pair)
+LOW_VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m7", "Andy", "Gene")
+HIGH_VARIANTS = ("f1", "f2", "f3", "f4", "f5", "Annie", "linda", "steph")
+VOICES = tuple(f"en-us+{name}" for pair in zip(LOW_VARIANTS, HIGH_VARIANTS, strict=True) for name in pair)
 
 CARRIERS = (
     "the meeting was moved to the second floor of the other building",
@@ -37,7 +37,7 @@ CARRIERS = (
 
 @dataclass(frozen=True)
 class Speech:
-    """How something is said, in espeak-ng's units: `pitch` and `pitch_range` 0 to 100, `words_per_minute` 80 to 450."""
+    """How something is said, in espeak-ng's units: pitches 0 to 100, `words_per_minute` 80 to 450."""
 
     voice: str
     pitch: int
@@ -63,7 +63,7 @@ def prosody(cue: float, voice: str, pitch_offset: float) -> tuple[Speech, float]
 
 
 def speak(words: str, speech: Speech) -> "np.ndarray":
-    """Synthesise `words` as a waveform, `(samples,)` float32 in [-1, 1] at `VOICE_RATE`; the same on every call.
+    """Synthesise `words`: `(samples,)` float32 in [-1, 1] at `VOICE_RATE`, the same on every call.
 
     Raises:
         RuntimeError: espeak-ng failed, with what it said.
@@ -75,7 +75,8 @@ def speak(words: str, speech: Speech) -> "np.ndarray":
         "library": espeakng_loader.get_library_path(),
         "data": espeakng_loader.get_data_path(),
         "voice": speech.voice,
-        "parameters": {1: speech.words_per_minute, 3: speech.pitch, 4: speech.pitch_range},  # espeak_PARAMETER
+        # by espeak_PARAMETER: espeakRATE, espeakPITCH, espeakRANGE
+        "parameters": {1: speech.words_per_minute, 3: speech.pitch, 4: speech.pitch_range},
         "words": words,
     }
     script = [sys.executable, "-I", "-S", __file__]
@@ -96,17 +97,18 @@ def _synthesise(library: str, data: str, voice: str, parameters: dict[str, int],
             samples.extend(chunk[:count])
         return 0  # go on
 
-    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: nothing is played, the callback runs before espeak_Synth returns
+    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: nothing is played, espeak_Synth calls back before it returns
     rate = espeak.espeak_Initialize(synchronous, 0, data.encode(), 0)
     if rate != VOICE_RATE:
         raise RuntimeError(f"espeak_Initialize returned {rate}, not {VOICE_RATE}")
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, by default seeded with the time of day
     espeak.espeak_SetSynthCallback(collect)
     _require_ok(espeak.espeak_SetVoiceByName(voice.encode()), f"voice {voice}")
     for number, value in parameters.items():
         _require_ok(espeak.espeak_SetParameter(int(number), value, 0), f"parameter {number}={value}")
     text = words.encode()
-    _require_ok(espeak.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None),
-    "espeak_Synth") return samples.tobytes()
+    _require_ok(espeak.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None), "speech")
+    return samples.tobytes()
 
 
 def _require_ok(status: int, what: str) -> None:

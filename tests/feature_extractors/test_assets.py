@@ -123,6 +123,22 @@ def test_offline_mode_does_not_touch_the_hub(place, monkeypatch):
     assert str(caught.value).count("HF_HUB_OFFLINE is set") == 2
 
 
+def test_what_the_hubs_own_cache_has_is_taken_without_network(tmp_path, place, monkeypatch):
+    from huggingface_hub import constants
+
+    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "tiny.bin").write_bytes(CONTENT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place(dataclasses.replace(ONE, hub_id="someone/tiny"))
+    said = []
+    assert get_asset("tiny", said.append).read_bytes() == CONTENT
+    assert "fetched from Hugging Face Hub someone/tiny" in said[-1]
+
+
 def test_files_put_into_the_cache_are_used_if_right_and_refused_if_wrong(place):
     place(ONE)
     path = cache_root() / "models" / "tiny" / "tiny.bin"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a clip to features, on written and on real clips: what is missing is found, nothing depends on order."""
+"""From a clip to features, written and real: what is missing is found, nothing depends on order."""
 
 import csv
 import dataclasses

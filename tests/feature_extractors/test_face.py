@@ -95,7 +95,8 @@ def test_the_largest_face_is_chosen_and_followed_when_another_becomes_larger(fac
 def test_a_lost_track_goes_on_with_the_largest_face(face_extractor, face_image):
     red = face_image // np.array([1, 4, 4], np.uint8)
     blue = face_image // np.array([4, 4, 1], np.uint8)
-    faces = face_extractor.extract(np.stack([scene((red, 220, 20, 50)), scene((blue, 220, 400, 50))]))
+    frames = np.stack([scene((red, 220, 20, 50)), scene((blue, 220, 400, 50))])
+    faces = face_extractor.extract(frames)
     assert faces.found.all() and faces.crops[1][..., 2].mean() > 1.5 * faces.crops[1][..., 0].mean()
 
 
@@ -120,7 +121,8 @@ def test_loading_the_model_leaves_the_terminal_clean_but_own_errors_come_through
     program = (
         "import sys, numpy as np\nfrom feature_extractors import FaceExtractor\n"
         "with FaceExtractor() as e: e.extract(np.zeros((1, 64, 64, 3), np.uint8))\n"
-        f"try: FaceExtractor(model_path={str(fake)!r})\nexcept ValueError as error: print(error, file=sys.stderr)\n"
+        f"try: FaceExtractor(model_path={str(fake)!r})\n"
+        "except ValueError as error: print(error, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.startswith(f"{fake}: not a MediaPipe face landmark model")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m feature_extractors`: says what was found, draws it, and exits 1 with one line on broken clips."""
+"""`python -m feature_extractors`: says what was found, draws it, exits 1 with one line on broken clips."""
 
 import subprocess
 import sys

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoProcessor
-from transformers import logging as transformers_logging
 
 from msa_online import MSAModel
 from msa_online.training.arguments import ConfigurationError, RunArguments, parse_arguments
@@ -238,8 +237,3 @@ def test_a_resumed_run_needs_no_room_for_what_it_has_written_already(begun, path
         file.truncate(3 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=5 * size))
     require_space(path, tiny_model)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers_logging.set_verbosity_error()

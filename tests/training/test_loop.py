@@ -55,7 +55,7 @@ class Trial:
 
     def train(self, epochs: int = 2) -> dict[str, torch.Tensor]:
         for epoch in range(epochs):
-            self.sampler.set_epoch(epoch)
+            self.sampler.start_epoch(epoch)
             self.losses = self.loop.train_epoch(self.loader, stage="train", epoch=epoch, title="")
         return {name: value.clone() for name, value in self.loop.bare_model.state_dict().items()}
 

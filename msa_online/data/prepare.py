@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill the feature cache before training, and say what the clips lack."""
+
+import errno
+import multiprocessing
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+    track,
+)
+from rich.text import Text
+
+from feature_extractors.assets import get_asset
+from feature_extractors.cache import CacheError, FeatureCache
+from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ExtractionSettings
+from feature_extractors.extraction import extract
+from feature_extractors.face import FaceExtractor
+from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
+from msa_online.data.preparation import EMPTY_TEXT, Preparation, findings_table
+
+__all__ = ["Preparation", "WorkerError", "findings_table", "prepare"]
+
+TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
+
+
+class WorkerError(RuntimeError):
+    """A process that extracted features ended before its work was done; what is cached stays cached."""
+
+
+def prepare(
+    corpus: Corpus,
+    cache: FeatureCache,
+    settings: ExtractionSettings,
+    workers: int | None = None,
+    skip_broken: bool = False,
+) -> Preparation:
+    """Extract the features of all clips that the cache does not hold yet.
+
+    May be stopped at any time: what was extracted stays, and the next run goes on from there. Processes
+    import the script that calls this, which therefore needs the usual `if __name__ == "__main__":`.
+
+    Args:
+        corpus: What `read_corpus` returned.
+        cache: Where features go.
+        settings: What to extract.
+        workers: Number of processes; as many as there are usable cores if None.
+        skip_broken: Leave clips out that cannot be decoded, instead of raising.
+
+    Raises:
+        CorpusError: Clips cannot be decoded (all are listed with their lines), or none can.
+        CacheError: The disk has too little room for the features, or cannot be written.
+        AssetError: The face model is needed and not to be had.
+        WorkerError: A process was killed, by the system for lack of memory or by a crash.
+        ClipError: A file has gone since the corpus was read.
+    """
+    began = time.perf_counter()
+    keys, findings = _look_up(corpus.samples, cache, settings)
+    missing = {keys[sample.id]: sample.clip for sample in corpus.samples if keys[sample.id] not in findings}
+    failures: dict[str, ClipError] = {}
+    if missing:
+        _require_space(missing.values(), cache, settings)
+        get_asset("face_landmarker")  # once, before many processes ask for it
+        extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
+        findings |= extracted
+    usable = [sample for sample in corpus.samples if keys[sample.id] in findings]
+    broken = [
+        _broken(sample, failures[keys[sample.id]]) for sample in corpus.samples if keys[sample.id] in failures
+    ]
+    if broken and not (skip_broken and usable):
+        raise CorpusError.of_rows(corpus.source, broken)
+    return Preparation(
+        corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
+        keys={sample.id: keys[sample.id] for sample in usable},
+        found=_by_finding(usable, keys, findings),
+        extracted=sum(keys[sample.id] in missing for sample in usable),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _look_up(
+    samples: Sequence[Sample], cache: FeatureCache, settings: ExtractionSettings
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Cache keys by sample id, and the findings of those that are cached by key."""
+    keys: dict[str, str] = {}
+    findings: dict[str, tuple[str, ...]] = {}
+    for sample in track(samples, "looking into the cache", transient=True, console=Console(stderr=True)):
+        key = keys[sample.id] = cache.key(sample.clip, settings)
+        if key not in findings and (features := cache.load(key)) is not None:
+            findings[key] = features.findings
+    return keys, findings
+
+
+def _extract_all(
+    clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
+) -> tuple[dict[str, tuple[str, ...]], dict[str, ClipError]]:
+    """Extract clips, given by cache key, in several processes; findings and failures come back by key.
+
+    Processes are spawned, not forked: a fork would copy the locks that threads of torch or MediaPipe hold.
+    """
+    findings: dict[str, tuple[str, ...]] = {}
+    failures: dict[str, ClipError] = {}
+    pool = ProcessPoolExecutor(
+        min(workers, len(clips)),
+        multiprocessing.get_context("spawn"),
+        initializer=_open_worker,
+        initargs=(cache, settings),
+    )
+    keys = {pool.submit(_extract, key, clip): key for key, clip in clips.items()}
+    try:
+        with _progress_bar() as progress:
+            for future in progress.track(as_completed(keys), len(keys), description="extracting features"):
+                try:
+                    findings[keys[future]] = future.result()
+                except ClipError as error:
+                    failures[keys[future]] = error
+    except BrokenProcessPool as error:
+        unfinished = [clip for key, clip in clips.items() if key not in findings and key not in failures]
+        raise WorkerError(_death_notice(unfinished, len(clips), workers)) from error
+    finally:  # also on Ctrl-C: what is not begun stays undone, what is begun is stored
+        pool.shutdown(wait=True, cancel_futures=True)
+    return findings, failures
+
+
+_worker: tuple[FeatureCache, ExtractionSettings, FaceExtractor]  # of this process, set by `_open_worker`
+
+
+def _open_worker(cache: FeatureCache, settings: ExtractionSettings) -> None:
+    """Load the face model once in a process; Ctrl-C is left to the parent, which then lets workers finish."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = cache, settings, FaceExtractor(settings)
+
+
+def _extract(key: str, clip: Clip) -> tuple[str, ...]:
+    """Extract one clip into the cache; only its findings travel back."""
+    cache, settings, face_extractor = _worker
+    features = extract(clip, settings, face_extractor)
+    cache.store(key, features)
+    return features.findings
+
+
+def _death_notice(unfinished: Sequence[Clip], total: int, workers: int) -> str:
+    """Clips are begun in order, so one of the first unfinished ones was in work when the process died."""
+    suspects = ", ".join(str(clip.path) for clip in unfinished[:workers])
+    return (
+        "a process that extracted features was killed, for lack of memory or by a crash in a decoder; "
+        f"{len(unfinished):,} of {total:,} clips are not done, the others are in the cache. In work were "
+        f"probably: {suspects}. Run again with fewer workers; if it dies again, convert the clips with ffmpeg."
+    )
+
+
+def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: ExtractionSettings) -> None:
+    """Check that the features will probably fit on the disk.
+
+    Raises:
+        CacheError: They will not.
+    """
+    needed = sum(_estimated_bytes(clip, settings) for clip in clips)
+    folder = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CacheError(
+            errno.ENOSPC,
+            f"the features need about {needed:,} bytes but {cache.folder} has {free:,} bytes free; make "
+            "room, or point MSA_CACHE to a disk that has some",
+        )
+
+
+def _estimated_bytes(clip: Clip, settings: ExtractionSettings) -> int:
+    seconds = TYPICAL_SECONDS if clip.end is None else clip.end - (clip.start or 0.0)
+    frame = settings.face_size**2 * 3 + NUM_BLENDSHAPES * 4
+    return round(settings.num_frames * frame + seconds * 1000 / settings.hop_ms * settings.num_mels * 4)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def _broken(sample: Sample, error: ClipError) -> BrokenRow:
+    """The row of a clip that could not be decoded; another file with the same bytes may have told us."""
+    return BrokenRow(
+        sample.source, sample.line, str(ClipError(sample.clip.path, error.problem, error.detail))
+    )
+
+
+def _by_finding(
+    samples: Sequence[Sample], keys: Mapping[str, str], findings: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Sample, ...]]:
+    found = {
+        name: tuple(sample for sample in samples if name in findings[keys[sample.id]]) for name in FINDINGS
+    }
+    found[EMPTY_TEXT] = tuple(sample for sample in samples if not sample.text.strip())
+    return {name: having for name, having in found.items() if having}
+
+
+class _Speed(ProgressColumn):
+    """Clips per second, which rich leaves to its users."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} clips/s" if task.speed else "", style="progress.data.speed")
+
+
+def _progress_bar() -> Progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading corpora: every layout is understood, and every bad row is named with line, value and remedy."""
+
+import csv
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from msa_online.data.datasets import CorpusError, read_corpus, require_splits
+
+SENTIMENT = {"label_range": (-3.0, 3.0)}
+
+
+def write_csv(path: Path, *lines: str) -> Path:
+    """A csv file of these lines, and a small file for every clip that its first column names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"media " + name.encode())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of four clips, a.mp4 .. d.mp4, that still lacks its metadata."""
+    touch(tmp_path / "corpus", "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    return tmp_path / "corpus"
+
+
+def complaint(folder: Path, **arguments) -> CorpusError:
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(folder, **{**SENTIMENT, **arguments})
+    return caught.value
+
+
+def assert_names(error: CorpusError, *parts: str) -> None:
+    for part in parts:
+        assert part in str(error)
+
+
+# layouts
+
+
+def test_metadata_folder_gives_every_column(folder):
+    write_csv(
+        folder / "metadata.csv",
+        "file_name,text,label,split,start,end,speaker",
+        'a.mp4,"well, yes",-1.5,train,0.5,2,ann',
+        "a.mp4,,3,dev,2,,",
+        "",
+        "b.mp4,no,0,Test,,,bob",
+    )
+    first, second, third = read_corpus(folder, **SENTIMENT).samples
+    assert (first.clip.path, first.clip.start, first.clip.end) == (folder / "a.mp4", 0.5, 2.0)
+    assert (first.text, first.label, first.split, first.speaker) == ("well, yes", -1.5, "train", "ann")
+    assert (second.text, second.split, second.speaker, second.line) == ("", "valid", None, 3)
+    assert (third.split, third.line, third.clip.start) == ("test", 5, None)
+    assert [first.id, second.id, third.id] == ["a.mp4@0.5-2", "a.mp4@2-end", "b.mp4"]
+
+
+def test_words_that_look_like_missing_values_stay_text(folder):
+    names = ["a.mp4,null,NA", "b.mp4,NA,None", "c.mp4,None,null"]
+    write_csv(folder / "metadata.csv", "file_name,text,emotion", *names)
+    samples = read_corpus(folder, label_column="emotion").samples
+    assert [sample.text for sample in samples] == ["null", "NA", "None"]
+    assert [sample.label for sample in samples] == ["NA", "None", "null"]
+
+
+def test_line_is_the_first_of_a_text_that_spans_several(folder):
+    write_csv(folder / "metadata.csv", "file_name,text,label", 'a.mp4,"two\nlines",1', "b.mp4,x,2")
+    assert [sample.line for sample in read_corpus(folder, **SENTIMENT).samples] == [2, 4]
+
+
+def test_byte_order_mark_and_windows_line_ends_are_accepted(folder):
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text,label\r\na.mp4,caf\xc3\xa9,1\r\n")
+    assert read_corpus(folder, **SENTIMENT).samples[0].text == "café"
+
+
+def test_labels_are_not_needed_where_none_are_asked_for(folder):
+    write_csv(folder / "metadata.csv", "file_name,text", "a.mp4,x")
+    assert read_corpus(folder, label_column=None).samples[0].label is None
+
+
+def test_clips_in_split_folders_belong_to_these_splits(folder):
+    touch(folder, "train/a.mp4", "validation/a.mp4", "test/a.mp4")
+    rows = ["./train/a.mp4,x,1", "validation/a.mp4,x,1", "test/a.mp4,x,1"]
+    write_csv(folder / "metadata.csv", "file_name,text,label", *rows)
+    assert [sample.split for sample in read_corpus(folder, **SENTIMENT).samples] == ["train", "valid", "test"]
+
+
+def test_metadata_inside_split_folders_is_read(tmp_path):
+    for name in ("test", "train", "val"):
+        touch(tmp_path / name, "a.mp4")
+        write_csv(tmp_path / name / "metadata.csv", "file_name,text,label", "a.mp4,x,1")
+    samples = read_corpus(tmp_path, **SENTIMENT).samples
+    assert [(sample.split, sample.id) for sample in samples] == [
+        ("train", "train/a.mp4"),
+        ("valid", "val/a.mp4"),
+        ("test", "test/a.mp4"),
+    ]
+
+
+def test_broken_row_inside_a_split_folder_names_that_folder(tmp_path):
+    touch(tmp_path / "test", "a.mp4")
+    write_csv(tmp_path / "test" / "metadata.csv", "file_name,text,label", "a.mp4,x,9")
+    assert_names(complaint(tmp_path), "test/metadata.csv line 2: label '9'")
+
+
+def test_mmsa_layout_finds_clips_by_stem(tmp_path):
+    touch(tmp_path / "Raw", "03bSn/1.mp4", "03bSn/10.flv", "03bSn/1.wav", "video_0001/0002.mp4")
+    write_csv(
+        tmp_path / "label.csv",
+        "video_id,clip_id,text,label,annotation,mode",
+        "03bSn,1,GOOD,2.4,Positive,train",
+        "03bSn,10,SAD,-1.2,Negative,valid",
+        "video_0001,0002,很好,0.8,Positive,test",
+    )
+    samples = read_corpus(tmp_path, **SENTIMENT).samples
+    assert [sample.id for sample in samples] == [
+        "Raw/03bSn/1.mp4",
+        "Raw/03bSn/10.flv",
+        "Raw/video_0001/0002.mp4",
+    ]
+    assert [sample.split for sample in samples] == ["train", "valid", "test"]
+    assert [sample.speaker for sample in samples] == ["03bSn", "03bSn", "video_0001"]
+
+
+def test_mmsa_clip_that_is_missing_is_named(tmp_path):
+    touch(tmp_path / "Raw", "v/2.mp4")
+    write_csv(
+        tmp_path / "label.csv", "video_id,clip_id,text,label,mode", "v,1,x,0,train", "../..,1,x,0,train"
+    )
+    assert_names(
+        complaint(tmp_path), "line 2: 'Raw/v/1.mp4' does not exist", "line 3: 'Raw/../../1.mp4' leaves"
+    )
+
+
+def test_meld_layout_reads_three_csv_files_and_their_folders(tmp_path):
+    header = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID"
+    places = {
+        "train": "train_splits",
+        "dev": "dev/dev_splits_complete",
+        "test": "output_repeated_splits_test",
+    }
+    for split, place in places.items():
+        touch(tmp_path / place, "dia0_utt3.mp4")
+        write_csv(tmp_path / f"{split}_sent_emo.csv", header, f"1,Hi from {split},Ross,joy,positive,0,3")
+    samples = read_corpus(tmp_path, label_column="Emotion").samples
+    assert [sample.split for sample in samples] == ["train", "valid", "test"]
+    assert [sample.id for sample in samples] == [f"{place}/dia0_utt3.mp4" for place in places.values()]
+    assert (samples[1].text, samples[1].speaker, samples[1].label) == ("Hi from dev", "Ross", "joy")
+    assert_names(
+        complaint(tmp_path, label_column="Emotions"), "no column 'Emotions' (did you mean 'Emotion'?)"
+    )
+
+
+def test_meld_without_its_clips_says_what_was_looked_for(tmp_path):
+    header = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID"
+    write_csv(tmp_path / "dev_sent_emo.csv", header, "Hi,Ross,joy,0,3")
+    assert_names(complaint(tmp_path, label_column="Emotion"), "dev_sent_emo.csv", "found: none", "Unpack")
+
+
+# Arrow tables and the Hub
+
+
+@pytest.fixture
+def stored(tmp_path, cache_dir):
+    """Columns of two clips whose bytes are stored in the table."""
+    return {
+        "video": [{"bytes": b"one", "path": "one.mkv"}, {"bytes": b"two", "path": None}],
+        "text": ["null", None],
+        "label": [1.5, -3.0],
+        "speaker": ["ann", "bob"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+def test_arrow_tables_bring_their_clips_into_the_cache_once(stored, kind, tmp_path, cache_dir):
+    import datasets
+
+    part = datasets.Dataset.from_dict(stored)
+    target = tmp_path / "table"
+    if kind == "parquet":
+        target.mkdir()
+        part.to_parquet(target / "train-00000-of-00001.parquet")
+    elif kind == "arrow":
+        part.save_to_disk(target)
+        target = next(target.glob("*.arrow")).rename(tmp_path / "validation.arrow")
+    else:
+        datasets.DatasetDict(train=part.select([0]), validation=part.select([1])).save_to_disk(target)
+    first, second = read_corpus(target, **SENTIMENT).samples
+    assert first.clip.path.read_bytes() == b"one" and second.clip.path.read_bytes() == b"two"
+    assert (first.clip.path.suffix, second.clip.path.suffix) == (".mkv", ".mp4")
+    assert cache_dir in first.clip.path.parents
+    assert (first.text, first.label, first.speaker, first.line) == ("null", 1.5, "ann", 1)
+    splits = {"parquet": ("train", "train"), "arrow": ("valid", "valid"), "saved": ("train", "valid")}
+    assert (first.split, second.split) == splits[kind]
+    written = first.clip.path.stat().st_mtime_ns
+    assert read_corpus(target, **SENTIMENT).samples[0].clip.path.stat().st_mtime_ns == written
+
+
+def test_arrow_table_of_paths_and_class_numbers(tmp_path):
+    import datasets
+
+    touch(tmp_path, "clips/a.mp4")
+    features = datasets.Features(
+        {
+            "file_name": datasets.Value("string"),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["joy", "anger"]),
+        }
+    )
+    columns = {"file_name": ["clips/a.mp4", "clips/b.mp4"], "text": ["x", "y"], "label": [1, 0]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "all.parquet")
+    corpus = read_corpus(tmp_path / "all.parquet", skip_broken=True)
+    assert [sample.label for sample in corpus.samples] == ["anger"]
+    assert corpus.broken[0].line == 2
+    assert_names(complaint(tmp_path, label_range=None), "all.parquet row 2: 'clips/b.mp4' does not exist")
+
+
+def test_arrow_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"no table at all")
+    assert_names(complaint(tmp_path / "x.parquet"), "x.parquet", "no complete Arrow table", "copy it again")
+
+
+def run_python(code: str, **environment: str) -> str:
+    arguments = [sys.executable, "-c", code]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+READ_FROM_HUB = """
+from msa_online.data.datasets import read_corpus, CorpusError
+try:
+    print([(s.id, s.split) for s in read_corpus("owner/clips", label_range=(-3, 3)).samples])
+except CorpusError as error:
+    print(error)
+"""
+
+
+def test_repository_in_the_hub_cache_is_read_through_its_links(tmp_path):
+    repository = tmp_path / "hub" / "datasets--owner--clips"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    touch(repository / "blobs", "123", "124")
+    (repository / "blobs" / "124").write_text("file_name,text,label\na.mp4,x,1\n")
+    (snapshot / "train").mkdir(parents=True)
+    (snapshot / "train" / "a.mp4").symlink_to("../../../blobs/123")
+    (snapshot / "train" / "metadata.csv").symlink_to("../../../blobs/124")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    output = run_python(READ_FROM_HUB, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert output.strip() == "[('train/a.mp4', 'train')]"
+
+
+def test_repository_without_network_is_one_clear_message(tmp_path):
+    output = run_python(READ_FROM_HUB, HF_HUB_CACHE=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
+    assert output.startswith("'owner/clips' is neither a folder here nor a data set that the Hub gave us")
+    assert "Check the name and the network" in output and len(output.splitlines()) == 1
+
+
+# splits
+
+
+def speakers_corpus(folder: Path, order: list[int]) -> Path:
+    touch(folder, *(f"{number}.mp4" for number in order))
+    rows = [f"{number}.mp4,x,0,speaker{number % 24}" for number in order]
+    write_csv(folder / "metadata.csv", "file_name,text,label,speaker", *rows)
+    return folder
+
+
+def test_seeded_split_keeps_speakers_apart_and_ignores_row_order(tmp_path, caplog):
+    order = list(range(240))
+    with caplog.at_level(logging.INFO):
+        straight = read_corpus(speakers_corpus(tmp_path / "one", order), **SENTIMENT).samples
+    assert "gives no splits" in caplog.text and "24 speakers" in caplog.text and "seed 1111" in caplog.text
+    random.Random(0).shuffle(order)
+    shuffled = read_corpus(speakers_corpus(tmp_path / "two", order), **SENTIMENT).samples
+    assert {sample.id: sample.split for sample in straight} == {
+        sample.id: sample.split for sample in shuffled
+    }
+    assert len({(sample.speaker, sample.split) for sample in straight}) == 24
+    sizes = Counter(sample.split for sample in straight)
+    assert (
+        sizes["train"] == pytest.approx(168, abs=12) and sizes["valid"] > 0 and sizes["test"] > sizes["valid"]
+    )
+    other = read_corpus(tmp_path / "one", seed=1, **SENTIMENT).samples
+    assert [sample.split for sample in other] != [sample.split for sample in straight]
+
+
+def test_windows_of_one_file_stay_in_one_split(folder):
+    rows = [f"{name}.mp4,x,0,{start},{start + 1}" for name in "abcd" for start in range(10)]
+    write_csv(folder / "metadata.csv", "file_name,text,label,start,end", *rows)
+    samples = read_corpus(folder, **SENTIMENT).samples
+    assert len({(sample.clip.path, sample.split) for sample in samples}) == 4
+    assert {sample.split for sample in samples} == {"train", "valid", "test"}
+
+
+def test_empty_split_is_refused_with_its_sizes(folder):
+    write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", "b.mp4,x,1,test")
+    corpus = read_corpus(folder, **SENTIMENT)
+    require_splits(corpus, ["train", "test"])
+    with pytest.raises(CorpusError, match=r"the valid split is empty \(samples: 1 train, 0 valid, 1 test\)"):
+        require_splits(corpus, ["train", "valid"])
+
+
+# bad input
+
+
+def test_folder_without_metadata_says_what_it_holds_and_what_was_looked_for(folder):
+    assert_names(
+        complaint(folder),
+        "has no metadata.csv",
+        "label.csv with Raw/",
+        "a.mp4, b.mp4",
+        "Write a metadata.csv",
+    )
+    assert_names(complaint(folder / "nowhere"), "nowhere does not exist")
+    assert_names(complaint(folder / "a.mp4"), "is no .csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "parts"),
+    [
+        (
+            "filename,text,label",
+            ["no column 'file_name' (did you mean 'filename'?)", "filename, text, label"],
+        ),
+        ("file_name,text,Label", ["no column 'label' (did you mean 'Label'?)", "label_column"]),
+        ("file_name,score", ["no column 'text'", "no column 'label'"]),
+        ("file_name,text,label,text", ["'text' more than once", "Keep one"]),
+        ("file_name;text;label", ["separated by ';'", "commas"]),
+    ],
+)
+def test_header_that_does_not_serve_is_explained(folder, header, parts):
+    write_csv(folder / "metadata.csv", header)
+    assert_names(complaint(folder), "metadata.csv line 1", *parts)
+
+
+def test_empty_files_are_refused(folder):
+    (folder / "metadata.csv").write_text("")
+    assert_names(complaint(folder), "metadata.csv is empty", "file_name,text,label")
+    (folder / "metadata.csv").write_text("file_name,text,label\n")
+    assert_names(complaint(folder), "has no usable row")
+
+
+def test_file_in_another_encoding_names_byte_and_line(folder):
+    (folder / "metadata.csv").write_bytes("file_name,text,label\na.mp4,café,1\n".encode("latin-1"))
+    assert_names(complaint(folder), "metadata.csv line 2: byte 30 (0xe9) is not UTF-8", "iconv")
+
+
+def test_open_quote_names_the_line_where_it_begins(folder):
+    write_csv(folder / "metadata.csv", "file_name,text,label", "a.mp4,x,1", 'b.mp4,"y,1', "c.mp4,z,1")
+    assert_names(complaint(folder), "metadata.csv line 3", "not well-formed csv", "Close every quoted cell")
+
+
+HEADER = "file_name,text,label,split,start,end"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("a.mp4,x,good,train,,", "label 'good' is not a number: write a number from -3 to 3"),
+        ("a.mp4,x,nan,train,,", "label 'nan' is not finite: write a number"),
+        ("a.mp4,x,-inf,train,,", "label '-inf' is not finite"),
+        ("a.mp4,x,3.1,train,,", "label '3.1' is outside [-3, 3]: write a number"),
+        ("a.mp4,x,,train,,", "the label is empty: rate the clip"),
+        ("a.mp4,x,1,trian,,", "split 'trian' is unknown (did you mean 'train'?): write train, valid or test"),
+        ("a.mp4,x,1,,,", "no split is given here although other rows have one: write train"),
+        ("a.mp4,x,1,train,2,1.5", "start 2 is not before end 1.5: write seconds"),
+        ("a.mp4,x,1,train,,0", "start 0 is not before end 0"),
+        ("a.mp4,x,1,train,-1,2", "start '-1' is not a time: write seconds"),
+        ("a.mp4,x,1,train,,0:30", "end '0:30' is not a time"),
+        ("a.mp4,x,1,train,nan,", "start 'nan' is not a time"),
+        ("e.mp4,x,1,train,,", "'e.mp4' does not exist"),
+        ("a.MP4,x,1,train,,", "'a.MP4' does not exist (but 'a.mp4' does): copy it to"),
+        ("clips/b.mp4,x,1,train,,", "'clips/b.mp4' does not exist (but 'b.mp4' does)"),
+        ("a_long_nam.mp4,x,1,train,,", "(did you mean 'a_long_name.mp4'?)"),
+        ("../outside.mp4,x,1,train,,", "'../outside.mp4' leaves the corpus for"),
+        ("/etc/hostname,x,1,train,,", "'/etc/hostname' is an absolute path: write it relative to"),
+        ("link.mp4,x,1,train,,", "'link.mp4' leaves the corpus for"),
+        ("zero.mp4,x,1,train,,", "'zero.mp4' has zero bytes: copy or download it again"),
+        ("inner,x,1,train,,", "'inner' is not a file: name the clip itself"),
+        (",x,1,train,,", "file name '' is empty"),
+        ("d.mp4,x,1,train,,", "'d.mp4' has the clip and window of corpus/metadata.csv line 2: delete one"),
+        ("d.mp4,x,1,train,0,", "'d.mp4' has the clip and window of corpus/metadata.csv line 2"),
+        (
+            "a.mp4,well, yes,1,train,,",
+            "7 cells under 6 columns, '' is left over: a text that holds a comma must",
+        ),
+        ("a.mp4,x,1", "3 cells under 6 columns: write a comma for every cell"),
+    ],
+)
+def test_broken_row_is_named_with_line_value_and_remedy(folder, row, problem):
+    touch(folder.parent, "outside.mp4")
+    touch(folder, "a_long_name.mp4", "inner/x.mp4")
+    (folder / "link.mp4").symlink_to(folder.parent / "outside.mp4")
+    (folder / "zero.mp4").touch()
+    write_csv(folder / "metadata.csv", HEADER, "d.mp4,x,1,train,,", row)
+    error = complaint(folder)
+    assert_names(
+        error,
+        f"{folder / 'metadata.csv'}: 1 broken row\n",
+        "corpus/metadata.csv line 3: ",
+        problem,
+        "--skip-broken",
+    )
+    assert [each.line for each in error.broken] == [3]
+    corpus = read_corpus(folder, skip_broken=True, **SENTIMENT)
+    assert [sample.line for sample in corpus.samples] == [2] and corpus.broken == error.broken
+
+
+def test_link_that_stays_inside_is_fine(folder):
+    (folder / "link.mp4").symlink_to("a.mp4")
+    write_csv(folder / "metadata.csv", "file_name,text,label", "link.mp4,x,1")
+    assert read_corpus(folder, **SENTIMENT).samples[0].clip.path == folder / "link.mp4"
+
+
+def test_all_broken_rows_and_all_their_problems_come_at_once(folder, caplog):
+    rows = [f"gone{number}.mp4,x,{number},nowhere" for number in range(4, 104)]
+    write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", *rows)
+    error = complaint(folder)
+    assert len(error.broken) == 100 and len(str(error).splitlines()) == 53
+    assert_names(
+        error,
+        "100 broken rows",
+        "line 3: 'gone4.mp4' does not exist",
+        "; label '4' is outside",
+        "and 50 more",
+    )
+    assert "; split 'nowhere' is unknown" in error.broken[-1].problem
+    corpus = read_corpus(folder, skip_broken=True, **SENTIMENT)
+    assert len(corpus.samples) == 1 and "left out 100 broken rows of 101" in caplog.text
+
+
+def test_all_rows_broken_is_an_error_even_when_broken_rows_may_be_skipped(folder):
+    write_csv(folder / "metadata.csv", "file_name,text,label", "gone.mp4,x,1")
+    assert_names(complaint(folder, skip_broken=True), "has no usable row")
+
+
+# real corpora
+
+
+def test_composite_corpus_is_read_whole_and_fast(shared_data):
+    began = time.process_time()
+    corpus = read_corpus(shared_data / "composite", **SENTIMENT)
+    assert time.process_time() - began < 1
+    assert [len(corpus.split(name)) for name in ("train", "valid", "test")] == [1284, 229, 686]
+    assert corpus.samples[0].line == 2 and re.fullmatch(r"ravdess_\d+", corpus.samples[0].speaker)
+
+
+def test_corpora_with_other_labels_or_none_are_read(shared_data):
+    emotions = [
+        sample.label for sample in read_corpus(shared_data / "crema_d", label_column="emotion").samples
+    ]
+    assert len(set(emotions)) == 6 and "anger" in emotions
+    assert len(read_corpus(shared_data / "grid", label_column=None).samples) == 11
+
+
+def test_csv_reader_agrees_with_the_csv_module(shared_data):
+    with open(shared_data / "composite" / "metadata.csv", newline="", encoding="utf-8") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    assert [sample.text for sample in read_corpus(shared_data / "composite", **SENTIMENT).samples] == texts

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filling the cache: findings are counted, broken clips listed at once, and nothing is done twice."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from feature_extractors.cache import CacheError, FeatureCache
+from feature_extractors.clip import ExtractionSettings
+from msa_online.data.datasets import Corpus, CorpusError, read_corpus
+from msa_online.data.prepare import Preparation, WorkerError, findings_table, prepare
+
+SETTINGS = ExtractionSettings(num_frames=2)
+ROWS = (
+    "file_name,text,label,split,start,end",
+    "good.mp4,well,1,train,,",  # line 2
+    "copy.mkv,well,1,train,,",
+    "good.mp4, ,1,train,0,0.5",
+    "no_face.mp4,x,1,train,,",  # line 5
+    "mute.webm,x,1,valid,,",
+    "silent.avi,x,1,valid,,",
+    "sound.wav,x,1,test,,",
+    "truncated.mp4,x,1,test,,",  # line 9
+    "letter.mp4,x,1,test,,",
+    "good.mp4,x,1,test,60,61",
+)
+
+
+def printed(preparation: Preparation) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(findings_table(preparation))
+    return capture.get()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, make_clip) -> Corpus:
+    """Clips of which two have everything, five lack something, and three rows cannot be used."""
+    folder = tmp_path_factory.mktemp("clips")
+    make_clip(folder / "good.mp4", fps=8)
+    shutil.copy(folder / "good.mp4", folder / "copy.mkv")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 160, 160, 3), np.uint8)
+    make_clip(folder / "no_face.mp4", fps=8, frames=noise)
+    make_clip(folder / "mute.webm", fps=25, audio=None)
+    make_clip(folder / "silent.avi", fps=25, audio="silent")
+    make_clip(folder / "sound.wav", video=False)
+    (folder / "truncated.mp4").write_bytes((folder / "good.mp4").read_bytes()[:2000])
+    (folder / "letter.mp4").write_text("Dear reader, this is no video.")
+    (folder / "metadata.csv").write_text("\n".join(ROWS))
+    return read_corpus(folder, label_range=(-3, 3))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> FeatureCache:
+    return FeatureCache(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def refusal(corpus, cache) -> CorpusError:
+    with pytest.raises(CorpusError) as caught:
+        prepare(corpus, cache, SETTINGS, workers=2)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def preparation(corpus, cache, refusal) -> Preparation:
+    """The second run, which goes on without the broken clips that stopped the first."""
+    return prepare(corpus, cache, SETTINGS, workers=2, skip_broken=True)
+
+
+def test_broken_clips_are_listed_at_once_with_lines_and_remedies(refusal, corpus):
+    assert [row.line for row in refusal.broken] == [9, 10, 11]
+    message = str(refusal)
+    assert f"{corpus.source}: 3 broken rows" in message and "--skip-broken" in message
+    for line, name, remedy in (
+        (9, "truncated.mp4", ""),
+        (10, "letter.mp4", "convert it"),
+        (11, "good.mp4", "window"),
+    ):
+        row = next(text for text in message.splitlines() if f"metadata.csv line {line}: " in text)
+        assert name in row and remedy in row
+
+
+def test_broken_clips_are_left_out_on_request_and_the_rest_is_not_extracted_twice(preparation):
+    assert (preparation.total, preparation.extracted, preparation.cached) == (10, 0, 7)
+    assert [row.line for row in preparation.broken] == [9, 10, 11]
+    assert [sample.line for sample in preparation.samples] == [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_findings_name_the_lines_that_lack_a_modality(preparation):
+    assert preparation.findings == {
+        "no face": [5],
+        "no video stream": [8],
+        "no audio stream": [6],
+        "silent audio": [7],
+        "empty text": [4],
+    }
+
+
+def test_table_shows_counts_shares_and_lines(preparation):
+    table = printed(preparation)
+    assert "7 of 10 clips usable" in table and "0 extracted" in table and "7 cached" in table
+    cells = {row[0]: row[1:] for row in map(table_cells, table.splitlines()) if len(row) == 4}
+    assert cells["no face"] == ["1", "10.0%", "5"]
+    assert cells["left out: broken"] == ["3", "30.0%", "9, 10, 11"]
+
+
+def table_cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
+
+
+def test_keys_lead_to_the_features_and_equal_files_share_theirs(preparation, cache):
+    keys = preparation.keys
+    assert set(keys) == {sample.id for sample in preparation.samples}
+    assert keys["good.mp4"] == keys["copy.mkv"] != keys["good.mp4@0-0.5"]
+    assert cache.load(keys["good.mp4"]).has_face and not cache.load(keys["no_face.mp4"]).has_face
+    assert cache.load(keys["good.mp4@0-0.5"]).duration == pytest.approx(0.5)
+
+
+def test_nothing_lacking_is_said_too_and_needs_no_worker(preparation, cache):
+    whole = replace(preparation.corpus, samples=preparation.samples[:2], broken=())
+    began = time.perf_counter()
+    again = prepare(whole, cache, SETTINGS)
+    assert again.cached == 2 and time.perf_counter() - began < 1
+    assert "nothing is lacking" in printed(again)
+
+
+def test_all_clips_broken_is_an_error_even_when_they_may_be_skipped(corpus, cache):
+    only_broken = replace(corpus, samples=(corpus.samples[8],))
+    with pytest.raises(CorpusError, match="line 10"):
+        prepare(only_broken, cache, SETTINGS, skip_broken=True)
+
+
+def test_too_little_disk_is_said_before_anything_is_extracted(corpus, tmp_path):
+    enormous = ExtractionSettings(num_frames=10**12)
+    with pytest.raises(
+        CacheError, match=r"need about [\d,]+ bytes but .* has [\d,]+ bytes free; .*MSA_CACHE"
+    ):
+        prepare(corpus, FeatureCache(tmp_path / "new"), enormous)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_killed_worker_is_one_clear_message(corpus, tmp_path):
+    killer = threading.Thread(target=kill_first_worker)
+    killer.start()
+    with pytest.raises(
+        WorkerError, match=r"killed, for lack of memory .* In work were probably: .*good\.mp4.*fewer"
+    ):
+        prepare(corpus, FeatureCache(tmp_path), SETTINGS, workers=1)
+    killer.join()
+
+
+def kill_first_worker() -> None:
+    while not (workers := multiprocessing.active_children()):
+        time.sleep(0.05)
+    os.kill(workers[0].pid, signal.SIGKILL)
+
+
+def test_real_clips_of_many_containers_are_prepared(shared_data, tmp_path):
+    names = [
+        *("crema_d/1001_DFA_ANG_XX.flv", "crema_d/1001_DFA_HAP_XX.flv", "grid/bbaf2n.mpg"),
+        *(
+            "edge_cases/no_face.mp4",
+            "edge_cases/face_no_audio_stream.mp4",
+            "edge_cases/face_silent_audio.mp4",
+        ),
+    ]
+    names += [sample.id for sample in read_corpus(shared_data / "composite").split("valid")[:3]]
+    rows = ["file_name,text"]
+    for name in names:
+        source = shared_data / name if (shared_data / name).exists() else shared_data / "composite" / name
+        shutil.copy(source, tmp_path / Path(name).name)
+        rows.append(f"{Path(name).name},some words")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    corpus = read_corpus(tmp_path, label_column=None)
+    preparation = prepare(corpus, FeatureCache(tmp_path / "features"), SETTINGS, workers=2)
+    assert preparation.extracted == 9
+    assert preparation.findings == {"no face": [5], "no audio stream": [6], "silent audio": [7]}

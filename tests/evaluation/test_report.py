@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+from rich.console import Console
+
+from msa_online.evaluation.metrics import METRIC_TITLES, classification_metrics, regression_metrics
+from msa_online.evaluation.report import conditions_table, epoch_line, format_metric, markdown_table
+
+REGRESSION = {
+    "text": regression_metrics([2.0, -1.0, 0.4, -0.4, 1.0], [3.0, -2.0, 0.0, 1.0, 1.0]),  # MAE 0.76, Has0 4/5, Non0 3/4
+    "text+audio+vision": regression_metrics([3.0, -2.0, 0.0, 1.0, 2.0], [3.0, -2.0, 0.0, 1.0, 1.0]),
+}
+CLASSIFICATION = {"audio": classification_metrics([0, 1, 1], [0, 1, 0], num_classes=2)}  # accuracy 2/3
+
+
+def rendered(table, width: int = 400) -> str:
+    console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def cells(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "printed"),
+    [
+        ("mae", 0.70449, "0.704"),
+        ("corr", -0.0123, "-0.012"),
+        ("acc7", 0.46504, "46.50"),
+        ("acc2_non0", 1.0, "100.00"),
+        ("f1_weighted", 0.5, "50.00"),
+        ("f1_non0", math.nan, "nan"),
+    ],
+)
+def test_shares_are_printed_in_percent_and_errors_in_units_of_the_label(name, value, printed):
+    assert format_metric(name, value) == printed
+
+
+def test_a_markdown_table_has_a_row_for_each_condition_and_a_column_for_each_headline():
+    header, ruler, *rows = cells(markdown_table(REGRESSION))
+    assert header[0] == "modalities" and len(set(map(len, (header, ruler, *rows)))) == 1
+    assert [row[0] for row in rows] == ["text", "text+audio+vision"]
+    by_name = dict(zip(header, rows[0], strict=True))
+    assert by_name[METRIC_TITLES["mae"]] == "0.760"
+    assert by_name[METRIC_TITLES["acc2_has0"]] == "80.00"
+    assert by_name[METRIC_TITLES["acc2_non0"]] == "75.00"
+    assert by_name[METRIC_TITLES["acc7"]] == "40.00"
+    assert all(set(mark) <= set(":-") for mark in ruler)
+
+
+def test_a_classification_shows_its_own_metrics():
+    header, _, row = cells(markdown_table(CLASSIFICATION))
+    assert dict(zip(header, row, strict=True))[METRIC_TITLES["accuracy"]] == "66.67"
+    assert METRIC_TITLES["mae"] not in header
+
+
+def test_the_terminal_shows_what_the_model_card_shows():
+    text = rendered(conditions_table(REGRESSION, "test, best epoch 3"))
+    assert "test, best epoch 3" in text
+    for row in cells(markdown_table(REGRESSION)):
+        assert all(cell in text for cell in row if not set(cell) <= set(":-")), row
+
+
+def test_a_table_can_be_read_on_a_terminal_of_eighty_columns():
+    text = rendered(conditions_table(REGRESSION, "test"), width=80)
+    assert "0.760" in text and "80.00" in text and "40.00" in text
+    assert "text+audio+vision" in text  # on one line, not broken
+    assert len(text.splitlines()) <= 12
+
+
+def test_a_title_is_printed_as_it_is():
+    assert "runs/[old] on test" in rendered(conditions_table(REGRESSION, "runs/[old] on test"))
+
+
+def test_the_line_of_an_epoch_says_losses_metrics_and_whether_it_is_the_best():
+    line = epoch_line("epoch 2/10", {"loss": 1.25, "task": 1.0}, REGRESSION["text"], best=True, skipped=0)
+    assert line.startswith("epoch 2/10") and "\n" not in line
+    assert "loss 1.250" in line and "task 1.000" in line and "mae 0.760" in line and "acc7 40.00" in line
+    assert line.endswith("best so far")
+
+
+def test_skipped_steps_are_said_and_an_epoch_that_is_not_the_best_is_not_praised():
+    line = epoch_line("epoch 2/10", {"loss": 1.25}, REGRESSION["text"], best=False, skipped=3)
+    assert "3 steps skipped" in line and "best" not in line

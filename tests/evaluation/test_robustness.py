@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from msa_online import MSAConfig, MSAModel
+from msa_online.evaluation.robustness import evaluate_conditions, predict_conditions, selection_score
+
+INPUTS = {
+    "text": ("text_input_ids", "text_mask"),
+    "audio": ("audio_values", "audio_mask"),
+    "vision": ("vision_values", "vision_blendshapes", "vision_mask"),
+}
+SEVEN = {  # condition: which of text, audio, vision may be seen
+    "text": (True, False, False),
+    "audio": (False, True, False),
+    "vision": (False, False, True),
+    "text+audio": (True, True, False),
+    "text+vision": (True, False, True),
+    "audio+vision": (False, True, True),
+    "text+audio+vision": (True, True, True),
+}
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def model(tiny_model) -> MSAModel:
+    """The tiny model with random missing tokens, so that every hidden modality makes a difference."""
+    torch.manual_seed(1)
+    torch.nn.init.normal_(tiny_model.head.missing.tokens)
+    return tiny_model
+
+
+def in_batches(batch: dict, rows: list[list[int]]) -> list[dict]:
+    return [{name: value[numbers] for name, value in batch.items()} for numbers in rows]
+
+
+def test_all_seven_conditions_are_evaluated(model, make_batch, accelerator):
+    results = evaluate_conditions(model, [make_batch()], accelerator)
+    assert list(results) == list(SEVEN)
+    assert len({metrics["mae"] for metrics in results.values()}) == 7
+
+
+def test_some_conditions_can_be_asked_for_alone(model, make_batch, accelerator):
+    batch = make_batch()
+    alone = evaluate_conditions(model, [batch], accelerator, ("audio", "text+audio+vision"))
+    everything = evaluate_conditions(model, [batch], accelerator)
+    assert alone == {name: everything[name] for name in ("audio", "text+audio+vision")}
+
+
+def test_encoding_once_gives_what_the_model_itself_gives_under_each_condition(model, make_batch, accelerator):
+    batch = make_batch(6)
+    predictions = predict_conditions(model, [batch], accelerator, tuple(SEVEN))
+    for condition, visible in SEVEN.items():
+        with torch.no_grad():
+            expected = model(**{**batch, "modality_present": torch.tensor(visible).expand(6, 3)}).logits
+        np.testing.assert_allclose(predictions.logits[condition], expected.numpy(), atol=1e-6, rtol=0)
+
+
+def test_what_a_sample_lacks_stays_absent_under_every_condition(model, make_batch, accelerator):
+    lacking = make_batch(present=(True, True, False))
+    predictions = predict_conditions(model, [lacking], accelerator, tuple(SEVEN))
+    np.testing.assert_array_equal(predictions.logits["text+vision"], predictions.logits["text"])
+    np.testing.assert_array_equal(predictions.logits["text+audio+vision"], predictions.logits["text+audio"])
+
+
+@pytest.mark.parametrize("condition", SEVEN)
+def test_the_content_of_hidden_modalities_cannot_change_a_result(condition, model, make_batch, accelerator):
+    batch, other = make_batch(), make_batch(seed=1)
+    hidden = [name for name, seen in zip(INPUTS, SEVEN[condition], strict=True) if not seen]
+    perturbed = {**batch, **{key: other[key] for name in hidden for key in INPUTS[name]}}
+    expected = predict_conditions(model, [batch], accelerator, (condition,)).logits[condition]
+    np.testing.assert_array_equal(
+        predict_conditions(model, [perturbed], accelerator, (condition,)).logits[condition], expected
+    )
+
+
+def test_the_content_of_visible_modalities_does_change_the_result(model, make_batch, accelerator):
+    batch, other = make_batch(), make_batch(seed=1)
+    expected = predict_conditions(model, [batch], accelerator, ("text+audio+vision",)).logits["text+audio+vision"]
+    for keys in INPUTS.values():
+        perturbed = {**batch, **{key: other[key] for key in keys}}
+        changed = predict_conditions(model, [perturbed], accelerator, ("text+audio+vision",))
+        assert np.abs(changed.logits["text+audio+vision"] - expected).max() > 1e-5
+
+
+def test_samples_come_back_in_dataset_order_whatever_the_batches(model, make_batch, accelerator):
+    batch = make_batch(6)
+    whole = predict_conditions(model, [batch], accelerator, ("text", "audio"))
+    mixed = predict_conditions(model, in_batches(batch, [[4, 1], [5, 0, 3], [2]]), accelerator, ("text", "audio"))
+    np.testing.assert_array_equal(mixed.labels, batch["labels"].numpy())
+    for condition in ("text", "audio"):
+        np.testing.assert_allclose(mixed.logits[condition], whole.logits[condition], atol=1e-6, rtol=0)
+
+
+def test_samples_that_ranks_repeat_to_fill_a_batch_count_once(model, make_batch, accelerator):
+    batch = make_batch(5)
+    once = evaluate_conditions(model, in_batches(batch, [[0, 1, 2], [3, 4]]), accelerator)
+    repeated = evaluate_conditions(model, in_batches(batch, [[0, 1, 2], [3, 4, 0], [1, 2, 0]]), accelerator)
+    for condition, metrics in once.items():
+        assert repeated[condition] == pytest.approx(metrics, abs=1e-6), condition
+
+
+def test_evaluation_neither_drops_out_nor_leaves_dropout_off(model, make_batch, accelerator):
+    model.train()
+    first = predict_conditions(model, [make_batch()], accelerator, ("text",)).logits["text"]
+    second = predict_conditions(model, [make_batch()], accelerator, ("text",)).logits["text"]
+    np.testing.assert_array_equal(first, second)
+    assert model.training
+    model.eval()
+    predict_conditions(model, [make_batch()], accelerator, ("text",))
+    assert not model.training
+
+
+def test_classes_are_scored_by_the_most_probable_one(tiny_config, make_batch, accelerator):
+    config = MSAConfig(**{**tiny_config.to_dict(), "label_range": None, "id2label": {0: "sad", 1: "happy"}})
+    model = MSAModel(config)
+    torch.nn.init.zeros_(model.head.classifier.weight)
+    with torch.no_grad():
+        model.head.classifier.bias.copy_(torch.tensor([0.0, 1.0]))  # always "happy"
+    batch = {**make_batch(), "labels": torch.tensor([1, 1, 0, 1])}
+    metrics = evaluate_conditions(model, [batch], accelerator, ("text",))["text"]
+    assert metrics["accuracy"] == pytest.approx(3 / 4)
+    assert metrics["f1_weighted"] == pytest.approx(3 / 4 * 6 / 7)  # "happy": precision 3/4, recall 1; "sad": 0
+
+
+def test_regression_is_scored_in_the_units_of_the_labels(model, make_batch, accelerator):
+    torch.nn.init.zeros_(model.head.classifier.weight)
+    torch.nn.init.constant_(model.head.classifier.bias, 2.0)  # always 2
+    batch = {**make_batch(), "labels": torch.tensor([1.0, 2.0, 2.5, 0.0])}
+    assert evaluate_conditions(model, [batch], accelerator, ("text",))["text"]["mae"] == pytest.approx(3.5 / 4)
+
+
+def test_seven_point_accuracy_is_not_claimed_on_another_scale(tiny_config, make_batch, accelerator):
+    assert "acc7" in evaluate_conditions(MSAModel(tiny_config), [make_batch()], accelerator, ("text",))["text"]
+    config = MSAConfig(**{**tiny_config.to_dict(), "label_range": [-1, 1]})
+    assert "acc7" not in evaluate_conditions(MSAModel(config), [make_batch()], accelerator, ("text",))["text"]
+
+
+def test_the_best_epoch_has_the_smallest_error_or_the_highest_f1():
+    assert selection_score({"mae": 0.7, "corr": 0.1}, True) > selection_score({"mae": 0.9, "corr": 0.9}, True)
+    better, worse = {"f1_weighted": 0.6, "accuracy": 0.5}, {"f1_weighted": 0.5, "accuracy": 0.9}
+    assert selection_score(better, False) > selection_score(worse, False)

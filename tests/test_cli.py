@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertModel
+
+from msa_online_cli import build_parser, main
+
+REPOSITORY = Path(__file__).parents[1]
+COMMANDS = ("prepare", "evaluate", "predict", "describe", "get-models", "synthesize")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No Hub to be asked, and none to be waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path, capsys) -> str:
+    folder = tmp_path / "checkpoint"
+    tiny_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    capsys.readouterr()
+    return str(folder)
+
+
+@pytest.fixture
+def other_checkpoint(tiny_text_config, tmp_path, capsys) -> str:
+    """A folder that holds a model, but not one of ours."""
+    BertModel(tiny_text_config).save_pretrained(tmp_path / "bert")
+    capsys.readouterr()
+    return str(tmp_path / "bert")
+
+
+def refusal(capsys, *words: str) -> str:
+    """The one line of a command that ends with exit status 1 and prints nothing else."""
+    assert main(list(words)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+    return lines[0].removeprefix("error: ")
+
+
+def usage_error(capsys, *words: str) -> str:
+    """What a command says that was called wrongly: it ends with exit status 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_comes_at_once_without_loading_torch():
+    code = f"""
+import sys, msa_online_cli
+for words in ([], *([command] for command in {COMMANDS})):
+    try: msa_online_cli.main([*words, "--help"])
+    except SystemExit as end: assert not end.code
+assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: msa-online") == 1 + len(COMMANDS)
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_every_command_of_the_parser_is_carried_out_by_somebody():
+    from msa_online.commands import COMMANDS as carried_out
+
+    choices = next(action.choices for action in build_parser()._actions if action.dest == "command")
+    assert set(choices) == set(carried_out) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["evaluate", "x"], ["predict", "a.mp4"], ["prepare", "x", "--workers", "y"]])
+def test_a_wrong_call_is_answered_with_the_usage(capsys, words):
+    assert usage_error(capsys, *words).startswith("msa-online")
+
+
+@pytest.mark.parametrize("command", [["describe"], ["predict", "--text", "good", "--model"], ["evaluate"]])
+def test_a_checkpoint_of_another_kind_is_refused_in_one_line(capsys, other_checkpoint, command):
+    words = [*command, other_checkpoint, *(["clips"] if command == ["evaluate"] else [])]
+    assert "a checkpoint of kind 'bert', not 'msa_online'" in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize("command", [["describe"], ["predict", "--text", "good", "--model"], ["evaluate"]])
+def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(capsys, tmp_path, command):
+    words = [*command, str(tmp_path), *(["clips"] if command == ["evaluate"] else [])]
+    assert "config.json is missing" in refusal(capsys, *words)
+
+
+# --- describe -----------------------------------------------------------------------------------------------------
+
+
+def test_describe_prints_json_a_script_can_read(capsys):
+    assert main(["describe", str(REPOSITORY / "configs" / "late_fusion_mpnet.yaml"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    parameters = document["parameters"]
+    assert parameters["total"] == sum(count for part, count in parameters.items() if part != "total")
+
+
+def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_config, tmp_path, monkeypatch):
+    from msa_online import MSAConfig
+
+    metrics = {"mae": 0.704, "corr": 0.5}
+    record = {"data": "me/clips", "results": {"test": {"text": metrics, "text+audio+vision": metrics}}}
+    MSAConfig(**{**tiny_config.to_dict(), "architectures": ["MSAModel"], "trained_on": record}).save_pretrained(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["describe", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("text encoder", "total", "log-mel", "me/clips", "scores on test", "0.704"):
+        assert expected in printed
+
+
+def test_a_message_names_the_file_as_it_is_called(capsys, tmp_path):
+    for name in ("demo [old].yaml", "demo [/old].yaml", "demo:smile:.yaml"):
+        message = refusal(capsys, "describe", str(tmp_path / name))
+        assert message == f"{tmp_path / name}: cannot read the configuration (No such file or directory)"
+
+
+def test_a_configuration_with_a_mistake_is_refused_in_one_line(capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {text_encoder: bert-base-uncased, head_kwargs: {hiden_size: 8}}")
+    assert "hiden_size" in refusal(capsys, "describe", str(path))
+
+
+# --- predict ------------------------------------------------------------------------------------------------------
+
+
+def test_predict_without_anything_to_predict_says_what_to_give(capsys):
+    message = usage_error(capsys, "predict", "--model", "runs/none")
+    assert "clip" in message and "--text" in message
+
+
+def test_predict_wants_a_transcript_for_each_clip_or_none(capsys):
+    message = usage_error(capsys, "predict", "a.mp4", "b.mp4", "--text", "good", "--model", "runs/none")
+    assert "2 clips" in message and "1 --text" in message
+
+
+def test_predict_from_text_alone_as_json(capsys, checkpoint):
+    assert main(["predict", "--model", checkpoint, "--text", "I loved it", "--text", "very bad", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["clip"] is None and isinstance(first["score"], float)
+    assert first["modalities"] == ["text"] and set(first["missing"]) == {"audio", "vision"}
+    assert first["score"] != second["score"]
+
+
+def test_predict_shows_a_table(capsys, checkpoint, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["predict", "--model", checkpoint, "--text", "I loved it"]) == 0
+    printed = capsys.readouterr().out
+    assert "(text only)" in printed and "no clip given" in printed
+
+
+def test_predict_from_a_clip_that_is_not_there_is_refused_in_one_line(capsys, checkpoint, tmp_path):
+    message = refusal(capsys, "predict", str(tmp_path / "none.mp4"), "--model", checkpoint)
+    assert message.startswith(f"{tmp_path / 'none.mp4'}: ") and "check the path" in message
+
+
+def test_a_clip_is_shown_under_the_name_it_has(capsys, checkpoint, make_clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    clip = make_clip(tmp_path / "take [2].wav", video=False)
+    assert main(["predict", str(clip), "--model", checkpoint]) == 0
+    assert "take [2].wav" in capsys.readouterr().out
+
+
+# --- prepare and evaluate -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "{data}", "--num-frames", "0"],
+        ["prepare", "{data}", "--face-size", "4"],
+        ["evaluate", "{checkpoint}", "{data}", "--batch-size", "0"],
+        ["evaluate", "{checkpoint}", "{data}", "--mixed-precision", "fp16"],
+        ["evaluate", "{checkpoint}", "{data}", "--json", "{data}/none/report.json"],
+    ],
+    ids=lambda words: " ".join(words[-2:]),
+)
+def test_an_option_that_cannot_work_is_refused_before_the_work_begins(
+    capsys, words, checkpoint, tmp_path, cache_dir, monkeypatch
+):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # fp16 cannot work without a GPU
+    (tmp_path / "clip.mp4").write_bytes(b"would be decoded if work began")
+    (tmp_path / "metadata.csv").write_text("file_name,text,label,split\nclip.mp4,good,1,test\n")
+    filled = [word.format(data=tmp_path, checkpoint=checkpoint) for word in words]
+    try:
+        status = main(filled)
+    except SystemExit as end:
+        status = end.code
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert status in (1, 2) and words[-2].strip("-").replace("-", "_") in message.replace("-", "_")
+
+
+def test_prepare_names_a_folder_that_is_not_there(capsys, tmp_path):
+    assert str(tmp_path / "none") in refusal(capsys, "prepare", str(tmp_path / "none"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(capsys, tmp_path, make_clip, monkeypatch):
+    clip = make_clip(tmp_path / "clip.wav", video=False)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,label\n{clip.name},good,1\n")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("MSA_CACHE", str(tmp_path / "cache"))
+    assert main(["prepare", str(tmp_path)]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+# --- get-models ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_refused_listing_the_known_ones(capsys):
+    message = refusal(capsys, "get-models", "gpt-9")
+    assert "gpt-9" in message and "face_landmarker" in message and "all-MiniLM-L6-v2" in message
+
+
+def test_an_unknown_model_is_refused_before_the_known_ones_are_fetched(capsys):
+    refusal(capsys, "get-models", "face_landmarker", "gpt-9")  # and not one line on standard output
+
+
+def test_get_models_says_where_a_model_is(capsys, tmp_path, monkeypatch):
+    mine = tmp_path / "face [mine].task"
+    mine.touch()
+    monkeypatch.setenv("MSA_MODEL_FACE_LANDMARKER", str(mine))
+    assert main(["get-models", "face_landmarker"]) == 0
+    assert str(mine) in capsys.readouterr().out

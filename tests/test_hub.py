@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertModel
+
+from msa_online import MSAConfig, MSAModel
+from msa_online.hub import CheckpointError, load_checkpoint, load_config, write_model_card
+
+RESULTS = {
+    "text": {"mae": 0.81, "corr": 0.5, "acc2_has0": 0.75, "acc2_non0": 0.7654, "f1_non0": 0.76, "acc7": 0.4},
+    "text+audio+vision": {"mae": 0.704, "corr": 0.6, "acc2_has0": 0.8, "acc2_non0": 0.82, "f1_non0": 0.8, "acc7": 0.45},
+}
+TRAINED_ON = {
+    "data": "me/clips",
+    "label_column": "sentiment",
+    "splits": {"train": 160, "valid": 24, "test": 48},
+    "seed": 1111,
+    "mixed_precision": "bf16",
+    "modulator": "identity",
+    "selection": "validation MAE",
+    "epoch": 7,
+    "skipped_steps": 0,
+    "results": {"valid": RESULTS, "test": RESULTS},
+    "command": "accelerate launch train.py configs/demo.yaml data.path='my clips'",
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No Hub to be asked, and none to be waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path) -> Path:
+    """A whole checkpoint of the tiny model; tests damage it."""
+    folder = tmp_path / "checkpoint"
+    tiny_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(folder: Path | str, opener=load_checkpoint) -> str:
+    """The message with which a folder is refused: it begins with the folder and has no second line."""
+    with pytest.raises(CheckpointError) as caught:
+        opener(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: ") and "\n" not in message
+    return message
+
+
+def test_a_checkpoint_opens_ready_to_predict(checkpoint, tiny_model, tiny_processor, make_batch):
+    model, processor = load_checkpoint(checkpoint)
+    assert not model.training
+    assert processor.extraction == tiny_processor.extraction
+    batch = {name: value for name, value in make_batch().items() if name != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, tiny_model(**batch).logits, atol=1e-6, rtol=0)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    assert "config.json is missing (the folder holds nothing)" in refused(tmp_path, load_config)
+
+
+def test_a_folder_of_something_else_says_what_it_holds(tmp_path):
+    (tmp_path / "metadata.csv").touch()
+    (tmp_path / "clips").mkdir()
+    assert "config.json is missing (the folder holds clips, metadata.csv)" in refused(tmp_path, load_config)
+
+
+def test_a_checkpoint_of_another_kind_is_named_with_what_it_is_good_for(tiny_text_config, tmp_path):
+    BertModel(tiny_text_config).save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert "a checkpoint of kind 'bert', not 'msa_online'" in message and "model.text_encoder" in message
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this", "runs/that/is/not/there", "two words"])
+def test_what_is_neither_folder_nor_repository_is_said_in_one_line(name):
+    assert "neither a checkpoint folder nor a repository" in refused(name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_in_place_of_its_folder_is_refused(checkpoint, name):
+    refused(checkpoint / name)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", ""])
+def test_a_damaged_configuration_is_refused(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    refused(checkpoint, load_config)
+
+
+@pytest.mark.parametrize(
+    "change", [{"head": "nosuch"}, {"head_kwargs": {"hiden_size": 8}}, {"audio_width": "wide"}], ids=lambda it: next(iter(it))
+)
+def test_a_configuration_that_builds_no_model_is_refused(checkpoint, change):
+    change_config(checkpoint, **change)
+    refused(checkpoint)
+
+
+def test_missing_weights_are_said(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pointer"])
+def test_damaged_weights_are_said(checkpoint, damage):
+    weights = checkpoint / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:  # what `git clone` leaves without LFS
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(checkpoint)
+
+
+def test_pickled_weights_are_never_opened(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(MSAModel(load_config(checkpoint)).state_dict(), checkpoint / "pytorch_model.bin")
+    assert "model.safetensors" in refused(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"audio_width": 24}, {"blendshapes": False}, {"head_kwargs": {"hidden_size": 24}}],
+    ids=["other width", "weights too many", "other head"],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(checkpoint, change):
+    change_config(checkpoint, **change)
+    refused(checkpoint)
+
+
+def test_weights_that_lack_a_part_are_refused(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    part = next(name for name in weights if name.startswith("encoders.audio.project"))
+    weights.pop(part)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert "do not fit config.json" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("lost", ["processor_config.json", "tokenizer.json"])
+def test_a_checkpoint_without_its_processor_is_refused(checkpoint, lost):
+    (checkpoint / lost).unlink()  # other settings of extraction, and the predictions would silently be others
+    refused(checkpoint)
+
+
+def test_a_processor_with_settings_of_another_version_is_refused(checkpoint):
+    path = checkpoint / "processor_config.json"
+    path.write_text(path.read_text().replace('"face_size"', '"face_pixels"'))
+    refused(checkpoint)
+
+
+# --- the model card -----------------------------------------------------------------------------------------------
+
+
+def card_of(config: MSAConfig, folder: Path) -> tuple[dict, str]:
+    """Metadata and text of the card written for `config` into `folder`."""
+    write_model_card(folder, config)
+    _, metadata, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+@pytest.fixture
+def config(tiny_config) -> MSAConfig:
+    return MSAConfig(
+        **{**tiny_config.to_dict(), "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "trained_on": TRAINED_ON}
+    )
+
+
+def test_the_card_says_all_a_reader_needs_to_judge_and_to_repeat(config, tmp_path):
+    _, text = card_of(config, tmp_path)
+    for fact in (
+        "task | regression",
+        "a score in [-3, 3]",
+        "me/clips",
+        "train 160, valid 24, test 48",
+        "1111",
+        "bf16",
+        "late_fusion",
+        "all-MiniLM-L6-v2",
+        "validation MAE, epoch 7",
+        TRAINED_ON["command"],
+    ):
+        assert fact in text, fact
+    assert "$" not in text
+
+
+def test_the_card_has_the_scores_of_every_split_under_every_condition(config, tmp_path):
+    _, text = card_of(config, tmp_path)
+    for split in ("**valid**", "**test**"):
+        assert split in text
+    rows = [line for line in text.splitlines() if line.startswith(("| text |", "| text+audio+vision |"))]
+    assert len(rows) == 4
+    assert "0.704" in rows[1] and "80.00" in rows[1] and "82.00" in rows[1] and "0.810" in rows[0]
+
+
+def test_the_code_in_the_card_runs(config, tmp_path):
+    _, text = card_of(config, tmp_path)
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert "from msa_online import MSAPipeline" in code and "MSAPipeline.from_pretrained(" in code
+    assert tmp_path.name in code
+
+
+def test_the_hub_can_read_the_cards_metadata(config, tmp_path):
+    metadata, _ = card_of(config, tmp_path)
+    assert metadata["library_name"] == "msa_online" and metadata["license"] == "apache-2.0"
+    assert metadata["pipeline_tag"] == "video-classification"
+    assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert {"multimodal", "sentiment-analysis", "regression", "late_fusion"} <= set(metadata["tags"])
+
+
+@pytest.mark.parametrize("encoder", [None, "/home/me/models/bert", "./bert"])
+def test_the_card_names_no_base_model_the_hub_does_not_have(config, encoder, tmp_path):
+    metadata, _ = card_of(MSAConfig(**{**config.to_dict(), "text_encoder": encoder}), tmp_path)
+    assert "base_model" not in metadata
+
+
+def test_the_card_of_a_classifier_lists_its_classes(config, tmp_path):
+    classes = {"label_range": None, "id2label": {0: "angry", 1: "happy"}, "label2id": {"angry": 0, "happy": 1}}
+    results = {"test": {"text": {"accuracy": 0.5, "f1_weighted": 0.4, "f1_macro": 0.3}}}
+    trained_on = {**TRAINED_ON, "results": results}
+    metadata, text = card_of(MSAConfig(**{**config.to_dict(), **classes, "trained_on": trained_on}), tmp_path)
+    assert "one of angry, happy" in text and "task | classification" in text and "50.00" in text
+    assert "classification" in metadata["tags"]
+
+
+def test_a_copied_checkpoint_brings_its_record_along(checkpoint, config, tmp_path):
+    model = MSAModel(config)
+    model.save_pretrained(checkpoint)
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert load_config(copy).trained_on == TRAINED_ON

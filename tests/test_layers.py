@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of the layers in ARCHITECTURE.md, read from the imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("feature_extractors", "msa_online")
+LEVELS = {  # the longest prefix of a module's name decides
+    "feature_extractors": 0.0,
+    "msa_online.modalities": 0.5,
+    "msa_online.configuration_msa": 1.0,
+    "msa_online.encoders": 1.0,
+    "msa_online.balancing": 1.0,
+    "msa_online.modeling_msa": 2.0,
+    "msa_online.processing_msa": 2.0,
+    "msa_online.data": 3.0,
+    "msa_online.evaluation": 3.0,
+    "msa_online.hub": 4.0,
+    "msa_online.training": 4.0,
+    "msa_online.pipeline": 4.0,
+    "msa_online.describe": 4.5,  # joins what checkpoints and configurations say
+    "msa_online.errors": 4.5,  # lists the errors of all others
+    "msa_online": 4.5,  # the front door re-exports
+    "msa_online.commands": 5.0,
+    "msa_online_cli": 5.0,
+    "train": 5.0,
+}
+BRICKS = {"base", "blocks", "shapley", "transport"}  # what methods may share
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "core", "misc", "tools"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    paths = [path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py")]
+    paths += [REPOSITORY / "msa_online_cli.py", REPOSITORY / "train.py"]
+    return {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+MODULES = modules()
+
+
+def level(module: str) -> float:
+    prefixes = [prefix for prefix in LEVELS if f"{module}.".startswith(f"{prefix}.")]
+    return LEVELS[max(prefixes, key=len)]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names a file imports anywhere in it; of ours, the module a name comes from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in whole}
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] in (*PACKAGES, "msa_online_cli", "train")}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"msa_online"}))
+def test_imports_point_down(module):
+    strangers = {name for name in ours(imported(MODULES[module])) if level(name) > level(module)}
+    assert not strangers, f"{module} stands below {', '.join(sorted(strangers))}"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("feature_extractors")))
+def test_extraction_knows_nothing_of_models(module):
+    roots = {name.split(".")[0] for name in imported(MODULES[module])}
+    assert not roots & {"msa_online", "msa_online_cli", "train", "torch", "transformers", "accelerate"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("msa_online.balancing.")))
+def test_a_method_imports_no_other_method(module):
+    here = "msa_online.balancing."
+    methods = {name for name in imported(MODULES[module]) if name.startswith(here)}
+    assert {name.removeprefix(here) for name in methods} <= BRICKS
+    assert "msa_online.balancing" not in imported(MODULES[module])  # the tables name the methods, not the reverse
+
+
+def test_scripts_are_imported_by_nobody():
+    importers = {name for name, path in MODULES.items() if {n.split(".")[0] for n in imported(path)} & {"scripts", "tests"}}
+    assert not importers
+
+
+def test_every_module_is_in_the_picture():
+    assert not {name for name in MODULES if name not in LEVELS and level(name) == LEVELS["msa_online"]}
+
+
+def test_names_of_modules_say_what_is_inside():
+    parts = {part for name in MODULES for part in name.split(".")}
+    assert not parts & NAMES_THAT_SAY_NOTHING
+
+
+def in_a_fresh_process(code: str) -> list[str]:
+    """What `code` prints, word by word, in a process whose sockets refuse to connect."""
+    guard = (
+        "import socket, sys\n"
+        "def refuse(*_): raise SystemExit('opened a socket')\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", guard + code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_extraction_starts_without_torch_and_without_its_own_heavy_libraries():
+    heavy = ("torch", "transformers", "av", "cv2", "mediapipe", "librosa", "scipy", "numba")
+    assert in_a_fresh_process(f"import feature_extractors\nprint(*[m for m in {heavy} if m in sys.modules])") == []
+
+
+def test_the_package_starts_without_what_only_training_or_extraction_needs_and_without_network():
+    heavy = ("av", "cv2", "mediapipe", "librosa", "numba", "sklearn", "matplotlib", "datasets", "pandas", "tensorboard")
+    assert in_a_fresh_process(f"import msa_online\nprint(*[m for m in {heavy} if m in sys.modules])") == []

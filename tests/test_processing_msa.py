@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+import msa_online  # noqa: F401  registers the processor with AutoProcessor
+from feature_extractors import ClipFeatures, ExtractionSettings
+from msa_online import MSAProcessor
+
+SETTINGS = ExtractionSettings(face_size=32, num_frames=4)
+
+
+def features(*, steps: int = 50, faces: str = "yyny", findings: tuple[str, ...] = ()) -> ClipFeatures:
+    """Features of a clip with so many steps of sound and a face in the frames marked y."""
+    random = np.random.default_rng(steps)
+    return ClipFeatures(
+        log_mel=random.normal(size=(steps, 80)).astype(np.float32),
+        face_crops=random.integers(1, 255, (len(faces), 32, 32, 3), np.uint8),
+        blendshapes=random.random((len(faces), 52), np.float32),
+        face_found=np.array([mark == "y" for mark in faces], bool),
+        timestamps=np.arange(len(faces), dtype=np.float32),
+        findings=findings,
+        duration=steps / 100,
+    )
+
+
+def test_a_reloaded_processor_makes_the_same_inputs(tiny_tokenizer, tmp_path):
+    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "num_frames": 4}, max_text_tokens=6, max_audio_seconds=0.3)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is MSAProcessor
+    assert again.settings == processor.settings == SETTINGS
+    assert (again.max_text_tokens, again.max_audio_seconds) == (6, 0.3)
+    expected = processor([features()], ["I loved it and the film was good"])
+    batch = again([features()], ["I loved it and the film was good"])
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+
+
+def test_settings_that_make_no_features_are_refused_when_the_processor_is_made(tiny_tokenizer):
+    with pytest.raises(ValueError, match="face_size is 4"):
+        MSAProcessor(tiny_tokenizer, {"face_size": 4})
+
+
+def test_every_setting_of_extraction_travels_with_the_processor(tiny_tokenizer):
+    assert MSAProcessor(tiny_tokenizer).extraction == dataclasses.asdict(ExtractionSettings())
+
+
+def test_a_batch_is_padded_and_masked(tiny_processor):
+    batch = tiny_processor([features(steps=50), features(steps=30, faces="yn")], ["I loved it", "very bad"])
+    assert set(batch) == set(tiny_processor.model_input_names)
+    assert batch["text_input_ids"].shape == (2, 5) and batch["audio_values"].shape == (2, 50, 80)
+    assert batch["vision_values"].shape == (2, 4, 32, 32, 3) and batch["vision_values"].dtype == torch.uint8
+    assert batch["vision_blendshapes"].shape == (2, 4, 52)
+    assert batch["text_mask"].tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert batch["audio_mask"].sum(dim=1).tolist() == [50, 30] and batch["audio_mask"][1, :30].all()
+    assert batch["vision_mask"].tolist() == [[True, True, False, True], [True, False, False, False]]
+    assert batch["modality_present"].all()
+    assert not batch["audio_values"][1, 30:].any() and not batch["vision_values"][1, 2:].any()
+
+
+def test_text_is_padded_with_the_tokenizers_own_padding(tiny_tokenizer, tiny_processor):
+    batch = tiny_processor([features(), features()], ["the film", "the film was not really good"])
+    assert batch["text_input_ids"][0].tolist() == [
+        *tiny_tokenizer.convert_tokens_to_ids(["[CLS]", "the", "film", "[SEP]"]),
+        *[tiny_tokenizer.pad_token_id] * 4,
+    ]
+
+
+def test_a_clip_is_not_changed_by_its_neighbours_in_a_batch(tiny_processor):
+    alone = tiny_processor([features(steps=30)], ["very bad"])
+    together = tiny_processor([features(steps=30), features(steps=90)], ["very bad", "I loved it and the ending"])
+    assert torch.equal(together["audio_values"][0, :30], alone["audio_values"][0])
+    assert torch.equal(together["text_input_ids"][0, :4], alone["text_input_ids"][0])
+    assert torch.equal(together["vision_values"][0], alone["vision_values"][0])
+
+
+@pytest.mark.parametrize(
+    ("clip", "text", "present"),
+    [
+        (features(), "good", [True, True, True]),
+        (features(), None, [False, True, True]),
+        (features(), "", [False, True, True]),
+        (features(), " \n\t", [False, True, True]),
+        (features(steps=0, findings=("no audio stream",)), "good", [True, False, True]),
+        (features(findings=("silent audio",)), "good", [True, False, True]),
+        (features(faces="nnnn", findings=("no face",)), "good", [True, True, False]),
+        (features(faces="", findings=("no video stream",)), "good", [True, True, False]),
+        (ClipFeatures.absent(SETTINGS), "good", [True, False, False]),
+        (ClipFeatures.absent(SETTINGS), None, [False, False, False]),
+    ],
+)
+def test_what_is_missing_is_marked_and_nothing_of_it_gets_through(clip, text, present, tiny_processor, tiny_model):
+    batch = tiny_processor([clip], [text])
+    assert batch["modality_present"].tolist() == [present]
+    assert batch["audio_values"].any().item() == present[1]
+    assert batch["vision_values"].any().item() == present[2]
+    assert batch["vision_blendshapes"].any().item() == present[2]
+    with torch.no_grad():
+        assert torch.isfinite(tiny_model(**batch).logits).all()  # a batch of one, whatever it lacks
+
+
+def test_an_empty_transcript_becomes_the_special_tokens(tiny_tokenizer, tiny_processor):
+    assert tiny_processor.tokenize("").tolist() == tiny_tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]"])
+
+
+def test_a_long_transcript_is_cut_and_keeps_its_end_token(tiny_tokenizer):
+    ids = MSAProcessor(tiny_tokenizer, max_text_tokens=8).tokenize("very " * 500)
+    assert len(ids) == 8 and ids[-1] == tiny_tokenizer.sep_token_id
+
+
+def test_a_long_sound_is_cut_from_its_end(tiny_tokenizer):
+    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32}, max_audio_seconds=0.3)
+    clip = features(steps=50)
+    batch = processor([clip, features(steps=20)], ["good", "good"])
+    assert batch["audio_values"].shape == (2, 30, 80)  # 0.3 s in steps of 10 ms
+    assert torch.equal(batch["audio_values"][0], torch.from_numpy(clip.log_mel[:30]))
+    assert batch["audio_mask"].sum(dim=1).tolist() == [30, 20]
+
+
+def test_the_longest_sound_is_counted_in_seconds_whatever_the_hop(tiny_tokenizer):
+    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "hop_ms": 20}, max_audio_seconds=0.3)
+    assert processor([features(steps=50)], ["good"])["audio_values"].shape == (1, 15, 80)
+
+
+def test_clips_and_transcripts_must_come_in_pairs(tiny_processor):
+    with pytest.raises(ValueError):
+        tiny_processor([features(), features()], ["good"])
