@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line of `msa-online`.
 
-It stands outside the package because importing `msa_online` imports torch and transformers (several seconds), and
-asking for help should not.
+It stands outside the package because importing `msa_online` imports torch and transformers (several seconds),
+and asking for help should not.
 """
 
 import argparse
@@ -11,14 +11,22 @@ import sys
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `msa-online` and its sub-commands."""
-    parser = argparse.ArgumentParser(prog="msa-online", description="Multimodal sentiment analysis from raw video.")
+    parser = argparse.ArgumentParser(
+        prog="msa-online", description="Multimodal sentiment analysis from raw video."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    prepare = commands.add_parser("prepare", help="extract all clips of a corpus into the cache, show what was found")
+    prepare = commands.add_parser(
+        "prepare", help="extract all clips of a corpus into the cache, show what was found"
+    )
     prepare.add_argument("data", help="folder with metadata.csv or label.csv, table, or Hub repository")
     _add_extraction(prepare)
-    prepare.add_argument("--num-frames", type=int, default=8, help="frames sampled from each clip (default 8)")
-    prepare.add_argument("--face-size", type=int, default=96, help="pixels of a face crop's side (default 96)")
+    prepare.add_argument(
+        "--num-frames", type=int, default=8, help="frames sampled from each clip (default 8)"
+    )
+    prepare.add_argument(
+        "--face-size", type=int, default=96, help="pixels of a face crop's side (default 96)"
+    )
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint under the seven modality conditions")
     evaluate.add_argument("checkpoint", help="folder of a run, or Hub repository")
@@ -27,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--label-column", help="column of the labels (default: the one trained on)")
     evaluate.add_argument("--batch-size", type=int, default=32)
     evaluate.add_argument("--mixed-precision", default="no", choices=("no", "fp16", "bf16"))
-    evaluate.add_argument("--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table")
+    evaluate.add_argument(
+        "--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table"
+    )
     _add_extraction(evaluate)
 
     predict = commands.add_parser("predict", help="predict from raw clips, sound files, or text alone")

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model: `accelerate launch train.py CONFIG [key=value ...]`.
 
-The story of a run: read the configuration, prepare the data, build the model, train and validate epoch by epoch,
-keep the best, and finish with the test split and a model card.
+The story of a run: read the configuration, prepare the data, build the model, train and validate epoch by
+epoch, keep the best, and finish with the test split and a model card.
 """
 
 import shlex
 import sys
-from pathlib import Path
 
-from accelerate.logging import get_logger
 from rich.console import Console
 
 from msa_online.balancing import MODULATORS
 from msa_online.data.missing import ModalityDropout
-from msa_online.errors import INPUT_ERRORS
+from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score
 from msa_online.hub import load_checkpoint, write_model_card
@@ -23,10 +21,14 @@ from msa_online.training.arguments import RunArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
-from msa_online.training.setup import build_model, make_loaders, prepare_data, seed_everything, start_accelerator
+from msa_online.training.setup import (
+    build_model,
+    make_loaders,
+    prepare_data,
+    seed_everything,
+    start_accelerator,
+)
 from msa_online.training.stages import make_schedule
-
-logger = get_logger(__name__)
 
 
 def train(arguments: RunArguments, command: str) -> None:
@@ -35,10 +37,12 @@ def train(arguments: RunArguments, command: str) -> None:
     accelerator = start_accelerator(training)
     console = Console(quiet=not accelerator.is_main_process)
     console.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}"
     )
 
-    # Everything that can be wrong with the input is found before the first step, and before anything is written.
+    # Everything that can be wrong with the input is found before the first step, and before anything is
+    # written.
     data = prepare_data(arguments.data, accelerator, console)
     seed_everything(training.seed)
     model, processor = build_model(arguments, data.classes)
@@ -88,7 +92,9 @@ def train(arguments: RunArguments, command: str) -> None:
         metrics = evaluate_conditions(loop.bare_model, loaders["valid"], accelerator, (COMPLETE,))[COMPLETE]
         loop.modulator.on_validation(metrics)
         best = schedule.advance(selection_score(metrics, config.is_regression))
-        loop.progress.history.append({"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics})
+        loop.progress.history.append(
+            {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
+        )
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         if best and last_stage:
             folder.publish(loop.bare_model, processor)
@@ -101,7 +107,9 @@ def train(arguments: RunArguments, command: str) -> None:
     model, processor = load_checkpoint(folder.path)
     model.to(accelerator.device)
     results = {
-        split: evaluate_conditions(model, loaders[split], accelerator) for split in ("valid", "test") if split in loaders
+        split: evaluate_conditions(model, loaders[split], accelerator)
+        for split in ("valid", "test")
+        if split in loaders
     }
     model.config.trained_on = {
         "data": arguments.data.path,
@@ -132,12 +140,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     command = "accelerate launch train.py " + shlex.join(argv)
-    try:
-        train(read_arguments(Path(argv[0]), argv[1:]), command)
-    except INPUT_ERRORS as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        return 1
-    return 0
+    return run_command(lambda: train(read_arguments(argv[0], argv[1:]), command))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from feature_extractors.assets import cache_root
-from feature_extractors.clip import Clip, ClipError, ClipFeatures, ExtractionSettings
+from feature_extractors.clip import Clip, ClipFeatures, ExtractionSettings
+from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
@@ -51,7 +52,7 @@ class FeatureCache:
         """The name of a clip's entry: 64 hexadecimal digits.
 
         Raises:
-            ClipError: The file is missing or is no file.
+            ClipError: The file is missing, no file, empty or not readable.
         """
         content = {
             "format": FORMAT_VERSION,
@@ -121,16 +122,8 @@ class FeatureCache:
 
     def _file_digest(self, path: Path) -> str:
         """SHA-256 of a file's bytes, remembered on disk so that large corpora are not read at every start."""
-        try:
-            status = path.stat()
-        except FileNotFoundError as error:
-            raise ClipError(path, "missing", "no such file") from error
-        except OSError as error:
-            raise ClipError(path, "not a file", f"cannot be read ({error.strerror})") from error
-        if not path.is_file():
-            raise ClipError(
-                path, "not a file", "is a folder, not a file" if path.is_dir() else "is not a file"
-            )
+        check_file(path)
+        status = path.stat()
         identity = f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}"
         name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
         memo = self.folder / "digests" / name[:2] / name

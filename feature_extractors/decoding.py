@@ -58,7 +58,7 @@ def decode(clip: Clip, num_frames: int = 8, max_height: int = 480) -> RawClip:
     import av
 
     clip = Clip(Path(clip.path), clip.start, clip.end)
-    _check_file(clip.path)
+    check_file(clip.path)
     _check_window(clip)
     try:
         with av.open(str(clip.path), metadata_errors="replace") as container:
@@ -77,13 +77,24 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ClipError(path, "missing", "no such file")
-    if not path.is_file():
-        raise ClipError(path, "not a file", "is a folder, not a file" if path.is_dir() else "is not a file")
-    if path.stat().st_size == 0:
-        raise ClipError(path, "empty", "the file is empty (0 bytes)")
+def check_file(path: Path) -> None:
+    """Refuses what is no readable file with something in it, without opening it as media.
+
+    Raises:
+        ClipError: The path leads nowhere or to something else, or the file is empty or not readable.
+    """
+    try:
+        if not path.exists():
+            raise ClipError(path, "missing", "no such file")
+        if not path.is_file():
+            raise ClipError(
+                path, "not a file", f"is {'a folder' if path.is_dir() else 'a device'}, not a file"
+            )
+        with open(path, "rb") as stream:
+            if not stream.read(1):
+                raise ClipError(path, "empty", "the file is empty (0 bytes)")
+    except OSError as error:
+        raise ClipError(path, "undecodable", f"cannot be read ({_reason(error)})") from error
 
 
 def _check_window(clip: Clip) -> None:
@@ -103,7 +114,6 @@ class _Window:
 
     start: float
     end: float
-    file_end: float
     declared: float | None
 
 
@@ -172,7 +182,7 @@ def _window(
             f"the window {start:g} to {end:g} s reaches beyond the clip, which lasts {file_end:.2f} s",
         )
     guessed = declared is None or set(container.format.name.split(",")) & HEADERLESS
-    return _Window(start, min(end, file_end), file_end, None if guessed else declared)
+    return _Window(start, min(end, file_end), None if guessed else declared)
 
 
 def _slack(duration: float) -> float:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Robust multimodal sentiment analysis from raw video.
 
-Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of transformers, so
-that `AutoModel.from_pretrained` opens a checkpoint without remote code. No model and no network is touched.
+Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of
+transformers, so that `AutoModel.from_pretrained` opens a checkpoint without remote code. No model and no
+network is touched.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor

@@ -16,7 +16,7 @@ from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import CorpusError, read_corpus, require_splits
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.describe import describe, description_tables
-from msa_online.errors import INPUT_ERRORS
+from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table
 from msa_online.evaluation.robustness import evaluate_conditions
 from msa_online.hub import load_checkpoint
@@ -24,14 +24,8 @@ from msa_online.pipeline import MSAPipeline, Prediction
 
 
 def run(options: Namespace) -> int:
-    """Carry out the sub-command in `options.command`; an error of the input is one message and exit status 1."""
-    console = Console()
-    try:
-        COMMANDS[options.command](options, console)
-    except INPUT_ERRORS as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        return 1
-    return 0
+    """Carry out the sub-command in `options.command`; returns the exit status."""
+    return run_command(lambda: COMMANDS[options.command](options, Console()))
 
 
 def run_prepare(options: Namespace, console: Console) -> None:
@@ -57,7 +51,7 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     samples = corpus.split(options.split)
     if label2id is not None and (strange := sorted({sample.label for sample in samples} - label2id.keys())):
         raise CorpusError(
-            f"{corpus.source}: label {strange[0]!r} is unknown to the checkpoint, which knows {', '.join(label2id)}"
+            f"{corpus.source}: label {strange[0]!r} is not among the checkpoint's: {', '.join(label2id)}"
         )
     cache = FeatureCache()
     preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
@@ -71,7 +65,9 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
         _write_json({**report, "samples": len(usable), "conditions": results}, options.json, console)
     if options.json != "-":
-        console.print(conditions_table(results, f"{options.checkpoint} on {options.split} ({len(usable)} clips)"))
+        console.print(
+            conditions_table(results, f"{options.checkpoint} on {options.split} ({len(usable)} clips)")
+        )
 
 
 def run_predict(options: Namespace, console: Console) -> None:
@@ -93,7 +89,9 @@ def predictions_table(predictions: list[Prediction]) -> Table:
     for column in ("clip", "prediction", "from", "missing"):
         table.add_column(column, overflow="fold")
     for one in predictions:
-        answer = f"{one.score:+.3f}" if one.label is None else f"{one.label} ({one.probabilities[one.label]:.0%})"
+        answer = (
+            f"{one.score:+.3f}" if one.label is None else f"{one.label} ({one.probabilities[one.label]:.0%})"
+        )
         missing = ", ".join(f"{name}: {why}" for name, why in one.missing.items())
         table.add_row(one.clip or "(text only)", answer, ", ".join(one.modalities) or "nothing", missing)
     return table
@@ -116,7 +114,7 @@ def run_get_models(options: Namespace, console: Console) -> None:
     for name in options.names or ASSETS:
         if name not in ASSETS:
             raise AssetError(f"unknown model {name!r}; known are {', '.join(ASSETS)}")
-        console.print(f"{name}: {get_asset(name, report=console.print)}", soft_wrap=True)
+        console.print(f"{name}: {get_asset(name, progress=console.print)}", soft_wrap=True)
 
 
 def run_synthesize(options: Namespace, console: Console) -> None:

@@ -12,8 +12,8 @@ from transformers.configuration_utils import SubConfigSpec
 class MSAConfig(PretrainedConfig):
     """Everything needed to build an `MSAModel`: encoders x calibrator x head, and the task.
 
-    The text encoder's own configuration is embedded whole (`text_config`), so that a checkpoint can be rebuilt
-    without reaching for the model it was started from.
+    The text encoder's own configuration is embedded whole (`text_config`), so that a checkpoint can be
+    rebuilt without reaching for the model it was started from.
 
     Attributes:
         text_config: Configuration of the text encoder, as a config object or the dict it saves.
@@ -70,5 +70,5 @@ class MSAConfig(PretrainedConfig):
         return {"text": self.text_config.hidden_size, "audio": self.audio_width, "vision": self.face_width}
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
-        """The text encoder's configuration; transformers looks by name and would find `text_encoder` as well."""
+        """The text encoder's configuration; by name, transformers would take `text_encoder` for one too."""
         return self.text_config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking inside a model without its weights: parts, parameter counts, shapes on the way from clip to logits."""
+"""Looking inside a model without its weights: parts, parameter counts, shapes from clip to logits."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -37,8 +37,9 @@ class Description:
 
 
 def describe(source: str | Path) -> Description:
-    """Describe a configuration file (`.yaml`), a checkpoint folder or a Hub repository; nothing is downloaded but its
-    configuration.
+    """Describe a configuration file (`.yaml`), a checkpoint folder or a Hub repository.
+
+    Of a repository only the configuration is downloaded.
 
     Raises:
         ConfigurationError: The configuration file cannot be used.
@@ -56,7 +57,8 @@ def _config_of(source: str | Path) -> MSAConfig:
     arguments = read_arguments(source)
     if not arguments.model.get("text_encoder"):
         return load_config(arguments.training.init_from)
-    classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]  # their number is known from the data alone
+    # how many classes there are is known from the data alone
+    classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
     return arguments.model_config(classes)
 
 
@@ -119,5 +121,7 @@ def description_tables(description: Description, source: str) -> list[Table]:
         return [parts, shapes]
     trained = Table(title="trained on", title_justify="left", show_header=False)
     for name, value in record.items():
-        trained.add_row(name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+        trained.add_row(
+            name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        )
     return [parts, shapes, trained]

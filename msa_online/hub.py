@@ -32,7 +32,9 @@ def load_config(source: str | Path) -> MSAConfig:
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=not folder.is_dir() and not hub_answers())
+        config = AutoConfig.from_pretrained(
+            source, local_files_only=not folder.is_dir() and not hub_answers()
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: neither a checkpoint folder nor a repository that could be read "
@@ -40,8 +42,8 @@ def load_config(source: str | Path) -> MSAConfig:
         ) from error
     if not isinstance(config, MSAConfig):
         raise CheckpointError(
-            f"{source}: a checkpoint of kind {config.model_type!r}, not {MSAConfig.model_type!r}; to train from a "
-            "text encoder name it as model.text_encoder in a configuration"
+            f"{source}: a checkpoint of kind {config.model_type!r}, not {MSAConfig.model_type!r}; a text "
+            "encoder to train from goes into a configuration, as model.text_encoder"
         )
     return config
 
@@ -57,9 +59,13 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
         model, found = MSAModel.from_pretrained(source, config=config, output_loading_info=True)
         processor = MSAProcessor.from_pretrained(source)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: the checkpoint cannot be read ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{source}: the checkpoint cannot be read ({str(error).splitlines()[0]})"
+        ) from error
     if missing := found["missing_keys"] | found["unexpected_keys"]:
-        raise CheckpointError(f"{source}: the weights do not fit config.json, for example {sorted(missing)[0]}")
+        raise CheckpointError(
+            f"{source}: the weights do not fit config.json, for example {sorted(missing)[0]}"
+        )
     return model.eval(), processor
 
 
@@ -69,7 +75,9 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
     template = Template(files("msa_online").joinpath("model_card_template.md").read_text(encoding="utf-8"))
     task = "regression" if config.is_regression else "classification"
     outputs = (
-        f"a score in {config.label_range}" if config.is_regression else "one of " + ", ".join(config.id2label.values())
+        f"a score in {config.label_range}"
+        if config.is_regression
+        else "one of " + ", ".join(config.id2label.values())
     )
     card = template.substitute(
         metadata=yaml.safe_dump(_card_metadata(config, task), sort_keys=False).strip(),
@@ -99,6 +107,13 @@ def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
         "library_name": "msa_online",
         "license": "apache-2.0",
         "pipeline_tag": "video-classification",
-        "tags": ["multimodal", "sentiment-analysis", "missing-modality", "audio-classification", task, config.head],
+        "tags": [
+            "multimodal",
+            "sentiment-analysis",
+            "missing-modality",
+            "audio-classification",
+            task,
+            config.head,
+        ],
         **({"base_model": config.text_encoder} if "/" in (config.text_encoder or "") else {}),
     }

@@ -42,7 +42,7 @@ class ModalitySequence:
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "ModalitySequence":
-        """Wrap encoder states `(batch, time, width)`; a sample is present when any step of `mask` is valid."""
+        """Wrap states `(batch, time, width)`; a sample is present when any step of its `mask` is valid."""
         return cls(values * mask.unsqueeze(-1), mask, mask.any(dim=1))
 
     def only(self, present: Tensor) -> "ModalitySequence":

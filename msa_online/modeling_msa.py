@@ -54,7 +54,8 @@ class MSAModel(PreTrainedModel):
         crops ────── face encoder ──┘
 
     Args:
-        config: The whole model as plain data. Raises `ValueError` for a head or calibrator that is in no table.
+        config: The whole model as plain data. Raises `ValueError` for a head or calibrator that is in no
+            table.
     """
 
     config_class = MSAConfig
@@ -136,13 +137,13 @@ class MSAModel(PreTrainedModel):
         return self.decide(sequences, labels)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Which parameters belong to one modality: its encoder, and what the head declares. The rest is shared."""
+        """What belongs to one modality: its encoder, and what the head declares; the rest is shared."""
         of_head = self.head.modality_parameters()
         return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
 
     @classmethod
     def from_pretrained_text(cls, config: MSAConfig, source: str | Path) -> "MSAModel":
-        """Build a new model whose text encoder starts from the pretrained weights `source`, a folder or name."""
+        """Build a new model whose text encoder starts from pretrained weights, by folder or name."""
         model = cls(config)
         model.encoders["text"].load_pretrained(source)
         return model

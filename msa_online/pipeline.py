@@ -79,8 +79,10 @@ class MSAPipeline:
         """Predict for one clip, or for several at once.
 
         Args:
-            clips: A media file, a `Clip` with a window, None for text alone, or a list of these. Sound files are legal.
-            text: What is said: one string, or a list as long as `clips`. None means the transcript is missing.
+            clips: A media file, a `Clip` with a window, None for text alone, or a list of these. Sound files
+                are legal.
+            text: What is said: one string, or a list as long as `clips`. None means the transcript is
+                missing.
 
         Returns:
             One `Prediction`, or a list for lists.
@@ -94,7 +96,9 @@ class MSAPipeline:
         clips = list(clips) if isinstance(clips, list | tuple) else [clips] * len(text)
         text = list(text) if isinstance(text, list | tuple) else [text] * len(clips)
         if len(clips) != len(text):
-            raise ValueError(f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip")
+            raise ValueError(
+                f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip"
+            )
         for clip, transcript in zip(clips, text, strict=True):
             if clip is None and not (transcript or "").strip():
                 raise ValueError("nothing to predict from: give a clip, a text, or both")

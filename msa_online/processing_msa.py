@@ -21,8 +21,8 @@ MAX_AUDIO_SECONDS = 30.0
 class MSAProcessor(ProcessorMixin):
     """Turns extracted features and a transcript into the flat batch of tensors the model takes.
 
-    It holds everything a checkpoint needs to recompute its inputs from raw media: the tokenizer and the settings
-    of extraction.
+    It holds everything a checkpoint needs to recompute its inputs from raw media: the tokenizer and the
+    settings of extraction.
 
     Args:
         tokenizer: Tokenizer of the text encoder.
@@ -49,15 +49,15 @@ class MSAProcessor(ProcessorMixin):
         return ExtractionSettings(**self.extraction)
 
     def tokenize(self, text: str) -> Tensor:
-        """Token ids of a transcript with special tokens, `(tokens,)` int64; an empty one gives the special tokens."""
+        """Token ids of a transcript, `(tokens,)` int64; an empty one gives the special tokens alone."""
         encoded = self.tokenizer(text, truncation=True, max_length=self.max_text_tokens)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
     def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
         """Inputs of one sample, not padded yet.
 
-        An absent modality becomes one step of zeros (text: the special tokens) with `modality_present` False: no
-        transcript, silent or missing sound, no face in any frame.
+        An absent modality becomes one step of zeros (text: the special tokens) with `modality_present` False:
+        no transcript, silent or missing sound, no face in any frame.
 
         Returns:
             `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
@@ -81,10 +81,14 @@ class MSAProcessor(ProcessorMixin):
         """Join samples from `encode` into the batch that `MSAModel.forward` documents."""
         columns = {key: [sample[key] for sample in samples] for key in samples[0]}
         batch = {
-            key: pad_sequence(values, batch_first=True) for key, values in columns.items() if key != "text_input_ids"
+            key: pad_sequence(values, batch_first=True)
+            for key, values in columns.items()
+            if key != "text_input_ids"
         }
         padding = self.tokenizer.pad_token_id
-        batch["text_input_ids"] = pad_sequence(columns["text_input_ids"], batch_first=True, padding_value=padding)
+        batch["text_input_ids"] = pad_sequence(
+            columns["text_input_ids"], batch_first=True, padding_value=padding
+        )
         batch["text_mask"] = _lengths_to_mask(columns["text_input_ids"])
         batch["audio_mask"] = _lengths_to_mask(columns["audio_values"])
         return BatchFeature(batch)

@@ -12,7 +12,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SAMPLE_RATE = 48_000  # of the clips written here; the extractors resample
 VIDEO_CODECS = {".flv": "flv", ".mpg": "mpeg1video", ".webm": "libvpx", ".avi": "mpeg4"}
-AUDIO_CODECS = {".flv": "libmp3lame", ".mpg": "mp2", ".webm": "libopus", ".avi": "libmp3lame", ".wav": "pcm_s16le"}
+AUDIO_CODECS = {
+    ".flv": "libmp3lame",
+    ".mpg": "mp2",
+    ".webm": "libopus",
+    ".avi": "libmp3lame",
+    ".wav": "pcm_s16le",
+}
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +135,8 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-WORDS = "a the it is was i loved liked hated film movie good bad great awful very not really and but ending".split()
+WORDS = ["a", "the", "it", "is", "was", "i", "not", "very", "really", "and", "but"]
+WORDS += ["loved", "liked", "hated", "film", "movie", "ending", "good", "bad", "great", "awful"]
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +144,11 @@ def tiny_text_config():
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        vocab_size=5 + len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
     )
 
 
@@ -206,10 +217,12 @@ def tiny_processor(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def make_batch():
-    """A function that makes a batch of random inputs as `MSAModel.forward` documents, with regression labels."""
+    """A function that makes a batch of random inputs as `MSAModel.forward` documents."""
     import torch
 
-    def make(batch_size: int = 4, seed: int = 0, present: tuple[bool, bool, bool] = (True, True, True)) -> dict:
+    def make(
+        batch_size: int = 4, seed: int = 0, present: tuple[bool, bool, bool] = (True, True, True)
+    ) -> dict:
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(3, 9, (batch_size,), generator=generator)
         text_mask = torch.arange(9) < lengths[:, None]
@@ -220,7 +233,9 @@ def make_batch():
             "text_mask": text_mask,
             "audio_values": torch.randn(batch_size, 60, 80, generator=generator),
             "audio_mask": torch.arange(60) < steps[:, None],
-            "vision_values": torch.randint(0, 256, (batch_size, 4, 32, 32, 3), generator=generator).to(torch.uint8),
+            "vision_values": torch.randint(0, 256, (batch_size, 4, 32, 32, 3), generator=generator).to(
+                torch.uint8
+            ),
             "vision_blendshapes": torch.rand(batch_size, 4, 52, generator=generator),
             "vision_mask": torch.tensor([True, True, False, True]).expand(batch_size, 4).clone(),
             "modality_present": torch.tensor(present).expand(batch_size, 3).clone(),
@@ -233,7 +248,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def tiny_corpus(make_clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of thirty short talking clips with metadata.csv: 16 train, 6 valid, 8 test; some lack a modality."""
+    """A folder of thirty short clips with metadata.csv: 16 train, 6 valid, 8 test; some lack a modality."""
     import csv
 
     folder = tmp_path_factory.mktemp("tiny_corpus")
@@ -246,5 +261,7 @@ def tiny_corpus(make_clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_clip(folder / name, seconds=0.6, fps=10, audio=None if number == 3 else "tone")
             split = "train" if number < 16 else "valid" if number < 22 else "test"
             words = "" if number == 5 else " ".join(random.choice(WORDS, size=random.integers(2, 8)))
-            writer.writerow([name, words, round(float(random.uniform(-3, 3)), 2), split, f"speaker_{number % 4}"])
+            writer.writerow(
+                [name, words, round(float(random.uniform(-3, 3)), 2), split, f"speaker_{number % 4}"]
+            )
     return folder

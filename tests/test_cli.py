@@ -62,7 +62,9 @@ for words in ([], *([command] for command in {COMMANDS})):
     except SystemExit as end: assert not end.code
 assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: msa-online") == 1 + len(COMMANDS)
     assert all(command in done.stdout for command in COMMANDS)
@@ -75,7 +77,9 @@ def test_every_command_of_the_parser_is_carried_out_by_somebody():
     assert set(choices) == set(carried_out) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["evaluate", "x"], ["predict", "a.mp4"], ["prepare", "x", "--workers", "y"]])
+@pytest.mark.parametrize(
+    "words", [[], ["fly"], ["evaluate", "x"], ["predict", "a.mp4"], ["prepare", "x", "--workers", "y"]]
+)
 def test_a_wrong_call_is_answered_with_the_usage(capsys, words):
     assert usage_error(capsys, *words).startswith("msa-online")
 
@@ -92,7 +96,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(capsys, tmp_path,
     assert "config.json is missing" in refusal(capsys, *words)
 
 
-# --- describe -----------------------------------------------------------------------------------------------------
+# --- describe ---
 
 
 def test_describe_prints_json_a_script_can_read(capsys):
@@ -107,7 +111,9 @@ def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_confi
 
     metrics = {"mae": 0.704, "corr": 0.5}
     record = {"data": "me/clips", "results": {"test": {"text": metrics, "text+audio+vision": metrics}}}
-    MSAConfig(**{**tiny_config.to_dict(), "architectures": ["MSAModel"], "trained_on": record}).save_pretrained(tmp_path)
+    MSAConfig(
+        **{**tiny_config.to_dict(), "architectures": ["MSAModel"], "trained_on": record}
+    ).save_pretrained(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["describe", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -127,7 +133,7 @@ def test_a_configuration_with_a_mistake_is_refused_in_one_line(capsys, tmp_path)
     assert "hiden_size" in refusal(capsys, "describe", str(path))
 
 
-# --- predict ------------------------------------------------------------------------------------------------------
+# --- predict ---
 
 
 def test_predict_without_anything_to_predict_says_what_to_give(capsys):
@@ -141,7 +147,9 @@ def test_predict_wants_a_transcript_for_each_clip_or_none(capsys):
 
 
 def test_predict_from_text_alone_as_json(capsys, checkpoint):
-    assert main(["predict", "--model", checkpoint, "--text", "I loved it", "--text", "very bad", "--json"]) == 0
+    assert (
+        main(["predict", "--model", checkpoint, "--text", "I loved it", "--text", "very bad", "--json"]) == 0
+    )
     first, second = json.loads(capsys.readouterr().out)
     assert first["clip"] is None and isinstance(first["score"], float)
     assert first["modalities"] == ["text"] and set(first["missing"]) == {"audio", "vision"}
@@ -167,7 +175,7 @@ def test_a_clip_is_shown_under_the_name_it_has(capsys, checkpoint, make_clip, tm
     assert "take [2].wav" in capsys.readouterr().out
 
 
-# --- prepare and evaluate -----------------------------------------------------------------------------------------
+# --- prepare and evaluate ---
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,9 @@ def test_an_option_that_cannot_work_is_refused_before_the_work_begins(
     capsys, words, checkpoint, tmp_path, cache_dir, monkeypatch
 ):
     import torch
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # fp16 cannot work without a GPU
     (tmp_path / "clip.mp4").write_bytes(b"would be decoded if work began")
     (tmp_path / "metadata.csv").write_text("file_name,text,label,split\nclip.mp4,good,1,test\n")
@@ -202,7 +212,9 @@ def test_prepare_names_a_folder_that_is_not_there(capsys, tmp_path):
     assert str(tmp_path / "none") in refusal(capsys, "prepare", str(tmp_path / "none"))
 
 
-def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(capsys, tmp_path, make_clip, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(
+    capsys, tmp_path, make_clip, monkeypatch
+):
     clip = make_clip(tmp_path / "clip.wav", video=False)
     (tmp_path / "metadata.csv").write_text(f"file_name,text,label\n{clip.name},good,1\n")
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -211,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(capsys, tm
     assert "error: " in capsys.readouterr().err
 
 
-# --- get-models ---------------------------------------------------------------------------------------------------
+# --- get-models ---
 
 
 def test_an_unknown_model_is_refused_listing_the_known_ones(capsys):

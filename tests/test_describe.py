@@ -95,7 +95,11 @@ def test_a_classification_is_described_without_its_data(write_config):
 
 
 def test_a_checkpoint_is_described_with_what_it_was_trained_on(tiny_config, tmp_path):
-    record = {"data": "me/clips", "splits": {"train": 8}, "results": {"test": {"text": {"mae": 0.5, "corr": 0.1}}}}
+    record = {
+        "data": "me/clips",
+        "splits": {"train": 8},
+        "results": {"test": {"text": {"mae": 0.5, "corr": 0.1}}},
+    }
     model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "trained_on": record}))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # not needed

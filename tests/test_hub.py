@@ -13,7 +13,14 @@ from msa_online.hub import CheckpointError, load_checkpoint, load_config, write_
 
 RESULTS = {
     "text": {"mae": 0.81, "corr": 0.5, "acc2_has0": 0.75, "acc2_non0": 0.7654, "f1_non0": 0.76, "acc7": 0.4},
-    "text+audio+vision": {"mae": 0.704, "corr": 0.6, "acc2_has0": 0.8, "acc2_non0": 0.82, "f1_non0": 0.8, "acc7": 0.45},
+    "text+audio+vision": {
+        "mae": 0.704,
+        "corr": 0.6,
+        "acc2_has0": 0.8,
+        "acc2_non0": 0.82,
+        "f1_non0": 0.8,
+        "acc7": 0.45,
+    },
 }
 TRAINED_ON = {
     "data": "me/clips",
@@ -101,7 +108,9 @@ def test_a_damaged_configuration_is_refused(checkpoint, content):
 
 
 @pytest.mark.parametrize(
-    "change", [{"head": "nosuch"}, {"head_kwargs": {"hiden_size": 8}}, {"audio_width": "wide"}], ids=lambda it: next(iter(it))
+    "change",
+    [{"head": "nosuch"}, {"head_kwargs": {"hiden_size": 8}}, {"audio_width": "wide"}],
+    ids=lambda it: next(iter(it)),
 )
 def test_a_configuration_that_builds_no_model_is_refused(checkpoint, change):
     change_config(checkpoint, **change)
@@ -161,7 +170,7 @@ def test_a_processor_with_settings_of_another_version_is_refused(checkpoint):
     refused(checkpoint)
 
 
-# --- the model card -----------------------------------------------------------------------------------------------
+# --- the model card ---
 
 
 def card_of(config: MSAConfig, folder: Path) -> tuple[dict, str]:
@@ -174,7 +183,11 @@ def card_of(config: MSAConfig, folder: Path) -> tuple[dict, str]:
 @pytest.fixture
 def config(tiny_config) -> MSAConfig:
     return MSAConfig(
-        **{**tiny_config.to_dict(), "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "trained_on": TRAINED_ON}
+        **{
+            **tiny_config.to_dict(),
+            "text_encoder": "sentence-transformers/all-MiniLM-L6-v2",
+            "trained_on": TRAINED_ON,
+        }
     )
 
 
@@ -228,7 +241,11 @@ def test_the_card_names_no_base_model_the_hub_does_not_have(config, encoder, tmp
 
 
 def test_the_card_of_a_classifier_lists_its_classes(config, tmp_path):
-    classes = {"label_range": None, "id2label": {0: "angry", 1: "happy"}, "label2id": {"angry": 0, "happy": 1}}
+    classes = {
+        "label_range": None,
+        "id2label": {0: "angry", 1: "happy"},
+        "label2id": {"angry": 0, "happy": 1},
+    }
     results = {"test": {"text": {"accuracy": 0.5, "f1_weighted": 0.4, "f1_macro": 0.3}}}
     trained_on = {**TRAINED_ON, "results": results}
     metadata, text = card_of(MSAConfig(**{**config.to_dict(), **classes, "trained_on": trained_on}), tmp_path)

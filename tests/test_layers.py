@@ -38,7 +38,10 @@ def modules() -> dict[str, Path]:
     """Every module of ours by its dotted name."""
     paths = [path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py")]
     paths += [REPOSITORY / "msa_online_cli.py", REPOSITORY / "train.py"]
-    return {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
 
 
 MODULES = modules()
@@ -78,16 +81,24 @@ def test_extraction_knows_nothing_of_models(module):
     assert not roots & {"msa_online", "msa_online_cli", "train", "torch", "transformers", "accelerate"}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("msa_online.balancing.")))
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if name.startswith("msa_online.balancing."))
+)
 def test_a_method_imports_no_other_method(module):
     here = "msa_online.balancing."
     methods = {name for name in imported(MODULES[module]) if name.startswith(here)}
     assert {name.removeprefix(here) for name in methods} <= BRICKS
-    assert "msa_online.balancing" not in imported(MODULES[module])  # the tables name the methods, not the reverse
+    assert "msa_online.balancing" not in imported(
+        MODULES[module]
+    )  # the tables name the methods, not the reverse
 
 
 def test_scripts_are_imported_by_nobody():
-    importers = {name for name, path in MODULES.items() if {n.split(".")[0] for n in imported(path)} & {"scripts", "tests"}}
+    importers = {
+        name
+        for name, path in MODULES.items()
+        if {n.split(".")[0] for n in imported(path)} & {"scripts", "tests"}
+    }
     assert not importers
 
 
@@ -108,7 +119,12 @@ def in_a_fresh_process(code: str) -> list[str]:
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", guard + code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=False
+        [sys.executable, "-c", guard + code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -116,9 +132,23 @@ def in_a_fresh_process(code: str) -> list[str]:
 
 def test_extraction_starts_without_torch_and_without_its_own_heavy_libraries():
     heavy = ("torch", "transformers", "av", "cv2", "mediapipe", "librosa", "scipy", "numba")
-    assert in_a_fresh_process(f"import feature_extractors\nprint(*[m for m in {heavy} if m in sys.modules])") == []
+    assert (
+        in_a_fresh_process(f"import feature_extractors\nprint(*[m for m in {heavy} if m in sys.modules])")
+        == []
+    )
 
 
 def test_the_package_starts_without_what_only_training_or_extraction_needs_and_without_network():
-    heavy = ("av", "cv2", "mediapipe", "librosa", "numba", "sklearn", "matplotlib", "datasets", "pandas", "tensorboard")
+    heavy = (
+        "av",
+        "cv2",
+        "mediapipe",
+        "librosa",
+        "numba",
+        "sklearn",
+        "matplotlib",
+        "datasets",
+        "pandas",
+        "tensorboard",
+    )
     assert in_a_fresh_process(f"import msa_online\nprint(*[m for m in {heavy} if m in sys.modules])") == []

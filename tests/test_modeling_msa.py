@@ -11,9 +11,13 @@ every_head = pytest.mark.parametrize("head", HEADS)
 
 
 @every_head
-@pytest.mark.parametrize("outputs", [{"label_range": [-3, 3]}, {"id2label": {0: "sad", 1: "happy", 2: "angry"}}])
+@pytest.mark.parametrize(
+    "outputs", [{"label_range": [-3, 3]}, {"id2label": {0: "sad", 1: "happy", 2: "angry"}}]
+)
 def test_a_reloaded_model_is_the_same_model(head, outputs, tiny_config, make_batch, tmp_path):
-    config = MSAConfig(**{**tiny_config.to_dict(), "id2label": None, "label2id": None, "head": head, **outputs})
+    config = MSAConfig(
+        **{**tiny_config.to_dict(), "id2label": None, "label2id": None, "head": head, **outputs}
+    )
     torch.manual_seed(0)
     model = MSAModel(config).eval()
     model.save_pretrained(tmp_path)
@@ -33,10 +37,14 @@ def test_weights_missing_from_a_checkpoint_are_initialised_not_garbage(tiny_conf
     from safetensors.torch import load_file, save_file
 
     MSAModel(tiny_config).save_pretrained(tmp_path)
-    kept = {name: value for name, value in load_file(tmp_path / "model.safetensors").items() if "text" in name}
+    kept = {
+        name: value for name, value in load_file(tmp_path / "model.safetensors").items() if "text" in name
+    }
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = MSAModel.from_pretrained(tmp_path)
-    assert all(torch.isfinite(value).all() and value.abs().max() < 10 for value in model.state_dict().values())
+    assert all(
+        torch.isfinite(value).all() and value.abs().max() < 10 for value in model.state_dict().values()
+    )
     assert model.encoders["audio"].scale.weight.item() == pytest.approx(1 / 6)
     assert 0 < model.head.missing.tokens.std() < 0.1
 
@@ -44,7 +52,10 @@ def test_weights_missing_from_a_checkpoint_are_initialised_not_garbage(tiny_conf
 def test_the_text_encoder_starts_from_pretrained_weights(tiny_config, tiny_text_encoder):
     model = MSAModel.from_pretrained_text(tiny_config, tiny_text_encoder)
     expected = BertModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False).state_dict()
-    assert all(torch.equal(value, model.encoders["text"].model.state_dict()[name]) for name, value in expected.items())
+    assert all(
+        torch.equal(value, model.encoders["text"].model.state_dict()[name])
+        for name, value in expected.items()
+    )
 
 
 def test_what_hides_behind_an_absent_modality_changes_nothing(tiny_model, make_batch):
@@ -75,14 +86,20 @@ def test_every_parameter_of_the_model_is_trained(head, tiny_config, make_batch):
         for present in ((True, True, True), (False, False, False)):
             model.zero_grad()
             model(**make_batch(present=present)).loss.backward()
-            reached |= {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+            reached |= {
+                name
+                for name, value in model.named_parameters()
+                if value.grad is not None and value.grad.any()
+            }
     unreached = {name for name, _ in model.named_parameters()} - reached
     # BERT's position and word rows that no sample uses share a parameter with those it does
     assert unreached == set()
 
 
 def test_ownership_is_disjoint_and_front_ends_belong_to_their_modality(tiny_model):
-    owned = {name: {id(value) for value in values} for name, values in tiny_model.modality_parameters().items()}
+    owned = {
+        name: {id(value) for value in values} for name, values in tiny_model.modality_parameters().items()
+    }
     assert sum(map(len, owned.values())) == len(set().union(*owned.values()))
     for name, encoder in tiny_model.encoders.items():
         assert {id(value) for value in encoder.parameters()} <= owned[name]
@@ -114,7 +131,9 @@ def test_gradients_stay_finite_in_bf16(tiny_model, make_batch):
         output = tiny_model.train()(**make_batch())
     assert output.losses["task"].dtype == torch.float32
     output.loss.backward()
-    assert all(torch.isfinite(value.grad).all() for value in tiny_model.parameters() if value.grad is not None)
+    assert all(
+        torch.isfinite(value.grad).all() for value in tiny_model.parameters() if value.grad is not None
+    )
 
 
 @pytest.mark.parametrize(("field", "message"), [("head", "late_fusion"), ("calibrator", "identity")])

@@ -64,6 +64,8 @@ def test_nothing_to_predict_from_and_unequal_lists_are_refused(pipeline, tmp_pat
 
 
 def test_real_clips_of_other_corpora_are_understood(pipeline, shared_data):
-    clips = sorted((shared_data / "crema_d").glob("*.flv"))[:2] + sorted((shared_data / "grid").glob("*.mpg"))[:2]
+    clips = (
+        sorted((shared_data / "crema_d").glob("*.flv"))[:2] + sorted((shared_data / "grid").glob("*.mpg"))[:2]
+    )
     for prediction in pipeline(clips):
         assert {"audio", "vision"} <= set(prediction.modalities)

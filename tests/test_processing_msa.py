@@ -28,7 +28,9 @@ def features(*, steps: int = 50, faces: str = "yyny", findings: tuple[str, ...] 
 
 
 def test_a_reloaded_processor_makes_the_same_inputs(tiny_tokenizer, tmp_path):
-    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "num_frames": 4}, max_text_tokens=6, max_audio_seconds=0.3)
+    processor = MSAProcessor(
+        tiny_tokenizer, {"face_size": 32, "num_frames": 4}, max_text_tokens=6, max_audio_seconds=0.3
+    )
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is MSAProcessor
@@ -71,7 +73,9 @@ def test_text_is_padded_with_the_tokenizers_own_padding(tiny_tokenizer, tiny_pro
 
 def test_a_clip_is_not_changed_by_its_neighbours_in_a_batch(tiny_processor):
     alone = tiny_processor([features(steps=30)], ["very bad"])
-    together = tiny_processor([features(steps=30), features(steps=90)], ["very bad", "I loved it and the ending"])
+    together = tiny_processor(
+        [features(steps=30), features(steps=90)], ["very bad", "I loved it and the ending"]
+    )
     assert torch.equal(together["audio_values"][0, :30], alone["audio_values"][0])
     assert torch.equal(together["text_input_ids"][0, :4], alone["text_input_ids"][0])
     assert torch.equal(together["vision_values"][0], alone["vision_values"][0])
@@ -92,7 +96,9 @@ def test_a_clip_is_not_changed_by_its_neighbours_in_a_batch(tiny_processor):
         (ClipFeatures.absent(SETTINGS), None, [False, False, False]),
     ],
 )
-def test_what_is_missing_is_marked_and_nothing_of_it_gets_through(clip, text, present, tiny_processor, tiny_model):
+def test_what_is_missing_is_marked_and_nothing_of_it_gets_through(
+    clip, text, present, tiny_processor, tiny_model
+):
     batch = tiny_processor([clip], [text])
     assert batch["modality_present"].tolist() == [present]
     assert batch["audio_values"].any().item() == present[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job as a user runs it: `accelerate launch train.py`, killed and resumed, on one process and on two."""
+"""The main job as a user runs it: `accelerate launch train.py`, killed, resumed, on one process and two."""
 
 import json
 import os
@@ -95,7 +95,10 @@ def test_a_killed_run_resumes_onto_the_same_weights(launcher, whole_run, tiny_te
     assert "resuming after epoch" in output
     whole, resumed = weights(whole_run[0]), weights(launcher.folder / "killed")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    histories = [json.loads((folder / "history.json").read_text()) for folder in (whole_run[0], launcher.folder / "killed")]
+    histories = [
+        json.loads((folder / "history.json").read_text())
+        for folder in (whole_run[0], launcher.folder / "killed")
+    ]
     assert histories[0] == histories[1]
 
 
@@ -115,7 +118,9 @@ def test_two_processes_and_one_land_on_the_same_weights(launcher, tiny_text_enco
     assert "2 process(es)" in two
     alone, together = weights(launcher.folder / "one"), weights(launcher.folder / "two")
     for name, value in alone.items():
-        torch.testing.assert_close(value, together[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, together[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_run_is_a_checkpoint_with_a_model_card(whole_run, tiny_corpus):
@@ -123,7 +128,14 @@ def test_the_run_is_a_checkpoint_with_a_model_card(whole_run, tiny_corpus):
 
     run, output = whole_run
     card = (run / "README.md").read_text()
-    for fact in ("regression", str(tiny_corpus), "train 16, valid 6, test 8", "1111", "MSAPipeline", "text+audio+vision"):
+    for fact in (
+        "regression",
+        str(tiny_corpus),
+        "train 16, valid 6, test 8",
+        "1111",
+        "MSAPipeline",
+        "text+audio+vision",
+    ):
         assert fact in card
     prediction = MSAPipeline.from_pretrained(run)(tiny_corpus / "clip_00.mp4", text="a great movie")
     assert prediction.modalities == ("text", "audio", "vision")
@@ -132,7 +144,9 @@ def test_the_run_is_a_checkpoint_with_a_model_card(whole_run, tiny_corpus):
     assert not (run / "state").exists()
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(launcher, whole_run, tiny_text_encoder):
+def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(
+    launcher, whole_run, tiny_text_encoder
+):
     before = (whole_run[0] / "model.safetensors").read_bytes()
     process = launcher.start(launcher.configure(tiny_text_encoder, dropout=0.2), "whole")
     output, _ = process.communicate(timeout=LIMIT)
@@ -150,12 +164,17 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_labels(launcher, whole_
     config.write_text(
         yaml.safe_dump(
             {
-                "data": {"path": str(tiny_corpus), "task": "classification", "label_column": "mood", "num_frames": 4,
-                         "face_size": 32},
+                "data": {
+                    "path": str(tiny_corpus),
+                    "task": "classification",
+                    "label_column": "mood",
+                    "num_frames": 4,
+                    "face_size": 32,
+                },
                 "training": {"epochs": 1, "batch_size": 8, "init_from": str(whole_run[0])},
             }
         )
-    )  # fmt: skip
+    )
     launcher.run(config, "moods")
     from msa_online import MSAPipeline
 

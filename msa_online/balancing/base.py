@@ -17,7 +17,8 @@ class HeadOutput:
 
     Attributes:
         logits: Fused prediction, `(batch, outputs)`.
-        modality_logits: Prediction of each modality alone, `(batch, outputs)` each; empty if the head has none.
+        modality_logits: Prediction of each modality alone, `(batch, outputs)` each; empty if the head has
+            none.
         features: Pooled state of each modality, `(batch, hidden)` each.
         fused: State the fused prediction is read from, `(batch, width)`.
         losses: Loss terms by name, unweighted scalars; empty without labels.
@@ -37,8 +38,8 @@ class HeadOutput:
 class BalancingHead(nn.Module):
     """Three sequences in, a prediction and named losses out. A method is one subclass, in a file of its own.
 
-    A subclass takes `widths` (width of each modality's states) and `num_labels` (outputs; 1 is regression), then
-    its hyper-parameters as keywords: they are the `head_kwargs` of the configuration.
+    A subclass takes `widths` (width of each modality's states) and `num_labels` (outputs; 1 is regression),
+    then its hyper-parameters as keywords: they are the `head_kwargs` of the configuration.
 
     Attributes:
         stages: Names of the training stages in the order they run.
@@ -51,7 +52,8 @@ class BalancingHead(nn.Module):
 
         Args:
             sequences: One per modality, states `(batch, time, width)`; time differs between modalities.
-            labels: `(batch,)`, float for regression and int64 for classification; without them no loss is computed.
+            labels: `(batch,)`, float for regression and int64 for classification; without them no loss is
+                computed.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
@@ -102,8 +104,8 @@ class ModulationContext:
 class GradientModulator:
     """Changes gradients once per optimizer step; this base changes none ("identity").
 
-    Called after backward, synchronisation and unscaling, and before clipping and the step (METHODS 8.1). A step
-    whose gradients are not finite is skipped whole and never reaches `modulate`.
+    Called after backward, synchronisation and unscaling, and before clipping and the step (METHODS 8.1). A
+    step whose gradients are not finite is skipped whole and never reaches `modulate`.
     """
 
     def observe(self, output: Any, labels: Tensor) -> None:

@@ -25,17 +25,19 @@ class MissingTokens(nn.Module):
         nn.init.normal_(self.tokens, std=0.02)
 
     def forward(self, name: str, states: Tensor, present: Tensor) -> Tensor:
-        """Put the token of modality `name` into pooled states `(batch, hidden)` where `present` `(batch,)` is False."""
+        """Put the token of `name` into states `(batch, hidden)` where `present` `(batch,)` is False."""
         return torch.where(present.unsqueeze(-1), states, self.tokens[MODALITIES.index(name)])
 
 
 def masked_mean(sequence: ModalitySequence) -> Tensor:
-    """Mean of the observed steps, `(batch, time, width)` to `(batch, width)`; zero where nothing is observed."""
+    """Mean of the observed steps, `(batch, time, width)` to `(batch, width)`; zero where there are none."""
     count = sequence.mask.sum(dim=1, keepdim=True).clamp(min=1)
     return sequence.values.sum(dim=1) / count  # absent steps hold zeros
 
 
-def task_loss(logits: Tensor, labels: Tensor, present: Tensor | None = None, regression_loss: str = "mse") -> Tensor:
+def task_loss(
+    logits: Tensor, labels: Tensor, present: Tensor | None = None, regression_loss: str = "mse"
+) -> Tensor:
     """Supervised loss in fp32: squared or absolute error for one output, else cross-entropy.
 
     Args:

@@ -22,8 +22,9 @@ class LateFusionHead(BalancingHead):
         s_m = U_m h_m                                prediction of m alone
         s   = V GELU(W [h_text; h_audio; h_vision])  fused prediction
 
-    Losses: `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the samples that have m. It
-    keeps a weak modality learning when the strong one already explains the label; a weight of 0 turns it off.
+    Losses: `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the samples that have
+    m. It keeps a weak modality learning when the strong one already explains the label; a weight of 0 turns
+    it off.
 
     Args:
         widths: Width of each modality's states.
@@ -46,7 +47,9 @@ class LateFusionHead(BalancingHead):
         self.regression_loss = regression_loss
         self.projections = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout))
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)
+                )
                 for name, width in widths.items()
             }
         )
@@ -89,5 +92,6 @@ class LateFusionHead(BalancingHead):
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Projection and unimodal predictor of each modality."""
         return {
-            name: [*self.projections[name].parameters(), *self.unimodal[name].parameters()] for name in MODALITIES
+            name: [*self.projections[name].parameters(), *self.unimodal[name].parameters()]
+            for name in MODALITIES
         }

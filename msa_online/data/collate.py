@@ -13,7 +13,8 @@ from feature_extractors import FeatureCache
 from msa_online.data.datasets import Sample
 from msa_online.processing_msa import MSAProcessor
 
-POOL = 16  # effective batches among which lengths are sorted: long enough to save padding, short enough to stay random
+# effective batches among which lengths are sorted: long enough to save padding, short enough to stay random
+POOL = 16
 
 
 class ClipDataset(Dataset):
@@ -56,7 +57,8 @@ class ClipDataset(Dataset):
         features = self.cache.load(self.keys[index])
         if features is None:
             raise FileNotFoundError(
-                f"the features of {sample.clip.path} have left the cache {self.cache.folder}: start again to renew them"
+                f"the features of {sample.clip.path} have left the cache {self.cache.folder}: start again to "
+                "renew them"
             )
         inputs = self.processor.encode(features, sample.text)
         inputs["labels"] = torch.tensor(self.labels[index], dtype=self.label_type)
@@ -68,7 +70,8 @@ class BucketBatchSampler:
     """Batches of samples of similar length, in an order that depends on seed and epoch alone.
 
     Batches are cut from *effective* batches (all that contribute to one optimizer step, over ranks and
-    accumulation), so that two processes, or two accumulated halves, see exactly the samples that one process sees.
+    accumulation), so that two processes, or two accumulated halves, see exactly the samples that one process
+    sees.
 
     Args:
         lengths: Length of each sample.
@@ -91,8 +94,8 @@ class BucketBatchSampler:
     def start_epoch(self, epoch: int) -> None:
         """Take the order of epoch number `epoch`.
 
-        Not called `set_epoch`: Accelerate calls that with epochs counted from the start of the process, which would
-        undo a resumed run's.
+        Not called `set_epoch`: Accelerate calls that with epochs counted from the start of the process, which
+        would undo a resumed run's.
         """
         self.epoch = epoch
 
@@ -104,7 +107,9 @@ class BucketBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
             order = np.argsort(self.lengths, kind="stable")
-            yield from (order[at : at + self.batch_size].tolist() for at in range(0, len(order), self.batch_size))
+            yield from (
+                order[at : at + self.batch_size].tolist() for at in range(0, len(order), self.batch_size)
+            )
             return
         random = np.random.default_rng([self.seed, self.epoch])
         for step in random.permutation(self._effective_batches(random)):
@@ -135,5 +140,7 @@ def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int 
 def _collate(processor: MSAProcessor, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Pad inputs and stack `labels` and `index` `(batch,)` beside them: a flat dict of tensors."""
     plain = ("labels", "index")
-    inputs = processor.pad([{key: value for key, value in sample.items() if key not in plain} for sample in samples])
+    inputs = processor.pad(
+        [{key: value for key, value in sample.items() if key not in plain} for sample in samples]
+    )
     return {**inputs, **{key: torch.stack([sample[key] for sample in samples]) for key in plain}}

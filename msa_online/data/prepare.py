@@ -157,8 +157,8 @@ def _death_notice(unfinished: Sequence[Clip], total: int, workers: int) -> str:
     suspects = ", ".join(str(clip.path) for clip in unfinished[:workers])
     return (
         "a process that extracted features was killed, for lack of memory or by a crash in a decoder; "
-        f"{len(unfinished):,} of {total:,} clips are not done, the others are in the cache. In work were "
-        f"probably: {suspects}. Run again with fewer workers; if it dies again, convert the clips with ffmpeg."
+        f"{len(unfinished):,} of {total:,} clips are not done, the others are cached. Probably in work: "
+        f"{suspects}. Run again with fewer workers; if it dies again, convert the clips with ffmpeg."
     )
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.synthetic_plan import (
-    MODALITIES,
     CorpusRecipe,
     PlannedClip,
     bayes_weights,
     ideal_contributions,
     plan_corpus,
 )
+from msa_online.modalities import MODALITIES
 
 __all__ = [
     "CorpusRecipe",
@@ -97,7 +97,7 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
     if folder.exists() and not folder.is_dir():
         raise CorpusError(f"{folder} is a file: name a folder to render into")
     if note.exists():
-        if note.read_text(encoding="utf-8") != content:
+        if not _same_recipe(note, content):
             raise CorpusError(
                 f"{folder} holds a corpus of another recipe (see {note}): "
                 "name another folder, or delete this one"
@@ -105,7 +105,15 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise CorpusError(f"{folder} is not empty and has no recipe.json: name a new folder to render into")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    _write_whole(note, content)
+    if not note.exists():
+        note.write_text(content, encoding="utf-8")
+
+
+def _same_recipe(note: Path, content: str) -> bool:
+    try:
+        return json.loads(note.read_text(encoding="utf-8")) == json.loads(content)
+    except ValueError:  # damaged: whose it was cannot be told
+        return False
 
 
 def _require_space(folder: Path, clips: int) -> None:
@@ -148,8 +156,3 @@ def _write_table(path: Path, plan: Sequence[PlannedClip]) -> None:
             writer.writerow(row | {f"{name}_cue": planned.cues[name] for name in MODALITIES})
     os.chmod(draft, 0o644)
     os.replace(draft, path)
-
-
-def _write_whole(path: Path, content: str) -> None:
-    if not path.exists():
-        path.write_text(content, encoding="utf-8")

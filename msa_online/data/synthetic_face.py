@@ -13,9 +13,11 @@ from functools import cached_property
 import numpy as np
 
 FRAME_SIZE = 160  # pixels, square
-CROP_LEFT, CROP_TOP, CROP_SIZE = 140, 30, 168  # the window of the portrait that fills a frame
+CROP_LEFT, CROP_TOP, CROP_SIZE = 110, 5, 226  # the window of the portrait within which the head moves
+PORTRAIT_SCALE = 1.05  # pixels of the portrait to one of the frame
 FACELESS_TOP = 290  # a window from here down shows the suit only
 FACE_CENTRE = (223.0, 118.0)
+HEAD_CENTRE, HEAD_REACH = (224.0, 114.0), 84.0  # nothing moves on the square this far from here
 
 # Name: position in the portrait of the point on the left of the picture and, where there are two, of its
 # mirror image.
@@ -212,7 +214,7 @@ class FaceRenderer:
 
     @cached_property
     def _texture(self) -> np.ndarray:
-        """The portrait's window, `(168, 168, 3)` float32."""
+        """The portrait's window, `(226, 226, 3)` float32."""
         rows, columns = slice(CROP_TOP, CROP_TOP + CROP_SIZE), slice(CROP_LEFT, CROP_LEFT + CROP_SIZE)
         return self._portrait[rows, columns].astype(np.float32)
 
@@ -232,7 +234,7 @@ class FaceRenderer:
 
     @cached_property
     def _fields(self) -> np.ndarray:
-        """Displacement of every pixel for each of `MOVEMENTS`, `(movements, 168, 168, 2)` float32."""
+        """Displacement of every pixel for each of `MOVEMENTS`, `(movements, 226, 226, 2)` float32."""
         from scipy.interpolate import RBFInterpolator
 
         sources, targets = [], []
@@ -240,9 +242,9 @@ class FaceRenderer:
             for point, side in zip(pair, (1, -1) if len(pair) == 2 else (0,), strict=True):
                 sources.append(point)
                 targets.append([(side * inward, down) for inward, down in _moves(name)])
-        border = np.linspace(0, CROP_SIZE, 5)
-        edges = [(x, y) for x in border for y in border if {x, y} & {0, CROP_SIZE}]
-        fixed = [*FIXED_POINTS, *((CROP_LEFT + x, CROP_TOP + y) for x, y in edges)]
+        around = np.linspace(-1, 1, 5)
+        ring = np.array([(x, y) for x in around for y in around if 1 in (abs(x), abs(y))])
+        fixed = [*FIXED_POINTS, *(HEAD_CENTRE + HEAD_REACH * ring), *(HEAD_CENTRE + 1.4 * HEAD_REACH * ring)]
         points = np.array([*sources, *fixed])
         values = np.zeros((len(points), len(MOVEMENTS) * 2))
         values[: len(sources)] = np.array(targets).reshape(len(sources), -1)
@@ -263,7 +265,7 @@ def _source_positions(pose: Pose, look: Look) -> np.ndarray:
     if look.mirrored:
         columns = -columns
     right, down = columns - pose.shift[0], rows - pose.shift[1]
-    zoom = CROP_SIZE / FRAME_SIZE / (look.zoom * pose.scale)
+    zoom = PORTRAIT_SCALE / (look.zoom * pose.scale)
     cos, sin = np.cos(pose.angle) * zoom, np.sin(pose.angle) * zoom
     x = cos * right + sin * down + FACE_CENTRE[0] - CROP_LEFT
     y = -sin * right + cos * down + FACE_CENTRE[1] - CROP_TOP

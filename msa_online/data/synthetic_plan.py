@@ -15,15 +15,14 @@ import numpy as np
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.synthetic_text import sentence
+from msa_online.modalities import MODALITIES
 
-MODALITIES = ("text", "audio", "vision")
 LABEL_SPREAD = 1.3  # standard deviation of labels and cues before clipping; 2 % lie beyond 3
 LIMIT = 3.0
 SHORTEST, LONGEST = 0.5, 4.0  # seconds; two carrier sentences spoken fast last this long
 HELD_OUT = 0.2  # share of the speakers in each of validation and test
 
-# Every random choice has a stream of its own, so that changing one share leaves all other choices as they
-# were.
+# Every random choice has a stream of its own, so that changing one share leaves the others as they were.
 CUES, CONFLICTS, SENTENCES, SPEAKERS, CLIPS = range(5)
 
 
@@ -67,6 +66,8 @@ class CorpusRecipe:
                 f"contradicting {self.contradicting} and missing {self.missing} are shares of different "
                 "clips: lower one until they add up to at most 1"
             )
+        if self.seed < 0:
+            raise CorpusError(f"seed is {self.seed}: choose 0 or more")
         if self.speakers < 3:
             raise CorpusError(f"{self.speakers} speakers cannot fill three splits: choose at least 3")
         if self.clips < self.speakers:

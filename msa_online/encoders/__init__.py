@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Learned front-ends: one sequence of states from each modality."""

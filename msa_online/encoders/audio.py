@@ -10,11 +10,12 @@ from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
 NUM_MELS = 80
-TYPICAL_LOG_MEL = (-11.0, 6.0)  # mean and deviation of natural-log mel power over recorded speech, pauses included
+# mean and deviation of natural-log mel power over recorded speech, pauses included
+TYPICAL_LOG_MEL = (-11.0, 6.0)
 
 
 class AudioEncoder(nn.Module):
-    """Three strided convolutions over time, each followed by LayerNorm and GELU, and a projection (METHODS 6.3).
+    """Three strided convolutions over time, each with LayerNorm and GELU, and a projection (METHODS 6.3).
 
     100 steps a second become 12.5: the stacks behind it attend over every pair of steps, and prosody is slow.
     With the default widths the layers hold 502,896 parameters, and the input scaling two.

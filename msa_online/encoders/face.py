@@ -17,8 +17,8 @@ GROUPS = 8
 class FaceEncoder(nn.Module):
     """Four strided convolutions on each crop, then one convolution over the frames (METHODS 6.3).
 
-    A 96 x 96 crop shrinks to 6 x 6 before pooling. With the default widths the layers hold 507,296 parameters,
-    the input scaling six, and the optional blendshape stream is counted apart.
+    A 96 x 96 crop shrinks to 6 x 6 before pooling. With the default widths the layers hold 507,296
+    parameters, the input scaling six, and the optional blendshape stream is counted apart.
 
     Args:
         channels: Width F of the first convolution; the next have 2F, 4F and 8F.
@@ -52,7 +52,8 @@ class FaceEncoder(nn.Module):
         """
         mask = inputs["vision_mask"]
         batch = mask.shape[0]
-        states = rearrange(self.scale(inputs["vision_values"]), "b t h w c -> (b t) c h w")  # channels-last in memory
+        states = self.scale(inputs["vision_values"])
+        states = rearrange(states, "b t h w c -> (b t) c h w")  # stays channels-last in memory
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             states = F.gelu(norm(convolution(states)))
         states = self.project(states.mean(dim=(2, 3)))

@@ -10,7 +10,14 @@ from typing import Any
 
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from feature_extractors.assets import ASSETS, asset_path, get_asset
 from msa_online.modalities import ModalitySequence
@@ -98,7 +105,7 @@ class TextEncoder(nn.Module):
 
 
 def find_text_encoder(name: str, bring: bool = False) -> str:
-    """Where a text encoder can be loaded from: a local folder, our cache of models, or the Hub's name as it is.
+    """Where a text encoder can be loaded from: a folder, our cache of models, or the Hub under its name.
 
     Args:
         name: A folder, or a name on the Hub.
@@ -153,14 +160,14 @@ def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
     try:
         return kind.from_pretrained(source, local_files_only=not hub_answers(), **kwargs)
     except (OSError, ValueError) as error:
+        carried = {asset.hub_id for asset in ASSETS.values()}
         raise TextEncoderError(
-            f"text encoder {name!r} is neither a local folder nor in the cache of models, and the Hub did not give it "
-            f"({str(error).splitlines()[0]}). Give a folder that holds the encoder, go online, or bring one of "
-            f"{', '.join(asset.hub_id for asset in ASSETS.values() if asset.hub_id)} with `msa-online get-models`."
+            f"text encoder {name!r} is neither a folder nor in the cache of models, and the Hub did not "
+            f"give it ({str(error).splitlines()[0]}). Give a folder that holds the encoder, go online, or "
+            f"bring one of {', '.join(KNOWN_TEXT_CONFIGS.keys() & carried)} with `msa-online get-models`."
         ) from error
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
     accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
-

@@ -53,7 +53,7 @@ def markdown_table(results: Results) -> str:
 def epoch_line(
     title: str, losses: Mapping[str, float], metrics: Mapping[str, float], *, best: bool, skipped: int
 ) -> str:
-    """One line on a finished epoch: training losses, validation metrics, and whether it is the best so far."""
+    """One line on a finished epoch: training losses, validation metrics, whether it is the best so far."""
     trained = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
     validated = " ".join(f"{name} {format_metric(name, metrics[name])}" for name in _headlines({"": metrics}))
     notes = ("  best so far" if best else "") + (f"  {skipped} steps skipped" if skipped else "")

@@ -97,5 +97,5 @@ def metrics_of(logits: np.ndarray, labels: np.ndarray, is_regression: bool) -> d
 
 
 def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:
-    """What the best epoch is chosen by, higher is better: -MAE in regression, else weighted F1 (METHODS 7.6)."""
+    """What the best epoch is chosen by, higher is better: -MAE in regression, else weighted F1."""
     return -metrics["mae"] if is_regression else metrics["f1_weighted"]

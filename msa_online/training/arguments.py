@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a run: typed dataclasses read from YAML, with `key=value` changes from the command line."""
+"""The configuration of a run: typed dataclasses read from YAML, with `key=value` changes to it."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,6 +20,7 @@ from msa_online.modeling_msa import look_up
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
+TASKS = ("regression", "classification")
 NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")
 
 
@@ -150,7 +152,7 @@ class RunArguments:
     training: TrainingArguments = field(default_factory=TrainingArguments)
 
     def model_config(self, classes: Sequence[str]) -> MSAConfig:
-        """Configuration of the model to build; `classes` names the labels of a classification, empty for regression.
+        """Configuration of the model to build; `classes` names the labels, empty for regression.
 
         Raises:
             TextEncoderError: The text encoder's configuration is not to be had.
@@ -182,8 +184,8 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
         changes: Items like `training.epochs=3`; the value is read as YAML.
 
     Raises:
-        ConfigurationError: The file is not there or no YAML, a key is unknown (the nearest is named), or a value has
-            the wrong type or lies out of range.
+        ConfigurationError: The file is not there or no YAML, a key is unknown (the nearest is named), or a
+            value has the wrong type or lies out of range.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -218,7 +220,9 @@ def _apply(document: dict[str, Any], change: str) -> None:
 def _build(kind: type, values: Any, origin: str, section: str) -> Any:
     """Make dataclass `kind` of plain data, section by section."""
     if not isinstance(values, Mapping):
-        raise ConfigurationError(f"{origin}: {section or 'the file'} must be a section of keys, not {values!r}")
+        raise ConfigurationError(
+            f"{origin}: {section or 'the file'} must be a section of keys, not {values!r}"
+        )
     hints = get_type_hints(kind)
     _refuse_unknown(values, list(hints), origin, section)
     made = {}
@@ -254,10 +258,14 @@ def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
         if bare is float and isinstance(value, str) and _is_number(value):
             return float(value)  # YAML 1.1 reads 1e-5 as a string
         if bare is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
-            return tuple(_typed(item, kind, origin, key) for item, kind in zip(value, get_args(option), strict=True))
+            return tuple(
+                _typed(item, kind, origin, key) for item, kind in zip(value, get_args(option), strict=True)
+            )
         if isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
             return value
-    names = " or ".join(getattr(option, "__name__", str(option)).replace("NoneType", "null") for option in options)
+    names = " or ".join(
+        getattr(option, "__name__", str(option)).replace("NoneType", "null") for option in options
+    )
     raise ConfigurationError(f"{origin}: {key} is {value!r}, but must be {names}")
 
 
@@ -271,31 +279,48 @@ def _is_number(text: str) -> bool:
 
 def _check(arguments: RunArguments, origin: str) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    model, data, training = arguments.model, arguments.data, arguments.training
     declared = [name for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML]
-    _refuse_unknown(model, declared, origin, "model")
-    problems = [
-        (not (model.get("text_encoder") or training.init_from), "model.text_encoder is missing: name any HuggingFace encoder or a folder"),
-        (data.task not in ("regression", "classification"), f"data.task is {data.task!r}: regression or classification"),
-        (data.label_range[0] >= data.label_range[1], f"data.label_range is {list(data.label_range)}: low must be first"),
-        (training.mixed_precision not in (None, *MIXED_PRECISION), f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(MIXED_PRECISION)}"),
-        (not 0 <= training.warmup <= 1, f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"),
-        (training.resume and training.overwrite, "training.resume and training.overwrite exclude each other"),
-        *((getattr(training, name) < 1, f"training.{name} is {getattr(training, name)}: at least 1") for name in ("epochs", "batch_size", "accumulation")),
-        *((getattr(training, name) <= 0, f"training.{name} is {getattr(training, name)}: above 0") for name in ("learning_rate", "text_learning_rate", "clip_norm")),
-        *((stage.epochs < 1, f"training.stages: stage {stage.name!r} has {stage.epochs} epochs: at least 1") for stage in training.stages or ()),
-        *((name not in MODALITIES, f"training.modality_dropout names {name!r}: one of {', '.join(MODALITIES)}") for name in training.modality_dropout),
-        *((not 0 <= rate < 1, f"training.modality_dropout of {name} is {rate}: at least 0 and below 1") for name, rate in training.modality_dropout.items()),
-    ]  # fmt: skip
-    for failed, message in problems:
-        if failed:
-            raise ConfigurationError(f"{origin}: {message}")
+    _refuse_unknown(arguments.model, declared, origin, "model")
+    problem = next(_problems(arguments), None)
+    if problem:
+        raise ConfigurationError(f"{origin}: {problem}")
     for table, kind, name in (
-        (HEADS, "head", model.get("head", "late_fusion")),
-        (CALIBRATORS, "calibrator", model.get("calibrator", "identity")),
-        (MODULATORS, "modulator", training.modulator),
+        (HEADS, "head", arguments.model.get("head", "late_fusion")),
+        (CALIBRATORS, "calibrator", arguments.model.get("calibrator", "identity")),
+        (MODULATORS, "modulator", arguments.training.modulator),
     ):
         try:
             look_up(table, kind, name)
         except ValueError as error:
             raise ConfigurationError(f"{origin}: {error}") from error
+
+
+def _problems(arguments: RunArguments) -> Iterator[str]:
+    """What is wrong with the values, each with its key, the value and what is allowed."""
+    data, training = arguments.data, arguments.training
+    if not (arguments.model.get("text_encoder") or training.init_from):
+        yield "model.text_encoder is missing: name any HuggingFace encoder or a folder"
+    if data.task not in TASKS:
+        yield f"data.task is {data.task!r}: one of {', '.join(TASKS)}"
+    if not data.label_range[0] < data.label_range[1]:
+        yield f"data.label_range is {list(data.label_range)}: the lower end comes first"
+    if training.mixed_precision not in (None, *MIXED_PRECISION):
+        yield f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(MIXED_PRECISION)}"
+    if training.resume and training.overwrite:
+        yield "training.resume and training.overwrite exclude each other"
+    for name in ("epochs", "batch_size", "accumulation"):
+        if getattr(training, name) < 1:
+            yield f"training.{name} is {getattr(training, name)}: at least 1"
+    for name in ("learning_rate", "text_learning_rate", "clip_norm"):
+        if not 0 < getattr(training, name) < math.inf:
+            yield f"training.{name} is {getattr(training, name)}: above 0 and finite"
+    if not 0 <= training.warmup <= 1:
+        yield f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"
+    for stage in training.stages or ():
+        if stage.epochs < 1:
+            yield f"training.stages: stage {stage.name!r} has {stage.epochs} epochs: at least 1"
+    for name, rate in training.modality_dropout.items():
+        if name not in MODALITIES:
+            yield f"training.modality_dropout names {name!r}: one of {', '.join(MODALITIES)}"
+        elif not isinstance(rate, int | float) or not 0 <= rate < 1:
+            yield f"training.modality_dropout of {name} is {rate!r}: at least 0 and below 1"

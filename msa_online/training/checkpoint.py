@@ -24,8 +24,9 @@ class RunFolder:
 
         config.json, model.safetensors, tokenizer and processor files, README.md    the best epoch
         run.yaml, history.json                                                       how it came about
-        state/                                                                       the last epoch, to resume from
-        logs/                                                                        what the tracker wrote
+        state/                                                                       the last epoch, to resume
+        from logs/                                                                        what the tracker
+        wrote
 
     Args:
         path: The folder.
@@ -40,16 +41,16 @@ class RunFolder:
         """Make the folder ready for a new run, or for the rest of an interrupted one.
 
         Raises:
-            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or there is
-                nothing to resume; or the resumed run was configured differently.
+            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or there
+                is nothing to resume; or the resumed run was configured differently.
         """
         training = arguments.training
         if training.resume:
             self._check_resumable(arguments)
         elif (self.path / SETTINGS).exists() and not training.overwrite:
             raise ConfigurationError(
-                f"{self.path} holds an earlier run: say training.resume=true to go on with it, training.overwrite=true "
-                "to replace it, or give another training.output_dir"
+                f"{self.path} holds an earlier run: say training.resume=true to go on with it, "
+                "training.overwrite=true to replace it, or give another training.output_dir"
             )
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.accelerator.is_main_process and not training.resume:
@@ -61,15 +62,17 @@ class RunFolder:
 
     def _check_resumable(self, arguments: RunArguments) -> None:
         if self._state is None:
-            raise ConfigurationError(f"{self.path}: nothing to resume, no epoch of a run has been finished there")
+            raise ConfigurationError(
+                f"{self.path}: nothing to resume, no epoch of a run has been finished there"
+            )
         before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8"))
-        now = arguments.to_dict()
-        for section, values in now.items():
-            for key in values.keys() | before.get(section, {}).keys():
-                if key not in FREE_TO_CHANGE_ON_RESUME and values.get(key) != before.get(section, {}).get(key):
+        for section, values in arguments.to_dict().items():
+            started = before.get(section, {})
+            for key in (values.keys() | started.keys()) - FREE_TO_CHANGE_ON_RESUME:
+                if values.get(key) != started.get(key):
                     raise ConfigurationError(
-                        f"{self.path}: the run was started with {section}.{key}={before.get(section, {}).get(key)!r}, "
-                        f"not {values.get(key)!r}; resume it unchanged, or start another"
+                        f"{self.path}: the run was started with {section}.{key}={started.get(key)!r}, not "
+                        f"{values.get(key)!r}; resume it unchanged, or start another"
                     )
 
     @property
@@ -78,7 +81,7 @@ class RunFolder:
         return next((state for name in (STATE, f"{STATE}.old") if (state := self.path / name).is_dir()), None)
 
     def save_state(self) -> None:
-        """Save model, optimizer, random numbers and whatever is registered; never leaves half a state behind."""
+        """Save model, optimizer, random numbers and what is registered; never leaves half a state behind."""
         new, current, old = (self.path / name for name in (f"{STATE}.new", STATE, f"{STATE}.old"))
         if self.accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)
@@ -133,8 +136,8 @@ def require_space(folder: Path, model: MSAModel) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigurationError(
-            f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
-            "give another training.output_dir or make room"
+            f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give "
+            "another training.output_dir or make room"
         )
 
 

@@ -91,7 +91,9 @@ class TrainingLoop:
         self.dropout.start_epoch(epoch)
         sums: dict[str, float] = defaultdict(float)
         taken = 0
-        bar = tqdm(total=len(loader), desc=title, leave=False, disable=not self.accelerator.is_local_main_process)
+        bar = tqdm(
+            total=len(loader), desc=title, leave=False, disable=not self.accelerator.is_local_main_process
+        )
         window: list[dict[str, Tensor]] = []
         for batch in loader:
             with self.accelerator.accumulate(self.model):
@@ -114,7 +116,9 @@ class TrainingLoop:
         extra = self.modulator.extra_losses(output, batch["labels"])
         loss = output.loss + sum(extra.values())
         self.accelerator.backward(loss)
-        return {name: term.detach().float() for name, term in {"loss": loss, **output.losses, **extra}.items()}
+        return {
+            name: term.detach().float() for name, term in {"loss": loss, **output.losses, **extra}.items()
+        }
 
     def _step(self, window: list[dict[str, Tensor]], stage: str, epoch: int) -> dict[str, float]:
         """Unscale once, modulate, clip, step (METHODS 8.1); skip everything on a non-finite gradient.
@@ -128,7 +132,9 @@ class TrainingLoop:
         names = list(window[0])
         losses = torch.stack([torch.stack([micro[name] for name in names]) for micro in window]).mean(dim=0)
         losses = self.accelerator.reduce(losses, reduction="mean")
-        norm_value, *values = torch.cat([norm.reshape(1).to(losses), losses]).tolist()  # the step's one host sync
+        norm_value, *values = torch.cat(
+            [norm.reshape(1).to(losses), losses]
+        ).tolist()  # the step's one host sync
         if not math.isfinite(norm_value):
             self._skip()
             return {}
@@ -163,5 +169,5 @@ class TrainingLoop:
     def _log(self, record: Mapping[str, float], coefficients: Mapping[str, Tensor]) -> None:
         rates = {f"learning_rate/{number}": rate for number, rate in enumerate(self.scheduler.get_last_lr())}
         modulation = {f"coefficient/{name}": float(value) for name, value in coefficients.items()}
-        self.accelerator.log({**{f"train/{name}": value for name, value in record.items()}, **rates, **modulation},
-                             step=self.progress.step)  # fmt: skip
+        self.accelerator.log({**{f"train/{name}": value for name, value in record.items()}, **rates,
+                             **modulation}, step=self.progress.step)  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -22,8 +21,6 @@ from msa_online.hub import load_config
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
-
-logger = get_logger(__name__)
 
 
 def start_accelerator(training: TrainingArguments) -> Accelerator:
@@ -88,7 +85,9 @@ def prepare_data(data: DataArguments, accelerator: Accelerator, console: Console
     with accelerator.main_process_first():  # the others find everything in the cache
         preparation = prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken)
     console.print(findings_table(preparation))
-    classes = sorted({sample.label for sample in preparation.samples}) if data.task == "classification" else ()
+    classes = (
+        sorted({sample.label for sample in preparation.samples}) if data.task == "classification" else ()
+    )
     return RunData(preparation, tuple(classes), cache)
 
 
@@ -123,7 +122,8 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     named = arguments.model.get("text_encoder", config.text_encoder)
     if named != config.text_encoder:
         raise ConfigurationError(
-            f"training.init_from={source} has text encoder {config.text_encoder!r}, but model.text_encoder is {named!r}"
+            f"training.init_from={source} has text encoder {config.text_encoder!r}, but model.text_encoder "
+            f"says {named!r}"
         )
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
@@ -151,8 +151,8 @@ def make_loaders(
     if len(loaders["train"]) == 0:
         raise ConfigurationError(
             f"the training split has {data.sizes['train']} samples, fewer than one optimizer step takes: "
-            f"training.batch_size={training.batch_size} x training.accumulation={training.accumulation} x {processes} "
-            "processes; lower one of them"
+            f"training.batch_size={training.batch_size} x training.accumulation={training.accumulation} x "
+            f"{processes} processes; lower one of them"
         )
     return loaders
 

@@ -11,8 +11,8 @@ from msa_online.training.arguments import ConfigurationError, StageArguments, Tr
 class StageSchedule:
     """Runs through stages that end after a number of epochs, or earlier on a validation plateau.
 
-    The search for the best epoch restarts with each stage, because stages are judged by different things. The whole
-    state is plain data and goes into the checkpoint.
+    The search for the best epoch restarts with each stage, because stages are judged by different things. The
+    whole state is plain data and goes into the checkpoint.
 
     Args:
         stages: The stages in order, at least one.
@@ -47,7 +47,7 @@ class StageSchedule:
         return sum(stage.epochs for stage in self.stages)
 
     def advance(self, score: float) -> bool:
-        """Count a finished epoch with its validation `score` (higher is better); True if it is the stage's best.
+        """Count a finished epoch with its validation `score`, higher is better; is it the stage's best?
 
         A score that is not a number never is.
         """
@@ -87,7 +87,7 @@ def make_schedule(training: TrainingArguments, stages_of_head: Sequence[str]) ->
     if training.stages is None:
         if len(stages_of_head) > 1:
             raise ConfigurationError(
-                f"the head trains in stages {', '.join(stages_of_head)}: give training.stages with the epochs of each"
+                f"the head trains in stages {', '.join(stages_of_head)}: give training.stages"
             )
         return StageSchedule([StageArguments(stages_of_head[0], training.epochs, training.patience)])
     names = tuple(stage.name for stage in training.stages)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every head promises, whatever its method: run over all of `HEADS`, in float64 where numbers are compared."""
+"""What every head promises, whatever its method: run over all of `HEADS`, in float64."""
 
 import itertools
 
@@ -37,7 +37,9 @@ def make_sequences(batch: int = 4, present: tuple[bool, ...] = (True, True, True
 
 
 def make_labels(task: str, batch: int = 4) -> torch.Tensor:
-    return torch.linspace(-2, 2, batch, dtype=torch.float64) if task == "regression" else torch.arange(batch) % 4
+    return (
+        torch.linspace(-2, 2, batch, dtype=torch.float64) if task == "regression" else torch.arange(batch) % 4
+    )
 
 
 @every_head
@@ -111,7 +113,9 @@ def test_over_all_stages_every_parameter_receives_a_gradient(name):
         for present in PRESENCES:
             head.zero_grad()
             sum(head(make_sequences(present=present), make_labels("regression")).losses.values()).backward()
-            reached |= {key for key, value in head.named_parameters() if value.grad is not None and value.grad.any()}
+            reached |= {
+                key for key, value in head.named_parameters() if value.grad is not None and value.grad.any()
+            }
     everything = {key for key, _ in head.named_parameters()}
     assert everything - reached == NEVER_A_GRADIENT.get(name, set())
 

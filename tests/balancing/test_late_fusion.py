@@ -21,7 +21,9 @@ def test_forward_is_the_equation_in_its_docstring():
         if name == "audio":
             return state["missing.tokens"][1]
         mean = (values[name][0, 0] + values[name][0, 1]) / 2
-        normal = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-5).sqrt()  # LayerNorm starts as the identity
+        normal = (mean - mean.mean()) / (
+            mean.var(unbiased=False) + 1e-5
+        ).sqrt()  # LayerNorm starts as the identity
         return F.gelu(state[f"projections.{name}.1.weight"] @ normal + state[f"projections.{name}.1.bias"])
 
     joined = torch.cat([pooled(name) for name in MODALITIES])
@@ -35,11 +37,14 @@ def test_unimodal_loss_counts_only_samples_that_have_the_modality():
     head = LateFusionHead(WIDTHS, 1, hidden_size=8).double().eval()
     mask = torch.ones(2, 3, dtype=torch.bool)
     sequences = {
-        name: ModalitySequence.of(torch.randn(2, 3, width, dtype=torch.float64), mask) for name, width in WIDTHS.items()
+        name: ModalitySequence.of(torch.randn(2, 3, width, dtype=torch.float64), mask)
+        for name, width in WIDTHS.items()
     }
     sequences["text"] = sequences["text"].only(torch.tensor([True, False]))
     labels = torch.tensor([1.0, -2.0], dtype=torch.float64)
     output = head(sequences, labels)
-    errors = {name: (logits.squeeze(-1) - labels).float() ** 2 for name, logits in output.modality_logits.items()}
+    errors = {
+        name: (logits.squeeze(-1) - labels).float() ** 2 for name, logits in output.modality_logits.items()
+    }
     expected = errors["text"][0] + errors["audio"].mean() + errors["vision"].mean()
     torch.testing.assert_close(output.losses["unimodal"], expected, atol=1e-6, rtol=1e-6)

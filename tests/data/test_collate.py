@@ -101,7 +101,7 @@ def test_the_number_of_batches_is_known_beforehand(lengths, samples, settings):
     assert len(sampler) == len(list(sampler))
 
 
-# --- clips through the real cache ---------------------------------------------------------------------------------
+# --- clips through the real cache ---
 
 
 @pytest.fixture(scope="module")

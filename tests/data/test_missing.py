@@ -9,7 +9,7 @@ SAMPLES = 20_000
 
 
 def hidden(dropout: ModalityDropout, order: torch.Tensor | None = None) -> torch.Tensor:
-    """What is hidden from each sample, `(samples, 3)` bool, in dataset order; batches of 64 come in `order`."""
+    """What is hidden from each sample, `(samples, 3)` bool, in dataset order; batches come in `order`."""
     order = torch.arange(dropout.samples) if order is None else order
     result = torch.zeros(dropout.samples, 3, dtype=torch.bool)
     for index in order.split(64):

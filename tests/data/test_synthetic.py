@@ -20,8 +20,8 @@ from msa_online.data.synthetic import (
 from msa_online.data.synthetic_face import FaceRenderer, Look, Pose
 from msa_online.data.synthetic_text import sentence
 from msa_online.data.synthetic_voice import CARRIERS, VOICE_RATE, VOICES, prosody, speak
+from msa_online.modalities import MODALITIES
 
-MODALITIES = ("text", "audio", "vision")
 LOVING = ("perfect", "adored", "fantastic", "amazing", "wonderful", "excellent", "loved", "great")
 SMALL = CorpusRecipe(clips=12, speakers=6, contradicting=0.25, missing=0.25, seconds=(0.8, 1.2))
 PLAIN_LOOK = Look(mirrored=False, zoom=1.0, colour=(1, 1, 1), contrast=1.0, jaw=0.0, chin=0.0, brows=0.0)
@@ -123,6 +123,7 @@ def test_missing_libraries_are_named_with_the_command_that_brings_them(library, 
         ({"strengths": {"text": 1.0}}, "give one each"),
         ({"missing": -0.1}, "missing is -0.1"),
         ({"missing": 0.6, "contradicting": 0.6}, "add up to at most 1"),
+        ({"seed": -1}, "seed is -1"),
         ({"speakers": 2}, "at least 3"),
         ({"clips": 10}, "too few for 15 speakers"),
         ({"seconds": (2.0, 1.0)}, "seconds are"),

@@ -6,7 +6,9 @@ from msa_online.encoders.audio import AudioEncoder
 
 def test_default_widths_have_the_published_number_of_parameters():
     encoder = AudioEncoder((368, 192), 160)
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == 502_896 + 2  # layers + input scaling
+    assert (
+        sum(parameter.numel() for parameter in encoder.parameters()) == 502_896 + 2
+    )  # layers + input scaling
 
 
 def test_four_seconds_become_fifty_states_and_the_mask_follows():

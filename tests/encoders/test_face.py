@@ -14,7 +14,9 @@ def face_inputs(frames: int = 4, size: int = 32) -> dict[str, torch.Tensor]:
 
 def test_default_widths_have_the_published_number_of_parameters():
     encoder = FaceEncoder(32, 160, blendshapes=False)
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == 507_296 + 6  # layers + input scaling
+    assert (
+        sum(parameter.numel() for parameter in encoder.parameters()) == 507_296 + 6
+    )  # layers + input scaling
 
 
 def test_a_full_size_crop_shrinks_sixteen_times_before_pooling():

@@ -3,9 +3,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from msa_online.encoders.text import TextEncoder, TextEncoderError, find_text_encoder, load_text_config, load_tokenizer
+from msa_online.encoders.text import (
+    TextEncoder,
+    TextEncoderError,
+    find_text_encoder,
+    load_text_config,
+    load_tokenizer,
+)
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 50,
+}
 ARCHITECTURES = {
     "bert": {},
     "mpnet": {},
@@ -58,7 +70,9 @@ def test_padding_does_not_change_a_token(architecture):
     ],
 )
 def test_known_shapes_have_their_published_size(name, parameters, monkeypatch):
-    monkeypatch.setattr("msa_online.encoders.text.find_text_encoder", lambda name, bring=False: name)  # as without a local copy
+    monkeypatch.setattr(
+        "msa_online.encoders.text.find_text_encoder", lambda name, bring=False: name
+    )  # as without a local copy
     with torch.device("meta"):
         encoder = TextEncoder(load_text_config(name))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters

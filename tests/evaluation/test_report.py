@@ -8,7 +8,9 @@ from msa_online.evaluation.metrics import METRIC_TITLES, classification_metrics,
 from msa_online.evaluation.report import conditions_table, epoch_line, format_metric, markdown_table
 
 REGRESSION = {
-    "text": regression_metrics([2.0, -1.0, 0.4, -0.4, 1.0], [3.0, -2.0, 0.0, 1.0, 1.0]),  # MAE 0.76, Has0 4/5, Non0 3/4
+    "text": regression_metrics(
+        [2.0, -1.0, 0.4, -0.4, 1.0], [3.0, -2.0, 0.0, 1.0, 1.0]
+    ),  # MAE 0.76, Has0 4/5, Non0 3/4
     "text+audio+vision": regression_metrics([3.0, -2.0, 0.0, 1.0, 2.0], [3.0, -2.0, 0.0, 1.0, 1.0]),
 }
 CLASSIFICATION = {"audio": classification_metrics([0, 1, 1], [0, 1, 0], num_classes=2)}  # accuracy 2/3

@@ -84,7 +84,9 @@ def test_the_content_of_hidden_modalities_cannot_change_a_result(condition, mode
 
 def test_the_content_of_visible_modalities_does_change_the_result(model, make_batch, accelerator):
     batch, other = make_batch(), make_batch(seed=1)
-    expected = predict_conditions(model, [batch], accelerator, ("text+audio+vision",)).logits["text+audio+vision"]
+    expected = predict_conditions(model, [batch], accelerator, ("text+audio+vision",)).logits[
+        "text+audio+vision"
+    ]
     for keys in INPUTS.values():
         perturbed = {**batch, **{key: other[key] for key in keys}}
         changed = predict_conditions(model, [perturbed], accelerator, ("text+audio+vision",))
@@ -94,7 +96,9 @@ def test_the_content_of_visible_modalities_does_change_the_result(model, make_ba
 def test_samples_come_back_in_dataset_order_whatever_the_batches(model, make_batch, accelerator):
     batch = make_batch(6)
     whole = predict_conditions(model, [batch], accelerator, ("text", "audio"))
-    mixed = predict_conditions(model, in_batches(batch, [[4, 1], [5, 0, 3], [2]]), accelerator, ("text", "audio"))
+    mixed = predict_conditions(
+        model, in_batches(batch, [[4, 1], [5, 0, 3], [2]]), accelerator, ("text", "audio")
+    )
     np.testing.assert_array_equal(mixed.labels, batch["labels"].numpy())
     for condition in ("text", "audio"):
         np.testing.assert_allclose(mixed.logits[condition], whole.logits[condition], atol=1e-6, rtol=0)
@@ -128,18 +132,25 @@ def test_classes_are_scored_by_the_most_probable_one(tiny_config, make_batch, ac
     batch = {**make_batch(), "labels": torch.tensor([1, 1, 0, 1])}
     metrics = evaluate_conditions(model, [batch], accelerator, ("text",))["text"]
     assert metrics["accuracy"] == pytest.approx(3 / 4)
-    assert metrics["f1_weighted"] == pytest.approx(3 / 4 * 6 / 7)  # "happy": precision 3/4, recall 1; "sad": 0
+    assert metrics["f1_weighted"] == pytest.approx(
+        3 / 4 * 6 / 7
+    )  # "happy": precision 3/4, recall 1; "sad": 0
 
 
+@pytest.mark.filterwarnings("ignore:all predictions are")
 def test_regression_is_scored_in_the_units_of_the_labels(model, make_batch, accelerator):
     torch.nn.init.zeros_(model.head.classifier.weight)
     torch.nn.init.constant_(model.head.classifier.bias, 2.0)  # always 2
     batch = {**make_batch(), "labels": torch.tensor([1.0, 2.0, 2.5, 0.0])}
-    assert evaluate_conditions(model, [batch], accelerator, ("text",))["text"]["mae"] == pytest.approx(3.5 / 4)
+    assert evaluate_conditions(model, [batch], accelerator, ("text",))["text"]["mae"] == pytest.approx(
+        3.5 / 4
+    )
 
 
 def test_seven_point_accuracy_is_not_claimed_on_another_scale(tiny_config, make_batch, accelerator):
-    assert "acc7" in evaluate_conditions(MSAModel(tiny_config), [make_batch()], accelerator, ("text",))["text"]
+    assert (
+        "acc7" in evaluate_conditions(MSAModel(tiny_config), [make_batch()], accelerator, ("text",))["text"]
+    )
     config = MSAConfig(**{**tiny_config.to_dict(), "label_range": [-1, 1]})
     assert "acc7" not in evaluate_conditions(MSAModel(config), [make_batch()], accelerator, ("text",))["text"]
 

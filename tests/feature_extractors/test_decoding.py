@@ -260,3 +260,26 @@ def test_a_clip_error_travels_between_processes(tmp_path):
 
     error = pickle.loads(pickle.dumps(ClipError(tmp_path, "empty", "the file is empty")))
     assert error.problem == "empty" and "the file is empty" in str(error)
+
+
+def test_tags_that_are_not_utf8_do_no_harm(tmp_path, make_clip):
+    path = make_clip(tmp_path / "clip.avi", seconds=0.5)
+    content = path.read_bytes()
+    assert content.count(b"Lavf") == 1  # the name of the writing program
+    path.write_bytes(content.replace(b"Lavf", b"caf\xe9"))
+    assert decode(Clip(path)).has_video
+
+
+def test_damage_anywhere_gives_a_clip_or_a_clip_error(tmp_path, make_clip):
+    rng = np.random.default_rng(0)
+    for suffix in (".mp4", ".mpg", ".flv", ".avi", ".webm"):
+        content = np.frombuffer(make_clip(tmp_path / f"good{suffix}", seconds=0.4).read_bytes(), np.uint8)
+        for _ in range(8):
+            damaged = content.copy()
+            damaged[rng.integers(0, len(content), 60)] = rng.integers(0, 256, 60)
+            path = tmp_path / f"bad{suffix}"
+            path.write_bytes(damaged.tobytes())
+            try:
+                assert np.isfinite(decode(Clip(path), num_frames=2).waveform).all()
+            except ClipError as error:
+                assert error.problem in ("undecodable", "truncated", "no streams", "window beyond clip")

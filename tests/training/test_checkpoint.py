@@ -21,7 +21,10 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 
 def configured(path: Path, **training) -> RunArguments:
     """A run in `path`, with some keys of its `training:` section."""
-    document = {"model": {"text_encoder": "bert-base-uncased"}, "training": {"output_dir": str(path), **training}}
+    document = {
+        "model": {"text_encoder": "bert-base-uncased"},
+        "training": {"output_dir": str(path), **training},
+    }
     return parse_arguments(document)
 
 
@@ -72,7 +75,9 @@ def test_a_run_records_how_it_was_configured(path):
 
 def test_an_earlier_run_is_not_overwritten_by_accident(begun, path):
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    with pytest.raises(ConfigurationError, match="holds an earlier run.*training.resume=true.*training.overwrite=true"):
+    with pytest.raises(
+        ConfigurationError, match="holds an earlier run.*training.resume=true.*training.overwrite=true"
+    ):
         Run(path).folder.open(configured(path))
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
@@ -152,7 +157,9 @@ def test_saving_leaves_one_state_and_nothing_else(begun, path):
     assert sorted(file.name for file in path.iterdir()) == ["run.yaml", "state"]
 
 
-@pytest.mark.parametrize("stopped", ["while the new state is written", "between the renames", "before tidying up"])
+@pytest.mark.parametrize(
+    "stopped", ["while the new state is written", "between the renames", "before tidying up"]
+)
 def test_a_stop_while_saving_costs_one_epoch_at_most(begun, path, stopped):
     first = begun.weights
     if stopped == "while the new state is written":
@@ -227,7 +234,9 @@ def test_too_little_disk_is_said_before_training(path, tiny_model, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=8 * size))
     require_space(path, tiny_model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=8 * size - 1))
-    with pytest.raises(ConfigurationError, match=f"{path.name}: checkpoints need about .* GB free; give another"):
+    with pytest.raises(
+        ConfigurationError, match=f"{path.name}: checkpoints need about .* GB free; give another"
+    ):
         require_space(path, tiny_model)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step in its legal order: trajectories under accumulation, precision, non-finite gradients and a modulator."""
+"""One step in its legal order: trajectories under accumulation, precision, bad gradients, a modulator."""
 
 import pytest
 import torch
@@ -35,10 +35,14 @@ def still_config(tiny_config):
 class Trial:
     """A training loop around a fresh model, and what came of it."""
 
-    def __init__(self, config, rows, *, batch_size=8, accumulation=1, precision="no", modulator=None, scaler=None):
+    def __init__(
+        self, config, rows, *, batch_size=8, accumulation=1, precision="no", modulator=None, scaler=None
+    ):
         AcceleratorState._reset_state(reset_partial_state=True)  # one precision to a process, says Accelerate
         precision = "fp16" if scaler else precision
-        accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=precision, cpu=True)
+        accelerator = Accelerator(
+            gradient_accumulation_steps=accumulation, mixed_precision=precision, cpu=True
+        )
         if scaler is not None:  # fp16 on a CPU would silently compute in fp32: force it, as on a GPU
             accelerator.native_amp, accelerator.scaler = True, scaler
         torch.manual_seed(0)
@@ -62,7 +66,9 @@ class Trial:
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
     for name, value in one.items():
-        torch.testing.assert_close(value, other[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, other[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_losses_fall_and_are_named(still_config, rows):
@@ -159,5 +165,7 @@ def test_what_the_modulator_scales_is_what_the_optimizer_takes(still_config, row
     before = {name: value.clone() for name, value in trial.loop.bare_model.state_dict().items()}
     after = trial.train(1)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert not any(name.startswith("encoders.audio") and name.endswith("bias") for name in moved)  # not decayed either
+    assert not any(
+        name.startswith("encoders.audio") and name.endswith("bias") for name in moved
+    )  # not decayed either
     assert any(name.startswith("encoders.vision") for name in moved)

@@ -20,9 +20,10 @@ def settings_by_name(model, optimizer) -> dict[str, tuple[float, float]]:
 
 
 def test_every_parameter_is_trained_and_none_twice(tiny_model):
-    assert settings_by_name(tiny_model, make_optimizer(tiny_model, **RATES)).keys() == dict(
-        tiny_model.named_parameters()
-    ).keys()
+    assert (
+        settings_by_name(tiny_model, make_optimizer(tiny_model, **RATES)).keys()
+        == dict(tiny_model.named_parameters()).keys()
+    )
 
 
 def test_the_pretrained_encoder_learns_slowly_and_the_rest_fast(tiny_model):
@@ -59,7 +60,9 @@ def test_a_step_without_gradients_shrinks_matrices_only(tiny_model):
 def test_a_frozen_text_encoder_is_left_out(tiny_model):
     tiny_model.encoders["text"].freeze()
     names = settings_by_name(tiny_model, make_optimizer(tiny_model, **RATES)).keys()
-    assert names == {name for name, _ in tiny_model.named_parameters() if not name.startswith("encoders.text.")}
+    assert names == {
+        name for name, _ in tiny_model.named_parameters() if not name.startswith("encoders.text.")
+    }
     assert all(group["params"] for group in make_optimizer(tiny_model, **RATES).param_groups)
 
 

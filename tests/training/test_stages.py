@@ -31,7 +31,9 @@ def test_patience_ends_a_run_after_so_many_epochs_without_gain():
 
 
 def test_the_next_stage_has_its_own_best_epoch_and_its_own_patience():
-    schedule = StageSchedule([StageArguments("enhance", 10, patience=2), StageArguments("balance", 10, patience=2)])
+    schedule = StageSchedule(
+        [StageArguments("enhance", 10, patience=2), StageArguments("balance", 10, patience=2)]
+    )
     assert run(schedule, [0.9, 0.5, 0.4]) == [True, False, False]
     assert schedule.stage.name == "balance" and schedule.is_last_stage
     assert (schedule.best_score, schedule.best_epoch) == (-math.inf, None)
@@ -70,7 +72,9 @@ def test_a_schedule_resumed_in_mid_stage_goes_on_as_if_it_had_not_stopped():
     for stop in range(1, len(scores)):
         first, second = StageSchedule(stages), StageSchedule(stages)
         before = run(first, scores[:stop])
-        second.load_state_dict(yaml.safe_load(yaml.safe_dump(first.state_dict())))  # plain data survives any format
+        second.load_state_dict(
+            yaml.safe_load(yaml.safe_dump(first.state_dict()))
+        )  # plain data survives any format
         assert before + run(second, scores[stop:]) == told
         assert second.state_dict() == whole.state_dict() and second.finished == whole.finished
 
@@ -90,7 +94,11 @@ def test_a_head_of_several_stages_takes_the_stages_given():
     [
         (None, ("enhance", "balance"), "enhance, balance: give training.stages"),
         ([], ("train",), "training.stages are empty, but the head has train"),
-        ([StageArguments("enhance", 1)], ("enhance", "balance"), "are enhance, but the head has enhance, balance"),
+        (
+            [StageArguments("enhance", 1)],
+            ("enhance", "balance"),
+            "are enhance, but the head has enhance, balance",
+        ),
         (
             [StageArguments("balance", 1), StageArguments("enhance", 1)],
             ("enhance", "balance"),

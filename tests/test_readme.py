@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README tells people to type works as it stands there."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import msa_online
+import msa_online_cli
+from feature_extractors.__main__ import main as feature_extractors_main
+from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
+from msa_online.training.arguments import read_arguments
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(start: str) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in lines if words[: len(start.split())] == start.split()]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_text_config, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("readme") / "mine"
+    config = msa_online.MSAConfig(
+        text_config=tiny_text_config,
+        audio_channels=[16, 16],
+        face_channels=8,
+        head_kwargs={"hidden_size": 16},
+        label_range=[-3, 3],
+    )
+    msa_online.MSAModel(config).save_pretrained(folder)
+    msa_online.MSAProcessor(tiny_tokenizer, {"num_frames": 4, "face_size": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_the_two_commands_are_scripts_of_this_repository():
+    scripts = commands("bash")
+    assert [words[1] for words in scripts[:2]] == ["scripts/demo.sh", "scripts/test.sh"]
+    assert all((REPOSITORY / words[1]).is_file() for words in scripts)
+
+
+@pytest.mark.parametrize("words", commands("accelerate launch"), ids=" ".join)
+def test_launch_commands_name_files_and_keys_that_exist(words):
+    script = words.index("train.py")
+    if "--config_file" in words:
+        assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
+    read_arguments(REPOSITORY / words[script + 1], words[script + 2 :])
+
+
+@pytest.mark.parametrize("words", commands("msa-online"), ids=" ".join)
+def test_msa_online_commands_run(words, checkpoint, tiny_corpus, cache_dir):
+    stand_ins = {
+        "runs/mine": str(checkpoint),
+        "PATH/TO/CLIPS": str(tiny_corpus),
+        "clip.mp4": str(tiny_corpus / "clip_00.mp4"),
+    }
+    assert msa_online_cli.main([stand_ins.get(word, word) for word in words[1:]]) == 0
+
+
+@pytest.mark.parametrize("words", commands("python -m feature_extractors"), ids=" ".join)
+def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
+    stand_ins = {"clip.mp4": str(tiny_corpus / "clip_00.mp4"), "faces.png": str(tmp_path / "faces.png")}
+    assert not feature_extractors_main([stand_ins.get(word, word) for word in words[3:]])
+    assert (tmp_path / "faces.png").exists()
+
+
+def test_the_python_in_the_readme_runs(checkpoint, tiny_corpus):
+    for block in blocks("python"):
+        code = block.replace("runs/mine", str(checkpoint)).replace(
+            "clip.mp4", str(tiny_corpus / "clip_00.mp4")
+        )
+        names: dict = {}
+        exec(compile(ast.parse(code), "README.md", "exec"), names)
+        assert names["prediction"].modalities == ("text", "audio", "vision")
+
+
+def test_every_method_has_a_file_a_test_a_configuration_and_a_row():
+    configurations = [path.read_text() for path in (REPOSITORY / "configs").glob("*.yaml")]
+    registered = {**HEADS, **MODULATORS, **CALIBRATORS}
+    for name in registered.keys() - {"identity"}:
+        module = registered[name].__module__.rsplit(".", 1)[-1]
+        assert (REPOSITORY / f"tests/balancing/test_{module}.py").is_file()
+        assert any(re.search(rf"\b{name}\b", text) for text in configurations)
+        assert re.search(rf"`configs/\w*{module}\w*\.yaml`", README)
