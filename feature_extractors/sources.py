@@ -6,6 +6,7 @@ moving them into place is up to `assets.get_asset`. A source that cannot be reac
 seconds.
 """
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -64,24 +65,36 @@ def _fetch_from_hub(asset: Asset, folder: Path) -> None:
 
 
 def _in_hub_cache(asset: Asset) -> bool:
-    """Whether the client's cache has everything; if not, whether the Hub answers at all is asked first.
-
-    The client itself tries six times and gives up after 23 s.
-    """
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    """Whether the client's cache has everything; if not, the Hub has to answer."""
+    from huggingface_hub import try_to_load_from_cache
 
     if all(isinstance(try_to_load_from_cache(asset.hub_id, file), str) for file in asset.files):
         return True
-    if constants.HF_HUB_OFFLINE:
-        raise AssetError("HF_HUB_OFFLINE is set and the Hub's local cache does not have it")
-    request = urllib.request.Request(hf_hub_url(asset.hub_id, asset.files[0]), method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=PATIENCE).close()
-    except urllib.error.HTTPError:
-        pass  # it answers; what it has to say, the client words better
-    except urllib.error.URLError as error:
-        raise AssetError(_reason(error)) from error
+    if silence := why_hub_is_silent():
+        raise AssetError(f"{silence}, and the Hub's local cache does not have it")
     return False
+
+
+def why_hub_is_silent() -> str:
+    """Why the Hugging Face Hub is not to be asked: nobody wants it, or it does not answer. Empty if it does.
+
+    Ask this before its client, which tries six times and gives up after 23 s.
+    """
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _probe(constants.ENDPOINT)
+
+
+@functools.cache
+def _probe(address: str) -> str:
+    """Why a server does not answer; asked once in a process."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        return ""  # it answers; what it has to say, the client words better
+    except urllib.error.URLError as error:
+        return _reason(error)
+    return ""
 
 
 def _url_label(asset: Asset) -> str:

@@ -72,7 +72,7 @@ def count_parameters(model: MSAModel) -> dict[str, int]:
 
 def _part_of(name: str) -> str:
     top, part, *_ = name.split(".")
-    return f"{part} encoder" if top == "encoders" else f"{top}.{part}"
+    return f"{part}_encoder" if top == "encoders" else f"{top}.{part}"
 
 
 def _shapes(model: MSAModel) -> dict[str, list[int]]:

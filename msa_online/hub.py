@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
+from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
-from msa_online.encoders.text import hub_answers
 from msa_online.evaluation.report import markdown_table
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
@@ -32,9 +32,8 @@ def load_config(source: str | Path) -> MSAConfig:
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
     try:
-        config = AutoConfig.from_pretrained(
-            source, local_files_only=not folder.is_dir() and not hub_answers()
-        )
+        local = not folder.is_dir() and bool(why_hub_is_silent())
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: neither a checkpoint folder nor a repository that could be read "

@@ -117,7 +117,7 @@ def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_confi
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["describe", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for expected in ("text encoder", "total", "log-mel", "me/clips", "scores on test", "0.704"):
+    for expected in ("text_encoder", "total", "log-mel", "me/clips", "scores on test", "0.704"):
         assert expected in printed
 
 

@@ -40,7 +40,7 @@ def write_config(tmp_path):
 def test_the_parts_sum_to_the_total(write_config):
     parameters = describe(write_config(text_encoder="sentence-transformers/all-MiniLM-L6-v2")).parameters
     assert parameters["total"] == sum(count for part, count in parameters.items() if part != "total")
-    assert {"text encoder", "audio encoder", "vision encoder"} < parameters.keys()
+    assert {"text_encoder", "audio_encoder", "vision_encoder"} < parameters.keys()
     assert any(part.startswith("head.") for part in parameters)
 
 
@@ -52,19 +52,19 @@ def test_the_parts_sum_to_the_total(write_config):
     ],
 )
 def test_text_encoders_have_their_published_sizes(write_config, encoder, count):
-    assert describe(write_config(text_encoder=encoder)).parameters["text encoder"] == count
+    assert describe(write_config(text_encoder=encoder)).parameters["text_encoder"] == count
 
 
 def test_the_front_ends_have_the_reference_sizes(write_config):
     parameters = describe(write_config(text_encoder="bert-base-uncased", blendshapes=False)).parameters
-    assert parameters["audio encoder"] == 502_898  # layers 502,896, scaling of the log-mel 2
-    assert parameters["vision encoder"] == 507_302  # layers 507,296, scaling of the colours 6
+    assert parameters["audio_encoder"] == 502_898  # layers 502,896, scaling of the log-mel 2
+    assert parameters["vision_encoder"] == 507_302  # layers 507,296, scaling of the colours 6
 
 
 def test_the_blendshape_stream_is_counted_with_the_face(write_config):
     parameters = describe(write_config(text_encoder="bert-base-uncased")).parameters
     # scaling 52 + 52, Linear(52, 160) and Linear(160, 160) with biases
-    assert parameters["vision encoder"] == 507_302 + 104 + 52 * 160 + 160 + 160 * 160 + 160
+    assert parameters["vision_encoder"] == 507_302 + 104 + 52 * 160 + 160 + 160 * 160 + 160
 
 
 def test_a_description_is_json_with_the_total_where_scripts_look_for_it(write_config):

@@ -67,7 +67,7 @@ def findings_table(preparation: Preparation) -> Table:
     table = Table(
         title=f"{corpus.source}: {len(samples):,} of {preparation.total:,} clips usable\n"
         f"{preparation.extracted:,} extracted in {preparation.seconds:.1f} s, {preparation.cached:,} cached",
-        caption="used with that modality masked, but for those left out" if found else None,
+        caption="Clips with a finding are used with that modality masked." if preparation.found else None,
     )
     table.add_column("finding")
     table.add_column("clips", justify="right")

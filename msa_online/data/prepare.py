@@ -3,8 +3,10 @@
 
 import errno
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -141,7 +143,14 @@ def _open_worker(cache: FeatureCache, settings: ExtractionSettings) -> None:
     """Load the face model once in a process; Ctrl-C is left to the parent, which then lets workers finish."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = cache, settings, FaceExtractor(settings)
+
+
+def _end_with_parent() -> None:
+    """End this process when the parent is killed, which a pool's idle processes would never notice."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _extract(key: str, clip: Clip) -> tuple[str, ...]:

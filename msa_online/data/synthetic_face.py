@@ -198,7 +198,7 @@ class FaceRenderer:
 
         frown, neutral, smile = max(-expression, 0), 1 - abs(expression), max(expression, 0)
         weights = np.array([frown, neutral, smile, openness, look.jaw, look.chin, look.brows], np.float32)
-        field = np.tensordot(weights, self._fields, axes=1)
+        field = np.einsum("m,mhwc->hwc", weights, self._fields)  # without BLAS, whose threads would compete
         where = wanted = _source_positions(pose, look)
         for _ in range(3):  # a point seen at `wanted` came from `where`: where + field(where) = wanted
             moved = cv2.remap(

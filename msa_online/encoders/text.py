@@ -2,13 +2,9 @@
 """Text front-end: any HuggingFace encoder, without its pooler."""
 
 import inspect
-import urllib.error
-import urllib.request
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
@@ -20,6 +16,7 @@ from transformers import (
 )
 
 from feature_extractors.assets import ASSETS, asset_path, get_asset
+from feature_extractors.sources import why_hub_is_silent
 from msa_online.modalities import ModalitySequence
 
 KNOWN_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
@@ -142,23 +139,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, name, find_text_encoder(name, bring=True))
 
 
-@cache
-def hub_answers() -> bool:
-    """Whether the Hub is to be reached; asked once, because its own client takes 23 s to give up."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError:
-        return False
-    return True
-
-
 def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
     try:
-        return kind.from_pretrained(source, local_files_only=not hub_answers(), **kwargs)
+        return kind.from_pretrained(source, local_files_only=bool(why_hub_is_silent()), **kwargs)
     except (OSError, ValueError) as error:
         carried = {asset.hub_id for asset in ASSETS.values()}
         raise TextEncoderError(

@@ -2,15 +2,16 @@
 """Filling the cache: findings are counted, broken clips listed at once, and nothing is done twice."""
 
 import multiprocessing
-import os
 import shutil
-import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -160,9 +161,47 @@ def test_killed_worker_is_one_clear_message(corpus, tmp_path):
 
 
 def kill_first_worker() -> None:
-    while not (workers := multiprocessing.active_children()):
-        time.sleep(0.05)
-    os.kill(workers[0].pid, signal.SIGKILL)
+    wait_until(multiprocessing.active_children)
+    multiprocessing.active_children()[0].kill()
+
+
+INTERRUPTED = """
+import sys
+from feature_extractors.cache import FeatureCache
+from feature_extractors.clip import ExtractionSettings
+from msa_online.data.datasets import read_corpus
+from msa_online.data.prepare import prepare
+
+if __name__ == "__main__":
+    corpus = read_corpus(sys.argv[1], label_column=None)
+    prepare(corpus, FeatureCache(sys.argv[2]), ExtractionSettings(num_frames=2), workers=1)
+"""
+
+
+def test_killed_run_leaves_a_usable_cache_and_no_process_behind(make_clip, tmp_path):
+    make_clip(tmp_path / "long.mp4", fps=8, seconds=4)
+    windows = [f"long.mp4,x,{start / 100},{start / 100 + 1}" for start in range(300)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,start,end", *windows]))
+    (tmp_path / "run.py").write_text(INTERRUPTED)
+    cache = FeatureCache(tmp_path / "features")
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", tmp_path, cache.folder], stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: len(list(cache.folder.rglob("*.safetensors"))) > 2)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    corpus = read_corpus(tmp_path, label_column=None)
+    begun = replace(corpus, samples=corpus.samples[:2])
+    assert prepare(begun, cache, SETTINGS).cached == 2
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_real_clips_of_many_containers_are_prepared(shared_data, tmp_path):
