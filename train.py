@@ -100,7 +100,8 @@ def train(arguments: RunArguments, command: str) -> None:
             folder.publish(loop.bare_model, processor)
         folder.save_state()
         folder.write_history(loop.progress.history)
-        console.print(epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped))
+        line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
+        console.print(line, soft_wrap=True)
 
     # The best epoch was chosen on validation; the test split is looked at once, here.
     accelerator.wait_for_everyone()
@@ -130,7 +131,7 @@ def train(arguments: RunArguments, command: str) -> None:
         folder.forget_state()
     for split, conditions in results.items():
         console.print(conditions_table(conditions, f"{split}, best epoch {schedule.best_epoch}"))
-    console.print(f"checkpoint and model card: {folder.path}")
+    console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
     accelerator.end_training()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints as others meet them: opening one, and the model card that goes with it."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +9,8 @@ from string import Template
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from feature_extractors.sources import why_hub_is_silent
@@ -15,6 +18,10 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.report import markdown_table
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
+
+REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises, all over its layers, on files that are missing, damaged or of another version."""
 
 
 class CheckpointError(ValueError):
@@ -28,16 +35,17 @@ def load_config(source: str | Path) -> MSAConfig:
         CheckpointError: `source` is not there, holds no configuration, or one of another kind of model.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; give the folder of the checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
+    local = not folder.is_dir() and bool(why_hub_is_silent())
     try:
-        local = not folder.is_dir() and bool(why_hub_is_silent())
         config = AutoConfig.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"{source}: neither a checkpoint folder nor a repository that could be read "
-            f"({str(error).splitlines()[0]})"
+            f"{source}: neither a checkpoint folder nor a repository that can be read ({_first_line(error)})"
         ) from error
     if not isinstance(config, MSAConfig):
         raise CheckpointError(
@@ -51,21 +59,24 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
     """Model, in evaluation mode, and processor of a checkpoint folder or Hub repository.
 
     Raises:
-        CheckpointError: As `load_config`; or the weights or the processor are missing or damaged.
+        CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
     """
     config = load_config(source)
     try:
-        model, found = MSAModel.from_pretrained(source, config=config, output_loading_info=True)
-        processor = MSAProcessor.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{source}: the checkpoint cannot be read ({str(error).splitlines()[0]})"
-        ) from error
-    if missing := found["missing_keys"] | found["unexpected_keys"]:
-        raise CheckpointError(
-            f"{source}: the weights do not fit config.json, for example {sorted(missing)[0]}"
+        # safetensors or nothing: a pickle could execute what it likes
+        model, found = MSAModel.from_pretrained(
+            source, config=config, use_safetensors=True, output_loading_info=True
         )
+        processor = MSAProcessor.from_pretrained(source)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
+    if strange := sorted(found["missing_keys"] | found["unexpected_keys"]):
+        raise CheckpointError(f"{source}: the weights do not fit config.json, for example {strange[0]}")
     return model.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def write_model_card(folder: Path, config: MSAConfig) -> None:
@@ -114,5 +125,5 @@ def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
             task,
             config.head,
         ],
-        **({"base_model": config.text_encoder} if "/" in (config.text_encoder or "") else {}),
+        **({"base_model": config.text_encoder} if REPOSITORY.fullmatch(config.text_encoder or "") else {}),
     }

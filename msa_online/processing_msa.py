@@ -34,12 +34,12 @@ class MSAProcessor(ProcessorMixin):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        extraction: dict[str, Any] | None = None,
+        extraction: dict[str, Any],
         max_text_tokens: int = MAX_TEXT_TOKENS,
         max_audio_seconds: float = MAX_AUDIO_SECONDS,
     ) -> None:
         super().__init__(tokenizer)
-        self.extraction = dataclasses.asdict(ExtractionSettings(**(extraction or {})))
+        self.extraction = dataclasses.asdict(ExtractionSettings(**extraction))
         self.max_text_tokens = max_text_tokens
         self.max_audio_seconds = max_audio_seconds
 

@@ -47,7 +47,7 @@ def test_settings_that_make_no_features_are_refused_when_the_processor_is_made(t
 
 
 def test_every_setting_of_extraction_travels_with_the_processor(tiny_tokenizer):
-    assert MSAProcessor(tiny_tokenizer).extraction == dataclasses.asdict(ExtractionSettings())
+    assert MSAProcessor(tiny_tokenizer, {}).extraction == dataclasses.asdict(ExtractionSettings())
 
 
 def test_a_batch_is_padded_and_masked(tiny_processor):
@@ -113,7 +113,7 @@ def test_an_empty_transcript_becomes_the_special_tokens(tiny_tokenizer, tiny_pro
 
 
 def test_a_long_transcript_is_cut_and_keeps_its_end_token(tiny_tokenizer):
-    ids = MSAProcessor(tiny_tokenizer, max_text_tokens=8).tokenize("very " * 500)
+    ids = MSAProcessor(tiny_tokenizer, {}, max_text_tokens=8).tokenize("very " * 500)
     assert len(ids) == 8 and ids[-1] == tiny_tokenizer.sep_token_id
 
 

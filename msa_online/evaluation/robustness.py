@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
@@ -46,7 +47,7 @@ def evaluate_conditions(
     """
     predictions = predict_conditions(model, batches, accelerator, tuple(conditions))
     return {
-        condition: metrics_of(logits, predictions.labels, model.config.is_regression)
+        condition: metrics_of(logits, predictions.labels, model.config)
         for condition, logits in predictions.logits.items()
     }
 
@@ -89,11 +90,11 @@ def _decide_under(model: MSAModel, sequences: Mapping, visible: tuple[str, ...])
     return model.decide({name: hidden[name] for name in MODALITIES}).logits
 
 
-def metrics_of(logits: np.ndarray, labels: np.ndarray, is_regression: bool) -> dict[str, float]:
-    """Metrics of outputs `(samples, outputs)` against `labels` `(samples,)`, by task."""
-    if is_regression:
-        return regression_metrics(logits[:, 0], labels)
-    return classification_metrics(logits.argmax(axis=1), labels, num_classes=logits.shape[1])
+def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dict[str, float]:
+    """Metrics of outputs `(samples, outputs)` against `labels` `(samples,)`, by the task of the model."""
+    if config.is_regression:
+        return regression_metrics(logits[:, 0], labels, label_range=config.label_range)
+    return classification_metrics(logits, labels, num_classes=config.num_labels)
 
 
 def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:
