@@ -5,19 +5,20 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from msa_online.evaluation.metrics import METRIC_TITLES
+HEADLINES = {
+    "mae": "MAE",
+    "corr": "Corr",
+    "acc2_has0": "Acc-2 Has0",
+    "acc2_non0": "Acc-2 Non0",
+    "f1_non0": "F1 Non0",
+    "acc7": "Acc-7",
+    "accuracy": "Accuracy",
+    "f1_weighted": "F1 weighted",
+    "f1_macro": "F1 macro",
+}
+"""The metrics a table shows, and how it heads them; `metrics.METRIC_TITLES` has their full names."""
 
-HEADLINES = (
-    "mae",
-    "corr",
-    "acc2_has0",
-    "acc2_non0",
-    "f1_non0",
-    "acc7",
-    "accuracy",
-    "f1_weighted",
-    "f1_macro",
-)
+LEGEND = "Has0: negative vs non-negative; Non0: negative vs positive, zero labels left out; F1 by support"
 IN_UNITS_OF_THE_LABEL = ("mae", "corr")
 
 Results = Mapping[str, Mapping[str, float]]
@@ -27,10 +28,11 @@ Results = Mapping[str, Mapping[str, float]]
 def conditions_table(results: Results, title: str) -> Table:
     """Results under each modality condition as a table for the terminal."""
     columns = _headlines(results)
-    table = Table(title=title, title_justify="left")
-    table.add_column("modalities")
+    caption = LEGEND if "acc2_has0" in columns else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("modalities", no_wrap=True)
     for name in columns:
-        table.add_column(METRIC_TITLES[name], justify="right")
+        table.add_column(HEADLINES[name], justify="right")
     for condition, metrics in results.items():
         table.add_row(condition, *(format_metric(name, metrics[name]) for name in columns))
     return table
@@ -40,7 +42,7 @@ def markdown_table(results: Results) -> str:
     """Results under each modality condition as a Markdown table."""
     columns = _headlines(results)
     rows = [
-        ["modalities", *(METRIC_TITLES[name] for name in columns)],
+        ["modalities", *(HEADLINES[name] for name in columns)],
         ["---", *("---:" for _ in columns)],
         *(
             [condition, *(format_metric(name, row[name]) for name in columns)]

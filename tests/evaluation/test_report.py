@@ -4,8 +4,14 @@ import math
 import pytest
 from rich.console import Console
 
-from msa_online.evaluation.metrics import METRIC_TITLES, classification_metrics, regression_metrics
-from msa_online.evaluation.report import conditions_table, epoch_line, format_metric, markdown_table
+from msa_online.evaluation.metrics import classification_metrics, regression_metrics
+from msa_online.evaluation.report import (
+    HEADLINES,
+    conditions_table,
+    epoch_line,
+    format_metric,
+    markdown_table,
+)
 
 REGRESSION = {
     "text": regression_metrics(
@@ -47,17 +53,17 @@ def test_a_markdown_table_has_a_row_for_each_condition_and_a_column_for_each_hea
     assert header[0] == "modalities" and len(set(map(len, (header, ruler, *rows)))) == 1
     assert [row[0] for row in rows] == ["text", "text+audio+vision"]
     by_name = dict(zip(header, rows[0], strict=True))
-    assert by_name[METRIC_TITLES["mae"]] == "0.760"
-    assert by_name[METRIC_TITLES["acc2_has0"]] == "80.00"
-    assert by_name[METRIC_TITLES["acc2_non0"]] == "75.00"
-    assert by_name[METRIC_TITLES["acc7"]] == "40.00"
+    assert by_name[HEADLINES["mae"]] == "0.760"
+    assert by_name[HEADLINES["acc2_has0"]] == "80.00"
+    assert by_name[HEADLINES["acc2_non0"]] == "75.00"
+    assert by_name[HEADLINES["acc7"]] == "40.00"
     assert all(set(mark) <= set(":-") for mark in ruler)
 
 
 def test_a_classification_shows_its_own_metrics():
     header, _, row = cells(markdown_table(CLASSIFICATION))
-    assert dict(zip(header, row, strict=True))[METRIC_TITLES["accuracy"]] == "66.67"
-    assert METRIC_TITLES["mae"] not in header
+    assert dict(zip(header, row, strict=True))[HEADLINES["accuracy"]] == "66.67"
+    assert HEADLINES["mae"] not in header
 
 
 def test_the_terminal_shows_what_the_model_card_shows():
