@@ -7,6 +7,7 @@ and asking for help should not.
 
 import argparse
 import sys
+from collections.abc import Callable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,10 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("data", help="folder with metadata.csv or label.csv, table, or Hub repository")
     _add_extraction(prepare)
     prepare.add_argument(
-        "--num-frames", type=int, default=8, help="frames sampled from each clip (default 8)"
+        "--num-frames", type=_at_least(1), default=8, help="frames sampled from each clip (default 8)"
     )
     prepare.add_argument(
-        "--face-size", type=int, default=96, help="pixels of a face crop's side (default 96)"
+        "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
     )
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint under the seven modality conditions")
@@ -33,12 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", help="as for prepare")
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
     evaluate.add_argument("--label-column", help="column of the labels (default: the one trained on)")
-    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
     evaluate.add_argument("--mixed-precision", default="no", choices=("no", "fp16", "bf16"))
     evaluate.add_argument(
         "--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table"
     )
     _add_extraction(evaluate)
+    evaluate.set_defaults(refuse=evaluate.error)
 
     predict = commands.add_parser("predict", help="predict from raw clips, sound files, or text alone")
     predict.add_argument("clips", nargs="*", metavar="CLIP", help="media files")
@@ -56,16 +58,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     synthesize = commands.add_parser("synthesize", help="render the synthetic corpus of talking clips")
     synthesize.add_argument("folder")
-    synthesize.add_argument("--clips", type=int, default=240)
+    synthesize.add_argument("--clips", type=_at_least(1), default=240)
     synthesize.add_argument("--seed", type=int, default=1111)
     for name, strength in (("text", 1.0), ("audio", 0.6), ("vision", 0.8)):
         synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of its cue, 0 to 1")
-    synthesize.add_argument("--workers", type=int, help="processes (default: all cores)")
+    synthesize.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
     return parser
 
 
+def _at_least(lowest: int) -> Callable[[str], int]:
+    """A type of options: whole numbers from `lowest` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        return int(text)
+
+    return whole_number
+
+
 def _add_extraction(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, help="processes that extract features (default: all cores)")
+    parser.add_argument(
+        "--workers", type=_at_least(1), help="processes that extract features (default: all cores)"
+    )
     parser.add_argument("--skip-broken", action="store_true", help="go on without rows that cannot be used")
 
 

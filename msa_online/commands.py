@@ -3,12 +3,13 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from feature_extractors import ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
@@ -38,6 +39,11 @@ def run_prepare(options: Namespace, console: Console) -> None:
 
 def run_evaluate(options: Namespace, console: Console) -> None:
     """Score a checkpoint on a split under the seven modality conditions."""
+    if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
+        options.refuse(f"--json {options.json}: there is no such folder")
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        options.refuse("--mixed-precision fp16 needs a GPU: on a CPU say bf16, or no")
     model, processor = load_checkpoint(options.checkpoint)
     config = model.config
     corpus = read_corpus(
@@ -49,15 +55,15 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     require_splits(corpus, (options.split,))
     label2id = None if config.is_regression else config.label2id
     samples = corpus.split(options.split)
+    corpus = replace(corpus, samples=samples)  # the other splits need not be extracted
     if label2id is not None and (strange := sorted({sample.label for sample in samples} - label2id.keys())):
         raise CorpusError(
             f"{corpus.source}: label {strange[0]!r} is not among the checkpoint's: {', '.join(label2id)}"
         )
     cache = FeatureCache()
     preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
-    usable = [sample for sample in preparation.samples if sample.split == options.split]
+    usable = preparation.samples
     dataset = ClipDataset(usable, preparation.keys, cache, processor, label2id)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
     sampler = BucketBatchSampler(dataset.text_lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
     results = evaluate_conditions(model.to(accelerator.device), loader, accelerator)
@@ -74,7 +80,9 @@ def run_predict(options: Namespace, console: Console) -> None:
     """Predict for clips, or for text alone."""
     texts = options.text or [None] * len(options.clips)
     clips = options.clips or [None] * len(texts)
-    if len(clips) != len(texts) or not clips:
+    if not clips:
+        options.refuse("nothing to predict: give clips, or --text alone")
+    if len(clips) != len(texts):
         options.refuse(f"{len(clips)} clips but {len(texts)} --text: give one for each clip, or none at all")
     predictions = MSAPipeline.from_pretrained(options.model)(clips, text=texts)
     if options.json:
@@ -93,7 +101,9 @@ def predictions_table(predictions: list[Prediction]) -> Table:
             f"{one.score:+.3f}" if one.label is None else f"{one.label} ({one.probabilities[one.label]:.0%})"
         )
         missing = ", ".join(f"{name}: {why}" for name, why in one.missing.items())
-        table.add_row(one.clip or "(text only)", answer, ", ".join(one.modalities) or "nothing", missing)
+        table.add_row(
+            Text(one.clip or "(text only)"), answer, ", ".join(one.modalities) or "nothing", missing
+        )
     return table
 
 
@@ -111,10 +121,10 @@ def run_describe(options: Namespace, console: Console) -> None:
 
 def run_get_models(options: Namespace, console: Console) -> None:
     """Bring pretrained files into the cache."""
+    if unknown := [name for name in options.names if name not in ASSETS]:
+        raise AssetError(f"unknown model {unknown[0]!r}; known are {', '.join(ASSETS)}")
     for name in options.names or ASSETS:
-        if name not in ASSETS:
-            raise AssetError(f"unknown model {name!r}; known are {', '.join(ASSETS)}")
-        console.print(f"{name}: {get_asset(name, progress=console.print)}", soft_wrap=True)
+        console.out(f"{name}: {get_asset(name, progress=console.out)}", highlight=False)
 
 
 def run_synthesize(options: Namespace, console: Console) -> None:

@@ -14,7 +14,7 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.hub import load_config
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import MSAModel
-from msa_online.training.arguments import read_arguments
+from msa_online.training.arguments import ConfigurationError, read_arguments
 
 EXAMPLE_SECONDS = 4
 EXAMPLE_TOKENS = 20
@@ -45,21 +45,24 @@ def describe(source: str | Path) -> Description:
         ConfigurationError: The configuration file cannot be used.
         CheckpointError: The folder or repository is no checkpoint.
     """
-    config = _config_of(source)
+    config, settings = _read(source)
     with torch.device("meta"):
-        model = MSAModel(config)
-        return Description(count_parameters(model), _shapes(model), config.trained_on or {})
+        try:
+            model = MSAModel(config)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{source}: no model can be built from it: {error}") from error
+        return Description(count_parameters(model), _shapes(model, settings), config.trained_on or {})
 
 
-def _config_of(source: str | Path) -> MSAConfig:
+def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
     if Path(source).suffix not in (".yaml", ".yml"):
-        return load_config(source)
+        return load_config(source), ExtractionSettings()
     arguments = read_arguments(source)
     if not arguments.model.get("text_encoder"):
-        return load_config(arguments.training.init_from)
+        return load_config(arguments.training.init_from), arguments.data.extraction
     # how many classes there are is known from the data alone
     classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
-    return arguments.model_config(classes)
+    return arguments.model_config(classes), arguments.data.extraction
 
 
 def count_parameters(model: MSAModel) -> dict[str, int]:
@@ -75,9 +78,8 @@ def _part_of(name: str) -> str:
     return f"{part}_encoder" if top == "encoders" else f"{top}.{part}"
 
 
-def _shapes(model: MSAModel) -> dict[str, list[int]]:
+def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int]]:
     """Shapes for one example clip, found by running all but the text encoder on the meta device."""
-    settings = ExtractionSettings()
     steps = round(EXAMPLE_SECONDS * 1000 / settings.hop_ms)
     frames, size = settings.num_frames, settings.face_size
     inputs = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from feature_extractors import FeatureCache
+from feature_extractors import CacheError, FeatureCache
 from msa_online.data.datasets import Sample
 from msa_online.processing_msa import MSAProcessor
 
@@ -51,12 +51,12 @@ class ClipDataset(Dataset):
         """Inputs of one sample as `MSAProcessor.encode` gives them, with its `labels` and `index`.
 
         Raises:
-            FileNotFoundError: Its entry has left the cache since `prepare`.
+            CacheError: Its entry has left the cache since `prepare`.
         """
         sample = self.samples[index]
         features = self.cache.load(self.keys[index])
         if features is None:
-            raise FileNotFoundError(
+            raise CacheError(
                 f"the features of {sample.clip.path} have left the cache {self.cache.folder}: start again to "
                 "renew them"
             )

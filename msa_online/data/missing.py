@@ -36,6 +36,11 @@ class ModalityDropout:
         self.kept = torch.from_numpy(kept)
 
     def hide(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden."""
+        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden.
+
+        A sample that would be left with nothing, because it lacks the others, keeps what it has.
+        """
         self.kept = self.kept.to(batch["index"].device)
-        return {**batch, "modality_present": batch["modality_present"] & self.kept[batch["index"]]}
+        present = batch["modality_present"]
+        left = present & self.kept[batch["index"]]
+        return {**batch, "modality_present": torch.where(left.any(dim=1, keepdim=True), left, present)}

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from rich.table import Table
+from rich.text import Text
 
 HEADLINES = {
     "mae": "MAE",
@@ -29,7 +30,8 @@ def conditions_table(results: Results, title: str) -> Table:
     """Results under each modality condition as a table for the terminal."""
     columns = _headlines(results)
     caption = LEGEND if "acc2_has0" in columns else None
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    # Text: brackets in a path are no markup
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("modalities", no_wrap=True)
     for name in columns:
         table.add_column(HEADLINES[name], justify="right")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
-from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.modalities import CONDITIONS
 from msa_online.modeling_msa import MSAModel
 
 
@@ -83,11 +83,11 @@ def predict_conditions(
 
 
 def _decide_under(model: MSAModel, sequences: Mapping, visible: tuple[str, ...]) -> Tensor:
-    hidden = {
+    seen = {
         name: sequence.only(torch.full_like(sequence.present, name in visible))
         for name, sequence in sequences.items()
     }
-    return model.decide({name: hidden[name] for name in MODALITIES}).logits
+    return model.decide(seen).logits
 
 
 def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dict[str, float]:

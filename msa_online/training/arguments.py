@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from feature_extractors import ExtractionSettings
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
@@ -188,12 +190,13 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
             value has the wrong type or lies out of range.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: not YAML: {error}") from error
-    for change in changes:
+    document = {} if document is None else document
+    for change in changes if isinstance(document, dict) else ():
         _apply(document, change)
     return parse_arguments(document, origin=str(path))
 
@@ -211,10 +214,15 @@ def _apply(document: dict[str, Any], change: str) -> None:
         raise ConfigurationError(f"{change!r} is no change: write key=value, for example training.epochs=3")
     *sections, name = key.split(".")
     for section in sections:
-        document = document.setdefault(section, {})
+        if document.get(section) is None:
+            document[section] = {}
+        document = document[section]
         if not isinstance(document, dict):
             raise ConfigurationError(f"{change!r}: {section!r} holds a value, not a section")
-    document[name] = yaml.safe_load(value)
+    try:
+        document[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{change!r}: the value is not YAML") from error
 
 
 def _build(kind: type, values: Any, origin: str, section: str) -> Any:
@@ -229,15 +237,19 @@ def _build(kind: type, values: Any, origin: str, section: str) -> Any:
     for name, value in values.items():
         key = f"{section}.{name}".lstrip(".")
         if dataclasses.is_dataclass(hints[name]):
-            made[name] = _build(hints[name], value, origin, key)
-        elif key == "training.stages" and value is not None:
+            made[name] = _build(hints[name], {} if value is None else value, origin, key)
+        elif key == "training.stages" and isinstance(value, list):
             made[name] = [_build(StageArguments, stage, origin, key) for stage in value]
         else:
             made[name] = _typed(value, hints[name], origin, key)
-    try:
-        return kind(**made)
-    except TypeError as error:
-        raise ConfigurationError(f"{origin}: {section}: {error}") from error
+    needed = [item.name for item in dataclasses.fields(kind) if _is_needed(item) and item.name not in made]
+    if needed:
+        raise ConfigurationError(f"{origin}: {section} lacks {', '.join(needed)} in {dict(values)}")
+    return kind(**made)
+
+
+def _is_needed(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], origin: str, section: str) -> None:
@@ -253,28 +265,35 @@ def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
     options = get_args(hint) if type(None) in get_args(hint) else (hint,)
     for option in options:
         bare = getattr(option, "__origin__", option)
-        if bare is float and isinstance(value, int) and not isinstance(value, bool):
+        if bare is float and _is_number(value):
             return float(value)
-        if bare is float and isinstance(value, str) and _is_number(value):
-            return float(value)  # YAML 1.1 reads 1e-5 as a string
+        if bare is dict and isinstance(value, dict) and get_args(option)[1] is not Any:
+            return {
+                name: _typed(item, get_args(option)[1], origin, f"{key}.{name}")
+                for name, item in value.items()
+            }
         if bare is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
             return tuple(
                 _typed(item, kind, origin, key) for item, kind in zip(value, get_args(option), strict=True)
             )
-        if isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
+        if bare is not float and isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
             return value
-    names = " or ".join(
-        getattr(option, "__name__", str(option)).replace("NoneType", "null") for option in options
-    )
+    names = " or ".join(_name_of(option) for option in options)
     raise ConfigurationError(f"{origin}: {key} is {value!r}, but must be {names}")
 
 
-def _is_number(text: str) -> bool:
+def _name_of(option: Any) -> str:
+    if get_args(option) and option.__origin__ is tuple:
+        return f"a list of {len(get_args(option))} numbers"
+    return "null" if option is type(None) else option.__name__
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number, or a string that is one: YAML 1.1 reads 1e-5 as a string."""
     try:
-        float(text)
-    except ValueError:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
         return False
-    return True
 
 
 def _check(arguments: RunArguments, origin: str) -> None:
@@ -284,15 +303,17 @@ def _check(arguments: RunArguments, origin: str) -> None:
     problem = next(_problems(arguments), None)
     if problem:
         raise ConfigurationError(f"{origin}: {problem}")
-    for table, kind, name in (
-        (HEADS, "head", arguments.model.get("head", "late_fusion")),
-        (CALIBRATORS, "calibrator", arguments.model.get("calibrator", "identity")),
-        (MODULATORS, "modulator", arguments.training.modulator),
-    ):
-        try:
-            look_up(table, kind, name)
-        except ValueError as error:
-            raise ConfigurationError(f"{origin}: {error}") from error
+    try:
+        arguments.data.extraction  # noqa: B018  validates itself
+        config = MSAConfig(**arguments.model)
+        for table, kind, name, given, keywords in (
+            (HEADS, "head", config.head, ({}, 1), config.head_kwargs),
+            (CALIBRATORS, "calibrator", config.calibrator, ({},), config.calibrator_kwargs),
+            (MODULATORS, "modulator", arguments.training.modulator, (), arguments.training.modulator_kwargs),
+        ):
+            inspect.signature(look_up(table, kind, name)).bind(*given, **keywords)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
 
 
 def _problems(arguments: RunArguments) -> Iterator[str]:
@@ -316,6 +337,23 @@ def _problems(arguments: RunArguments) -> Iterator[str]:
             yield f"training.{name} is {getattr(training, name)}: above 0 and finite"
     if not 0 <= training.warmup <= 1:
         yield f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"
+    if training.seed < 0:
+        yield f"training.seed is {training.seed}: at least 0"
+    if not 0 <= training.weight_decay < math.inf:
+        yield f"training.weight_decay is {training.weight_decay}: at least 0 and finite"
+    if not training.output_dir:
+        yield "training.output_dir is empty: name the folder of the run"
+    if data.max_text_tokens < 3:
+        yield f"data.max_text_tokens is {data.max_text_tokens}: at least 3, two of them special tokens"
+    if data.max_audio_seconds <= 0:
+        yield f"data.max_audio_seconds is {data.max_audio_seconds}: above 0"
+    if data.loader_workers < 0:
+        yield f"data.loader_workers is {data.loader_workers}: at least 0"
+    if data.prepare_workers is not None and data.prepare_workers < 1:
+        yield f"data.prepare_workers is {data.prepare_workers}: at least 1, or null for all cores"
+    for section in (training, *(training.stages or ())):
+        if section.patience is not None and section.patience < 1:
+            yield f"training.patience is {section.patience}: at least 1, or null for no early stopping"
     for stage in training.stages or ():
         if stage.epochs < 1:
             yield f"training.stages: stage {stage.name!r} has {stage.epochs} epochs: at least 1"

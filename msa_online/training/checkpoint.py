@@ -16,17 +16,16 @@ from msa_online.training.arguments import ConfigurationError, RunArguments
 
 STATE = "state"
 SETTINGS = "run.yaml"
-FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with"}
+FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with", "prepare_workers", "loader_workers"}
 
 
 class RunFolder:
     """The folder of one run; it is itself a checkpoint once an epoch has been validated.
 
-        config.json, model.safetensors, tokenizer and processor files, README.md    the best epoch
-        run.yaml, history.json                                                       how it came about
-        state/                                                                       the last epoch, to resume
-        from logs/                                                                        what the tracker
-        wrote
+        config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
+        run.yaml, history.json                                                     how it came about
+        state/                                                                     the last epoch
+        logs/                                                                      what the tracker wrote
 
     Args:
         path: The folder.
@@ -51,6 +50,11 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path} holds an earlier run: say training.resume=true to go on with it, "
                 "training.overwrite=true to replace it, or give another training.output_dir"
+            )
+        elif self.path.is_dir() and not (self.path / SETTINGS).exists() and any(self.path.iterdir()):
+            raise ConfigurationError(
+                f"{self.path} holds files of no run (for example {next(self.path.iterdir()).name}): "
+                "give training.output_dir a folder of its own"
             )
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.accelerator.is_main_process and not training.resume:
@@ -89,8 +93,8 @@ class RunFolder:
         self.accelerator.save_state(str(new))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(old, ignore_errors=True)
-            if current.exists():
+            if current.exists():  # else `old` is the only whole state that a resumed run would find
+                shutil.rmtree(old, ignore_errors=True)
                 os.rename(current, old)
             os.rename(new, current)
             shutil.rmtree(old, ignore_errors=True)
@@ -133,7 +137,8 @@ def require_space(folder: Path, model: MSAModel) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = size * 2 + 2 * 3 * size
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # will be replaced
+    free = shutil.disk_usage(existing).free + written
     if free < needed:
         raise ConfigurationError(
             f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give "
