@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
@@ -61,18 +61,36 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
     Raises:
         CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
     """
-    config = load_config(source)
-    try:
-        # safetensors or nothing: a pickle could execute what it likes
-        model, found = MSAModel.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True
-        )
-        processor = MSAProcessor.from_pretrained(source)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
+    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False)
     if strange := sorted(found["missing_keys"] | found["unexpected_keys"]):
         raise CheckpointError(f"{source}: the weights do not fit config.json, for example {strange[0]}")
     return model.eval(), processor
+
+
+def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> tuple[MSAModel, PreTrainedTokenizerBase]:
+    """Model of another configuration with whatever weights of a checkpoint fit it, and the tokenizer.
+
+    Raises:
+        CheckpointError: The weights or the processor are missing or damaged.
+    """
+    model, _, processor = _load(source, config, ignore_mismatched_sizes=True)
+    return model, processor.tokenizer
+
+
+def _load(
+    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool
+) -> tuple[MSAModel, dict[str, set], MSAProcessor]:
+    try:
+        model, found = MSAModel.from_pretrained(
+            source,
+            config=config,
+            use_safetensors=True,  # or nothing: a pickle could execute what it likes
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
+        return model, found, MSAProcessor.from_pretrained(source)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -115,7 +133,6 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
 def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
     return {
         "library_name": "msa_online",
-        "license": "apache-2.0",
         "pipeline_tag": "video-classification",
         "tags": [
             "multimodal",

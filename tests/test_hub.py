@@ -228,7 +228,8 @@ def test_the_code_in_the_card_runs(config, tmp_path):
 
 def test_the_hub_can_read_the_cards_metadata(config, tmp_path):
     metadata, _ = card_of(config, tmp_path)
-    assert metadata["library_name"] == "msa_online" and metadata["license"] == "apache-2.0"
+    assert metadata["library_name"] == "msa_online"
+    assert "license" not in metadata  # the data decide what the weights may be used for
     assert metadata["pipeline_tag"] == "video-classification"
     assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert {"multimodal", "sentiment-analysis", "regression", "late_fusion"} <= set(metadata["tags"])

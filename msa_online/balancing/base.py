@@ -43,9 +43,11 @@ class BalancingHead(nn.Module):
 
     Attributes:
         stages: Names of the training stages in the order they run.
+        loss_names: Names of all loss terms it may return; `loss_weights` may name these.
     """
 
     stages: tuple[str, ...] = ("train",)
+    loss_names: tuple[str, ...] = ("task",)
 
     def forward(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> HeadOutput:
         """Fuse the sequences.

@@ -34,6 +34,8 @@ class LateFusionHead(BalancingHead):
         regression_loss: "mse" or "l1".
     """
 
+    loss_names = ("task", "unimodal")
+
     def __init__(
         self,
         widths: Mapping[str, int],

@@ -86,7 +86,7 @@ def _identity(file: str, clip: Clip) -> str:
     name = str(PurePosixPath(file))
     if clip.start is None and clip.end is None:
         return name
-    return f"{name}@{clip.start or 0:g}-{'end' if clip.end is None else format(clip.end, 'g')}"
+    return f"{name}@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
 
 
 def _label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
@@ -122,7 +122,7 @@ def _split(name: str | None) -> str:
 def _window(row: Row) -> tuple[float | None, float | None]:
     start, end = _seconds("start", row.start), _seconds("end", row.end)
     if end is not None and (start or 0.0) >= end:
-        raise RowProblem(f"start {start or 0:g} is not before end {end:g}: write seconds, start < end")
+        raise RowProblem(f"start {start or 0.0} is not before end {end}: write seconds, start < end")
     return start, end
 
 

@@ -87,22 +87,22 @@ def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
     local = local.absolute()
     if local.is_file() and local.suffix == ".csv":
         return (read_mmsa if local.name == MMSA_METADATA else read_metadata)(local, label_column)
+    layout = find_layout(local) if local.is_dir() else None
+    if layout is not None:
+        return layout(local, label_column)
     if is_arrow(local):
         return read_arrow(local, label_column)
-    layout = find_layout(local) if local.is_dir() else None
-    if layout is None:
-        raise CorpusError(_no_metadata(local))
-    return layout(local, label_column)
+    raise CorpusError(_no_metadata(local))
 
 
 def _read_repository(name: str, label_column: str | None) -> RowTable:
     """Download a data set from the Hub, or take what its cache holds, and read it as a folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot = Path(snapshot_download(name, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(
             f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
+from accelerate.utils import LoggerType
 from huggingface_hub.errors import StrictDataclassError
 
 from feature_extractors import ExtractionSettings
@@ -103,7 +104,7 @@ class TrainingArguments:
         mixed_precision: "no", "fp16" or "bf16"; None takes what `accelerate launch` says.
         text_learning_rate: Peak learning rate of the text encoder.
         learning_rate: Peak learning rate of everything else.
-        weight_decay: AdamW's decay of matrices; vectors (biases, norms, tokens) are not decayed.
+        weight_decay: AdamW's decay of matrices; vectors (biases, norms, scalings) are not decayed.
         warmup: Share of all steps in which the learning rate rises, before it falls linearly to zero.
         clip_norm: Largest gradient norm; larger gradients are scaled down to it.
         modality_dropout: Share of training samples from which each modality is hidden, by name.
@@ -314,6 +315,7 @@ def _check(arguments: RunArguments, origin: str) -> None:
             inspect.signature(look_up(table, kind, name)).bind(*given, **keywords)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
+    _refuse_unknown(config.loss_weights, HEADS[config.head].loss_names, origin, "model.loss_weights")
 
 
 def _problems(arguments: RunArguments) -> Iterator[str]:
@@ -327,6 +329,9 @@ def _problems(arguments: RunArguments) -> Iterator[str]:
         yield f"data.label_range is {list(data.label_range)}: the lower end comes first"
     if training.mixed_precision not in (None, *MIXED_PRECISION):
         yield f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(MIXED_PRECISION)}"
+    trackers = sorted(str(tracker) for tracker in LoggerType)
+    if training.log_with not in (None, *trackers):
+        yield f"training.log_with is {training.log_with!r}: null, or one of {', '.join(trackers)}"
     if training.resume and training.overwrite:
         yield "training.resume and training.overwrite exclude each other"
     for name in ("epochs", "batch_size", "accumulation"):

@@ -61,16 +61,24 @@ class RunFolder:
             if (self.path / SETTINGS).exists():
                 shutil.rmtree(self.path)  # only ever a folder that a run of ours has made
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path / SETTINGS, yaml.safe_dump(arguments.to_dict(), sort_keys=False))
+            _write_atomically(self.path / SETTINGS, yaml.safe_dump(self._record(arguments), sort_keys=False))
         self.accelerator.wait_for_everyone()
+
+    def _record(self, arguments: RunArguments) -> dict[str, Any]:
+        """The run as plain data, with what `accelerate launch` decided of it."""
+        launch = {
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": str(self.accelerator.mixed_precision),
+        }
+        return {**arguments.to_dict(), "launch": launch}
 
     def _check_resumable(self, arguments: RunArguments) -> None:
         if self._state is None:
             raise ConfigurationError(
-                f"{self.path}: nothing to resume, no epoch of a run has been finished there"
+                f"{self.path}: nothing to resume: no epoch of a run has been finished there, or all have"
             )
         before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8"))
-        for section, values in arguments.to_dict().items():
+        for section, values in self._record(arguments).items():
             started = before.get(section, {})
             for key in (values.keys() | started.keys()) - FREE_TO_CHANGE_ON_RESUME:
                 if values.get(key) != started.get(key):

@@ -17,7 +17,7 @@ from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import Sample, read_corpus, require_splits
 from msa_online.data.prepare import Preparation, findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
-from msa_online.hub import load_config
+from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
@@ -102,8 +102,7 @@ def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAMod
     training, data = arguments.training, arguments.data
     if training.init_from:
         config = _inherit(arguments, classes)
-        model = MSAModel.from_pretrained(training.init_from, config=config, ignore_mismatched_sizes=True)
-        tokenizer = MSAProcessor.from_pretrained(training.init_from).tokenizer
+        model, tokenizer = load_for_fine_tuning(training.init_from, config)
     else:
         name = arguments.model["text_encoder"]
         config = arguments.model_config(classes)
@@ -128,6 +127,8 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
         inherited.pop(outputs, None)
+    if inherited["head"] != config.head:
+        inherited["head_kwargs"] = arguments.model.get("head_kwargs")
     return MSAConfig(**inherited, **arguments.output_fields(classes))
 
 

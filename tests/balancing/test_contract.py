@@ -50,7 +50,7 @@ def test_output_has_the_promised_shapes(name, task):
     assert output.fused.shape[0] == 4
     assert all(logits.shape == (4, OUTPUTS[task]) for logits in output.modality_logits.values())
     assert all(features.shape[0] == 4 for features in output.features.values())
-    assert "task" in output.losses
+    assert "task" in output.losses and set(output.losses) <= set(HEADS[name].loss_names)
     assert all(loss.shape == () for loss in output.losses.values())
 
 

@@ -64,7 +64,7 @@ def test_metadata_folder_gives_every_column(folder):
     assert (first.text, first.label, first.split, first.speaker) == ("well, yes", -1.5, "train", "ann")
     assert (second.text, second.split, second.speaker, second.line) == ("", "valid", None, 3)
     assert (third.split, third.line, third.clip.start) == ("test", 5, None)
-    assert [first.id, second.id, third.id] == ["a.mp4@0.5-2", "a.mp4@2-end", "b.mp4"]
+    assert [first.id, second.id, third.id] == ["a.mp4@0.5-2.0", "a.mp4@2.0-end", "b.mp4"]
 
 
 def test_words_that_look_like_missing_values_stay_text(folder):
@@ -227,6 +227,12 @@ def test_arrow_table_of_paths_and_class_numbers(tmp_path):
     assert_names(complaint(tmp_path, label_range=None), "all.parquet row 2: 'clips/b.mp4' does not exist")
 
 
+def test_metadata_is_read_where_a_table_of_something_else_lies_beside_it(folder):
+    (folder / "features.parquet").write_bytes(b"features of another tool")
+    write_csv(folder / "metadata.csv", "file_name,text,label", "a.mp4,x,1")
+    assert read_corpus(folder, **SENTIMENT).samples[0].id == "a.mp4"
+
+
 def test_arrow_file_that_is_none_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no table at all")
     assert_names(complaint(tmp_path / "x.parquet"), "x.parquet", "no complete Arrow table", "copy it again")
@@ -305,6 +311,13 @@ def test_windows_of_one_file_stay_in_one_split(folder):
     assert {sample.split for sample in samples} == {"train", "valid", "test"}
 
 
+def test_windows_that_differ_late_in_a_long_file_have_ids_of_their_own(folder):
+    rows = ["a.mp4,x,0,12345.671,12345.9", "a.mp4,x,0,12345.672,12345.9"]
+    write_csv(folder / "metadata.csv", "file_name,text,label,start,end", *rows)
+    samples = read_corpus(folder, **SENTIMENT).samples
+    assert samples[0].id == "a.mp4@12345.671-12345.9" != samples[1].id
+
+
 def test_empty_split_is_refused_with_its_sizes(folder):
     write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", "b.mp4,x,1,test")
     corpus = read_corpus(folder, **SENTIMENT)
@@ -376,8 +389,8 @@ HEADER = "file_name,text,label,split,start,end"
         ("a.mp4,x,,train,,", "the label is empty: rate the clip"),
         ("a.mp4,x,1,trian,,", "split 'trian' is unknown (did you mean 'train'?): write train, valid or test"),
         ("a.mp4,x,1,,,", "no split is given here although other rows have one: write train"),
-        ("a.mp4,x,1,train,2,1.5", "start 2 is not before end 1.5: write seconds"),
-        ("a.mp4,x,1,train,,0", "start 0 is not before end 0"),
+        ("a.mp4,x,1,train,2,1.5", "start 2.0 is not before end 1.5: write seconds"),
+        ("a.mp4,x,1,train,,0", "start 0.0 is not before end 0.0"),
         ("a.mp4,x,1,train,-1,2", "start '-1' is not a time: write seconds"),
         ("a.mp4,x,1,train,,0:30", "end '0:30' is not a time"),
         ("a.mp4,x,1,train,nan,", "start 'nan' is not a time"),

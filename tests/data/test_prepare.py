@@ -122,9 +122,9 @@ def table_cells(line: str) -> list[str]:
 def test_keys_lead_to_the_features_and_equal_files_share_theirs(preparation, cache):
     keys = preparation.keys
     assert set(keys) == {sample.id for sample in preparation.samples}
-    assert keys["good.mp4"] == keys["copy.mkv"] != keys["good.mp4@0-0.5"]
+    assert keys["good.mp4"] == keys["copy.mkv"] != keys["good.mp4@0.0-0.5"]
     assert cache.load(keys["good.mp4"]).has_face and not cache.load(keys["no_face.mp4"]).has_face
-    assert cache.load(keys["good.mp4@0-0.5"]).duration == pytest.approx(0.5)
+    assert cache.load(keys["good.mp4@0.0-0.5"]).duration == pytest.approx(0.5)
 
 
 def test_nothing_lacking_is_said_too_and_needs_no_worker(preparation, cache):
