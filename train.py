@@ -7,8 +7,12 @@ epoch, keep the best, and finish with the test split and a model card.
 
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from msa_online.balancing import MODULATORS
 from msa_online.data.missing import ModalityDropout
@@ -23,8 +27,10 @@ from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.setup import (
     build_model,
+    class_names,
     make_loaders,
     prepare_data,
+    read_data,
     seed_everything,
     start_accelerator,
 )
@@ -32,7 +38,11 @@ from msa_online.training.stages import make_schedule
 
 
 def train(arguments: RunArguments, command: str) -> None:
-    """Carry out the run that `arguments` describe; `command` is how it was called, for the record."""
+    """Carry out the run that `arguments` describe; `command` is how it was called, for the record.
+
+    Everything that can be wrong with the input is found before the first step, the quick checks before the
+    slow extraction of features, and before anything of an earlier run is touched.
+    """
     training = arguments.training
     accelerator = start_accelerator(training)
     console = Console(quiet=not accelerator.is_main_process)
@@ -40,17 +50,15 @@ def train(arguments: RunArguments, command: str) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"precision {accelerator.mixed_precision}"
     )
-
-    # Everything that can be wrong with the input is found before the first step, and before anything is
-    # written.
-    data = prepare_data(arguments.data, accelerator, console)
-    seed_everything(training.seed)
-    model, processor = build_model(arguments, data.classes)
-    config = model.config
-    schedule = make_schedule(training, model.head.stages)
-    loaders = make_loaders(data, processor, config, arguments, accelerator.num_processes)
     folder = RunFolder(training.output_dir, accelerator)
+    folder.check(arguments)
+    corpus = read_data(arguments.data)
+    seed_everything(training.seed)
+    model, processor = build_model(arguments, class_names(corpus, arguments.data))
+    schedule = make_schedule(training, model.head.stages)
     require_space(folder.path, model)
+    data = prepare_data(corpus, arguments.data, accelerator, console)
+    loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
@@ -91,7 +99,7 @@ def train(arguments: RunArguments, command: str) -> None:
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = evaluate_conditions(loop.bare_model, loaders["valid"], accelerator, (COMPLETE,))[COMPLETE]
         loop.modulator.on_validation(metrics)
-        best = schedule.advance(selection_score(metrics, config.is_regression))
+        best = schedule.advance(selection_score(metrics, loop.bare_model.config.is_regression))
         loop.progress.history.append(
             {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
         )
@@ -103,36 +111,54 @@ def train(arguments: RunArguments, command: str) -> None:
         line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
         console.print(line, soft_wrap=True)
 
-    # The best epoch was chosen on validation; the test split is looked at once, here.
-    accelerator.wait_for_everyone()
-    model, processor = load_checkpoint(folder.path)
+    record = {
+        "data": arguments.data.path,
+        "label_column": arguments.data.label_column,
+        "splits": data.sizes,
+        "seed": training.seed,
+        "mixed_precision": str(accelerator.mixed_precision),
+        "modulator": training.modulator,
+        "epoch": schedule.best_epoch,
+        "skipped_steps": loop.progress.skipped,
+        "command": command,
+    }
+    finish(folder, loaders, accelerator, record, console)
+    accelerator.end_training()
+
+
+def finish(
+    folder: RunFolder,
+    loaders: Mapping[str, DataLoader],
+    accelerator: Accelerator,
+    record: dict[str, Any],
+    console: Console,
+) -> None:
+    """Score the best epoch and write its card; the test split is looked at here and nowhere before.
+
+    Args:
+        folder: Holds the best epoch.
+        loaders: Prepared loader of each split.
+        accelerator: Gives precision and gathers over ranks.
+        record: What the checkpoint is to remember of its training; the results join it.
+        console: Where the tables go.
+    """
+    accelerator.wait_for_everyone()  # the main process has published
+    model, _ = load_checkpoint(folder.path)
     model.to(accelerator.device)
     results = {
         split: evaluate_conditions(model, loaders[split], accelerator)
         for split in ("valid", "test")
         if split in loaders
     }
-    model.config.trained_on = {
-        "data": arguments.data.path,
-        "label_column": arguments.data.label_column,
-        "splits": data.sizes,
-        "seed": training.seed,
-        "mixed_precision": accelerator.mixed_precision,
-        "modulator": training.modulator,
-        "selection": "validation " + ("MAE" if config.is_regression else "weighted F1"),
-        "epoch": schedule.best_epoch,
-        "skipped_steps": loop.progress.skipped,
-        "results": results,
-        "command": command,
-    }
+    selection = "validation MAE" if model.config.is_regression else "validation weighted F1"
+    model.config.trained_on = {**record, "selection": selection, "results": results}
     if accelerator.is_main_process:
         model.config.save_pretrained(folder.path)
         write_model_card(folder.path, model.config)
         folder.forget_state()
     for split, conditions in results.items():
-        console.print(conditions_table(conditions, f"{split}, best epoch {schedule.best_epoch}"))
+        console.print(conditions_table(conditions, f"{split}, best epoch {record['epoch']}"))
     console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
-    accelerator.end_training()
 
 
 def main(argv: list[str]) -> int:

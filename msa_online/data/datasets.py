@@ -14,7 +14,7 @@ from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.data.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.data.splits import SPLITS, seeded_split
 
-__all__ = ["BrokenRow", "Corpus", "CorpusError", "Sample", "read_corpus", "require_splits"]
+__all__ = ["SPLITS", "BrokenRow", "Corpus", "CorpusError", "Sample", "read_corpus", "require_splits"]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SHOWN_NAMES = 8  # of what a folder holds, when it holds no metadata

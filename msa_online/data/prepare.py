@@ -3,10 +3,7 @@
 
 import errno
 import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,8 +25,7 @@ from rich.text import Text
 from feature_extractors.assets import get_asset
 from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ExtractionSettings
-from feature_extractors.extraction import extract
-from feature_extractors.face import FaceExtractor
+from feature_extractors.worker import extract_into_cache, open_worker
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.data.preparation import EMPTY_TEXT, Preparation, findings_table
 
@@ -117,10 +113,10 @@ def _extract_all(
     pool = ProcessPoolExecutor(
         min(workers, len(clips)),
         multiprocessing.get_context("spawn"),
-        initializer=_open_worker,
+        initializer=open_worker,
         initargs=(cache, settings),
     )
-    keys = {pool.submit(_extract, key, clip): key for key, clip in clips.items()}
+    keys = {pool.submit(extract_into_cache, key, clip): key for key, clip in clips.items()}
     try:
         with _progress_bar() as progress:
             for future in progress.track(as_completed(keys), len(keys), description="extracting features"):
@@ -134,31 +130,6 @@ def _extract_all(
     finally:  # also on Ctrl-C: what is not begun stays undone, what is begun is stored
         pool.shutdown(wait=True, cancel_futures=True)
     return findings, failures
-
-
-_worker: tuple[FeatureCache, ExtractionSettings, FaceExtractor]  # of this process, set by `_open_worker`
-
-
-def _open_worker(cache: FeatureCache, settings: ExtractionSettings) -> None:
-    """Load the face model once in a process; Ctrl-C is left to the parent, which then lets workers finish."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = cache, settings, FaceExtractor(settings)
-
-
-def _end_with_parent() -> None:
-    """End this process when the parent is killed, which a pool's idle processes would never notice."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _extract(key: str, clip: Clip) -> tuple[str, ...]:
-    """Extract one clip into the cache; only its findings travel back."""
-    cache, settings, face_extractor = _worker
-    features = extract(clip, settings, face_extractor)
-    cache.store(key, features)
-    return features.findings
 
 
 def _death_notice(unfinished: Sequence[Clip], total: int, workers: int) -> str:

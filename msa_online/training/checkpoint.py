@@ -36,17 +36,17 @@ class RunFolder:
         self.path = Path(path)
         self.accelerator = accelerator
 
-    def open(self, arguments: RunArguments) -> None:
-        """Make the folder ready for a new run, or for the rest of an interrupted one.
+    def check(self, arguments: RunArguments) -> None:
+        """See that the run may have the folder, without touching it.
 
         Raises:
-            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or there
-                is nothing to resume; or the resumed run was configured differently.
+            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or files
+                that no run has made; or there is nothing to resume; or the resumed run was configured
+                differently.
         """
-        training = arguments.training
-        if training.resume:
+        if arguments.training.resume:
             self._check_resumable(arguments)
-        elif (self.path / SETTINGS).exists() and not training.overwrite:
+        elif (self.path / SETTINGS).exists() and not arguments.training.overwrite:
             raise ConfigurationError(
                 f"{self.path} holds an earlier run: say training.resume=true to go on with it, "
                 "training.overwrite=true to replace it, or give another training.output_dir"
@@ -56,12 +56,21 @@ class RunFolder:
                 f"{self.path} holds files of no run (for example {next(self.path.iterdir()).name}): "
                 "give training.output_dir a folder of its own"
             )
+
+    def open(self, arguments: RunArguments) -> None:
+        """Make the folder ready for a new run; that of an interrupted one is left as it is.
+
+        Raises:
+            ConfigurationError: As `check`.
+        """
+        self.check(arguments)
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        if self.accelerator.is_main_process and not training.resume:
+        if self.accelerator.is_main_process and not arguments.training.resume:
             if (self.path / SETTINGS).exists():
                 shutil.rmtree(self.path)  # only ever a folder that a run of ours has made
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path / SETTINGS, yaml.safe_dump(self._record(arguments), sort_keys=False))
+            settings = yaml.safe_dump(self._record(arguments), sort_keys=False)
+            _write_atomically(self.path / SETTINGS, settings)
         self.accelerator.wait_for_everyone()
 
     def _record(self, arguments: RunArguments) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
-from msa_online.data.datasets import Sample, read_corpus, require_splits
+from msa_online.data.datasets import SPLITS, Corpus, Sample, read_corpus, require_splits
 from msa_online.data.prepare import Preparation, findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
@@ -43,35 +43,11 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-@dataclass(frozen=True)
-class RunData:
-    """The corpus of a run, prepared.
-
-    Attributes:
-        preparation: Usable samples, their cache keys, and what was found.
-        classes: Names of the labels in sorted order; empty for regression.
-        cache: Where the features are.
-    """
-
-    preparation: Preparation
-    classes: tuple[str, ...]
-    cache: FeatureCache
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        """Usable samples of a split."""
-        return tuple(sample for sample in self.preparation.samples if sample.split == name)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Usable samples in each split that has any."""
-        return {name: len(samples) for name in ("train", "valid", "test") if (samples := self.split(name))}
-
-
-def prepare_data(data: DataArguments, accelerator: Accelerator, console: Console) -> RunData:
-    """Read, check and extract the corpus; every rank ends with the same samples.
+def read_data(data: DataArguments) -> Corpus:
+    """The corpus of a run, read and checked but not decoded.
 
     Raises:
-        CorpusError: Rows or clips cannot be used and `skip_broken` is not said, or a split is empty.
+        CorpusError: Rows cannot be used and `skip_broken` is not said, or a split is empty.
     """
     corpus = read_corpus(
         data.path,
@@ -81,14 +57,48 @@ def prepare_data(data: DataArguments, accelerator: Accelerator, console: Console
         seed=data.split_seed,
     )
     require_splits(corpus, ("train", "valid"))
+    return corpus
+
+
+def class_names(corpus: Corpus, data: DataArguments) -> tuple[str, ...]:
+    """Names of the labels in sorted order; none for regression."""
+    return tuple(sorted({sample.label for sample in corpus.samples})) if data.task == "classification" else ()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The corpus of a run, its features in the cache.
+
+    Attributes:
+        preparation: Usable samples, their cache keys, and what was found.
+        cache: Where the features are.
+    """
+
+    preparation: Preparation
+    cache: FeatureCache
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """Usable samples of a split."""
+        return self.preparation.corpus.split(name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Usable samples in each split that has any."""
+        return {name: len(samples) for name in SPLITS if (samples := self.split(name))}
+
+
+def prepare_data(corpus: Corpus, data: DataArguments, accelerator: Accelerator, console: Console) -> RunData:
+    """Extract what is not in the cache yet and show what was found; every rank ends with the same samples.
+
+    Raises:
+        CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
+    """
     cache = FeatureCache()
     with accelerator.main_process_first():  # the others find everything in the cache
         preparation = prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken)
+    require_splits(preparation.corpus, ("train", "valid"))
     console.print(findings_table(preparation))
-    classes = (
-        sorted({sample.label for sample in preparation.samples}) if data.task == "classification" else ()
-    )
-    return RunData(preparation, tuple(classes), cache)
+    return RunData(preparation, cache)
 
 
 def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAModel, MSAProcessor]:
