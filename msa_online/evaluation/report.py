@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
+from msa_online.modalities import CONDITIONS
+
 HEADLINES = {
     "mae": "MAE",
     "corr": "Corr",
@@ -35,8 +37,8 @@ def conditions_table(results: Results, title: str) -> Table:
     table.add_column("modalities", no_wrap=True)
     for name in columns:
         table.add_column(HEADLINES[name], justify="right")
-    for condition, metrics in results.items():
-        table.add_row(condition, *(format_metric(name, metrics[name]) for name in columns))
+    for condition in _in_order(results):
+        table.add_row(condition, *(format_metric(name, results[condition][name]) for name in columns))
     return table
 
 
@@ -47,8 +49,8 @@ def markdown_table(results: Results) -> str:
         ["modalities", *(HEADLINES[name] for name in columns)],
         ["---", *("---:" for _ in columns)],
         *(
-            [condition, *(format_metric(name, row[name]) for name in columns)]
-            for condition, row in results.items()
+            [condition, *(format_metric(name, results[condition][name]) for name in columns)]
+            for condition in _in_order(results)
         ),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -67,6 +69,11 @@ def epoch_line(
 def format_metric(name: str, value: float) -> str:
     """A metric as the field prints it: shares in percent with two decimals, the rest with three."""
     return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
+
+
+def _in_order(results: Results) -> list[str]:
+    """The conditions from one modality to all; a configuration saved as JSON sorts them by letter."""
+    return [condition for condition in CONDITIONS if condition in results]
 
 
 def _headlines(results: Results) -> list[str]:
