@@ -85,9 +85,7 @@ class CorpusError(ValueError):
         lines += [f"  {place(row.source, row.line)}: {row.problem}" for row in broken[:SHOWN_ROWS]]
         if len(broken) > SHOWN_ROWS:
             lines.append(f"  and {len(broken) - SHOWN_ROWS:,} more")
-        lines.append(
-            "Mend these rows, or go on without them: --skip-broken, in training data.skip_broken=true."
-        )
+        lines.append("Mend these rows, or go on without them: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
 
 
