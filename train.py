@@ -19,8 +19,9 @@ from msa_online.data.missing import ModalityDropout
 from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score
-from msa_online.hub import load_checkpoint, write_model_card
+from msa_online.hub import write_model_card
 from msa_online.modalities import COMPLETE
+from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.loop import TrainingLoop
@@ -122,11 +123,14 @@ def train(arguments: RunArguments, command: str) -> None:
         "skipped_steps": loop.progress.skipped,
         "command": command,
     }
-    finish(folder, loaders, accelerator, record, console)
+    accelerator.wait_for_everyone()  # the main process has published the best epoch
+    folder.load_best(loop.bare_model)
+    finish(loop.bare_model, folder, loaders, accelerator, record, console)
     accelerator.end_training()
 
 
 def finish(
+    model: MSAModel,
     folder: RunFolder,
     loaders: Mapping[str, DataLoader],
     accelerator: Accelerator,
@@ -136,15 +140,13 @@ def finish(
     """Score the best epoch and write its card; the test split is looked at here and nowhere before.
 
     Args:
-        folder: Holds the best epoch.
+        model: The model as it was after the best epoch.
+        folder: Holds that epoch, and takes the scores and the card.
         loaders: Prepared loader of each split.
         accelerator: Gives precision and gathers over ranks.
         record: What the checkpoint is to remember of its training; the results join it.
         console: Where the tables go.
     """
-    accelerator.wait_for_everyone()  # the main process has published
-    model, _ = load_checkpoint(folder.path)
-    model.to(accelerator.device)
     results = {
         split: evaluate_conditions(model, loaders[split], accelerator)
         for split in ("valid", "test")

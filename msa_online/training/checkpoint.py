@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_model
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
@@ -136,6 +138,19 @@ class RunFolder:
         for file in staging.iterdir():
             os.replace(file, self.path / file.name)
         staging.rmdir()
+
+    def load_best(self, model: MSAModel) -> None:
+        """Give a model the weights that were published, without a second copy of it in memory.
+
+        Raises:
+            ConfigurationError: Nothing was published: no epoch of the last stage had a score.
+        """
+        published = self.path / SAFE_WEIGHTS_NAME
+        if not published.exists():
+            raise ConfigurationError(
+                f"{self.path}: no epoch had a validation score that is a number; lower the learning rates"
+            )
+        load_model(model, published)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write what every epoch brought to history.json."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything a run needs before its first step: processes and precision, data, model."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,9 @@ from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
+
 
 def start_accelerator(training: TrainingArguments) -> Accelerator:
     """Accelerate with what the configuration says, and what `accelerate launch` said for the rest.
@@ -40,7 +44,19 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError("fp16 needs a GPU: on a CPU say training.mixed_precision=bf16, or no")
+    if accelerator.device.type == "cpu":
+        _return_freed_memory()
     return accelerator
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give freed tensors back to the system at once; other C libraries are left alone.
+
+    Left to itself it keeps what the batch of the longest texts once needed: a training process with MPNet-base
+    then holds 5.7 GB instead of 3 to 4.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, RETURNED_FROM)
 
 
 def read_data(data: DataArguments) -> Corpus:
