@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from feature_extractors.sources import why_hub_is_silent
 from msa_online.data.arrow_tables import is_arrow, read_arrow
 from msa_online.data.checks import check_rows
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
@@ -101,7 +102,9 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        snapshot = Path(snapshot_download(name, repo_type="dataset"))
+        snapshot = Path(
+            snapshot_download(name, repo_type="dataset", local_files_only=bool(why_hub_is_silent()))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(
