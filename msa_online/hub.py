@@ -40,9 +40,8 @@ def load_config(source: str | Path) -> MSAConfig:
     if folder.is_dir() and not (folder / "config.json").is_file():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
-    local = not folder.is_dir() and bool(why_hub_is_silent())
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source))
     except UNREADABLE as error:
         raise CheckpointError(
             f"{source}: neither a checkpoint folder nor a repository that can be read ({_first_line(error)})"
@@ -87,10 +86,16 @@ def _load(
             use_safetensors=True,  # or nothing: a pickle could execute what it likes
             output_loading_info=True,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            local_files_only=_only_local(source),
         )
-        return model, found, MSAProcessor.from_pretrained(source)
+        processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source))
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
+    return model, found, processor
+
+
+def _only_local(source: str | Path) -> bool:
+    return Path(source).is_dir() or bool(why_hub_is_silent())
 
 
 def _first_line(error: Exception) -> str:

@@ -140,8 +140,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
+    local = Path(source).is_dir() or bool(why_hub_is_silent())
     try:
-        return kind.from_pretrained(source, local_files_only=bool(why_hub_is_silent()), **kwargs)
+        return kind.from_pretrained(source, local_files_only=local, **kwargs)
     except (OSError, ValueError) as error:
         carried = {asset.hub_id for asset in ASSETS.values()}
         raise TextEncoderError(

@@ -132,9 +132,8 @@ class TrainingLoop:
         names = list(window[0])
         losses = torch.stack([torch.stack([micro[name] for name in names]) for micro in window]).mean(dim=0)
         losses = self.accelerator.reduce(losses, reduction="mean")
-        norm_value, *values = torch.cat(
-            [norm.reshape(1).to(losses), losses]
-        ).tolist()  # the step's one host sync
+        # the step's one host sync
+        norm_value, *values = torch.cat([norm.reshape(1).to(losses), losses]).tolist()
         if not math.isfinite(norm_value):
             self._skip()
             return {}
@@ -167,7 +166,8 @@ class TrainingLoop:
         )
 
     def _log(self, record: Mapping[str, float], coefficients: Mapping[str, Tensor]) -> None:
-        rates = {f"learning_rate/{number}": rate for number, rate in enumerate(self.scheduler.get_last_lr())}
-        modulation = {f"coefficient/{name}": float(value) for name, value in coefficients.items()}
-        self.accelerator.log({**{f"train/{name}": value for name, value in record.items()}, **rates,
-                             **modulation}, step=self.progress.step)  # fmt: skip
+        rates = self.scheduler.get_last_lr()
+        values = {f"train/{name}": value for name, value in record.items()}
+        values |= {f"learning_rate/{number}": rate for number, rate in enumerate(rates)}
+        values |= {f"coefficient/{name}": float(value) for name, value in coefficients.items()}
+        self.accelerator.log(values, step=self.progress.step)
