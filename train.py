@@ -85,6 +85,8 @@ def train(arguments: RunArguments, command: str) -> None:
     )
     accelerator.register_for_checkpointing(scheduler, schedule, loop.modulator, loop.progress)
     accelerator.init_trackers("msa_online")
+    if not accelerator.is_main_process:
+        seed_everything(training.seed + accelerator.process_index)  # the model is alike, dropout need not be
     if training.resume:
         folder.load_state()
         console.print(f"resuming after epoch {schedule.epoch}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from msa_online.data.corpus import BrokenRow, Corpus, Sample, place
 
@@ -65,9 +66,15 @@ def findings_table(preparation: Preparation) -> Table:
     if broken:
         found[LEFT_OUT] = broken
     table = Table(
-        title=f"{corpus.source}: {len(samples):,} of {preparation.total:,} clips usable\n"
-        f"{preparation.extracted:,} extracted in {preparation.seconds:.1f} s, {preparation.cached:,} cached",
+        title=Text(
+            f"{corpus.source.name}: {len(samples):,} of {preparation.total:,} clips usable, "
+            f"{preparation.extracted:,} extracted in {preparation.seconds:.1f} s, "
+            f"{preparation.cached:,} cached"
+        ),
         caption="Clips with a finding are used with that modality masked." if preparation.found else None,
+        title_justify="left",
+        caption_justify="left",
+        min_width=78,
     )
     table.add_column("finding")
     table.add_column("clips", justify="right")
@@ -78,7 +85,7 @@ def findings_table(preparation: Preparation) -> Table:
         share = f"{len(rows) / preparation.total:.1%}"
         table.add_row(finding, f"{len(rows):,}", share, _lines(rows, many_sources))
     if not found:
-        table.add_row("nothing is lacking", "0", "0.0%", "")
+        table.add_row("nothing is lacking", f"{len(samples):,}", "100.0%", "")
     return table
 
 

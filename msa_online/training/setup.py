@@ -186,5 +186,5 @@ def make_loaders(
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the initialisation of the model, the same on every rank."""
+    """Seed torch's random numbers: what a model starts from, and its dropout."""
     torch.manual_seed(seed)
