@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any container to frames and sound, by timestamps; every kind of bad file named in one message."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
 from feature_extractors import SAMPLE_RATE, Clip, ClipError, decode
+from feature_extractors.decoding import check_file
 
 SIZE = (96, 64)  # width, height
 CONTAINERS = (".mp4", ".mov", ".mkv", ".webm", ".flv", ".mpg", ".avi")
@@ -256,10 +259,10 @@ def test_a_file_of_subtitles_has_no_streams(tmp_path):
 
 
 def test_a_clip_error_travels_between_processes(tmp_path):
-    import pickle
-
-    error = pickle.loads(pickle.dumps(ClipError(tmp_path, "empty", "the file is empty")))
-    assert error.problem == "empty" and "the file is empty" in str(error)
+    (tmp_path / "empty.mp4").touch()
+    with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(ClipError) as caught:
+        pool.apply(check_file, (tmp_path / "empty.mp4",))
+    assert caught.value.problem == "empty" and "the file is empty" in str(caught.value)
 
 
 def test_tags_that_are_not_utf8_do_no_harm(tmp_path, make_clip):
