@@ -7,7 +7,7 @@ epoch, keep the best, and finish with the test split and a model card.
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,12 +15,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from msa_online.balancing import MODULATORS
-from msa_online.data.missing import ModalityDropout
+from msa_online.data.collate import in_order
+from msa_online.data.missing import FixedCondition, ModalityDropout
 from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line
-from msa_online.evaluation.robustness import evaluate_conditions, selection_score
+from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
 from msa_online.hub import write_model_card
-from msa_online.modalities import COMPLETE
+from msa_online.modalities import COMPLETE, CONDITIONS
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
@@ -36,6 +37,7 @@ from msa_online.training.setup import (
     start_accelerator,
 )
 from msa_online.training.stages import make_schedule
+from msa_online.training.teacher import appoint_teacher
 
 
 def train(arguments: RunArguments, command: str) -> None:
@@ -63,6 +65,7 @@ def train(arguments: RunArguments, command: str) -> None:
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
+    for_teacher = accelerator.prepare(in_order(loaders["train"]))
     steps = len(loaders["train"]) // (training.accumulation * accelerator.num_processes)
     optimizer = make_optimizer(
         model,
@@ -70,7 +73,9 @@ def train(arguments: RunArguments, command: str) -> None:
         text_learning_rate=training.text_learning_rate,
         weight_decay=training.weight_decay,
     )
-    scheduler = make_scheduler(optimizer, steps=steps * schedule.total_epochs, warmup=training.warmup)
+    scheduler = make_scheduler(
+        optimizer, steps=steps * schedule.total_epochs, warmup=training.warmup, decay=training.decay
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
     loop = TrainingLoop(
@@ -79,9 +84,10 @@ def train(arguments: RunArguments, command: str) -> None:
         optimizer=optimizer,
         scheduler=scheduler,
         modulator=MODULATORS[training.modulator](**training.modulator_kwargs),
-        dropout=ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed),
+        hiding=ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed),
         clip_norm=training.clip_norm,
         seed=training.seed,
+        measure_gradients=training.measure_gradients,
     )
     accelerator.register_for_checkpointing(scheduler, schedule, loop.modulator, loop.progress)
     accelerator.init_trackers("msa_online")
@@ -91,16 +97,20 @@ def train(arguments: RunArguments, command: str) -> None:
         folder.load_state()
         console.print(f"resuming after epoch {schedule.epoch}")
 
-    stage = None
+    stage, condition = None, COMPLETE
     while not schedule.finished:
         if schedule.stage != stage:
             stage = schedule.stage
             loop.bare_model.head.start_stage(stage.name)
+            loop.teacher = appoint_teacher(loop.bare_model, schedule, folder, for_teacher, accelerator)
+            if schedule.is_last_stage and training.condition:
+                condition = training.condition
+                loop.hiding = FixedCondition(CONDITIONS[condition])
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
         sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
-        metrics = evaluate_conditions(loop.bare_model, loaders["valid"], accelerator, (COMPLETE,))[COMPLETE]
+        metrics = validate(loop.bare_model, loaders["valid"], accelerator, condition)
         loop.modulator.on_validation(metrics)
         best = schedule.advance(selection_score(metrics, loop.bare_model.config.is_regression))
         loop.progress.history.append(
@@ -109,6 +119,8 @@ def train(arguments: RunArguments, command: str) -> None:
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         if best and last_stage:
             folder.publish(loop.bare_model, processor)
+        elif best:
+            folder.keep_stage(stage.name, loop.bare_model)
         folder.save_state()
         folder.write_history(loop.progress.history)
         line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
@@ -121,13 +133,16 @@ def train(arguments: RunArguments, command: str) -> None:
         "seed": training.seed,
         "mixed_precision": str(accelerator.mixed_precision),
         "modulator": training.modulator,
+        "protocol": f"per_condition: {training.condition}" if training.condition else "single_model",
         "epoch": schedule.best_epoch,
         "skipped_steps": loop.progress.skipped,
         "command": command,
     }
     accelerator.wait_for_everyone()  # the main process has published the best epoch
     folder.load_best(loop.bare_model)
-    finish(loop.bare_model, folder, loaders, accelerator, record, console)
+    loop.bare_model.head.start_stage(loop.bare_model.head.stages[-1])  # the one it predicts in
+    conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
+    finish(loop.bare_model, folder, loaders, accelerator, record, conditions, console)
     accelerator.end_training()
 
 
@@ -137,6 +152,7 @@ def finish(
     loaders: Mapping[str, DataLoader],
     accelerator: Accelerator,
     record: dict[str, Any],
+    conditions: Iterable[str],
     console: Console,
 ) -> None:
     """Score the best epoch and write its card; the test split is looked at here and nowhere before.
@@ -147,10 +163,11 @@ def finish(
         loaders: Prepared loader of each split.
         accelerator: Gives precision and gathers over ranks.
         record: What the checkpoint is to remember of its training; the results join it.
+        conditions: Modality conditions to score under.
         console: Where the tables go.
     """
     results = {
-        split: evaluate_conditions(model, loaders[split], accelerator)
+        split: evaluate_conditions(model, loaders[split], accelerator, conditions)
         for split in ("valid", "test")
         if split in loaders
     }

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from msa_online.balancing import CALIBRATORS, HEADS
-from msa_online.balancing.blocks import MissingTokens
+from msa_online.balancing.blocks import LearnedScalar, MissingTokens, StackedLinear
 from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders import make_encoders
 from msa_online.encoders.affine import InputAffine
-from msa_online.encoders.audio import AudioEncoder
-from msa_online.encoders.face import FaceEncoder
-from msa_online.encoders.text import TextEncoder
+from msa_online.encoders.features import FeatureEncoder
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 
@@ -64,21 +63,15 @@ class MSAModel(PreTrainedModel):
 
     def __init__(self, config: MSAConfig) -> None:
         super().__init__(config)
-        self.encoders = nn.ModuleDict(
-            {
-                "text": TextEncoder(config.text_config),
-                "audio": AudioEncoder(config.audio_channels, config.audio_width),
-                "vision": FaceEncoder(config.face_channels, config.face_width, config.blendshapes),
-            }
-        )
+        self.encoders = make_encoders(config)
         calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)
         head = look_up(HEADS, "head", config.head)
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
         self.post_init()
 
-    def encode(self, **inputs: Tensor) -> dict[str, ModalitySequence]:
-        """Run the three encoders on a batch as `MSAProcessor` makes it; the costly half of `forward`.
+    def encode(self, modality_present: Tensor, **inputs: Tensor) -> dict[str, ModalitySequence]:
+        """Run the three encoders on a batch; the costly half of `forward`, which names the inputs.
 
         Evaluation under many modality conditions encodes once and decides many times.
 
@@ -86,55 +79,48 @@ class MSAModel(PreTrainedModel):
             States `(batch, time, width)` of each modality, those of absent modalities hidden.
         """
         return {
-            name: encoder(inputs).only(inputs["modality_present"][:, column])
+            name: encoder(inputs).only(modality_present[:, column])
             for column, (name, encoder) in enumerate(self.encoders.items())
         }
 
-    def decide(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> MSAOutput:
-        """Calibrate and fuse encoded sequences; `labels` `(batch,)` or None."""
-        output = self.head(self.calibrator(dict(sequences)), labels)
+    def decide(
+        self,
+        sequences: Mapping[str, ModalitySequence],
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> MSAOutput:
+        """Calibrate and fuse encoded sequences; `labels` and `teacher` as in `forward`."""
+        output = self.head(self.calibrator(dict(sequences)), labels, teacher)
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
         return MSAOutput(loss=torch.stack(terms).sum() if terms else None, **vars(output))
 
+    def teach(self, **inputs: Tensor) -> Tensor:
+        """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""
+        return self.head.teach(self.calibrator(self.encode(**inputs)))
+
     def forward(
         self,
-        text_input_ids: Tensor,
-        text_mask: Tensor,
-        audio_values: Tensor,
-        audio_mask: Tensor,
-        vision_values: Tensor,
-        vision_blendshapes: Tensor,
-        vision_mask: Tensor,
         modality_present: Tensor,
         labels: Tensor | None = None,
-        index: Tensor | None = None,
+        teacher: Tensor | None = None,
+        **inputs: Tensor,
     ) -> MSAOutput:
-        """Predict for a batch.
+        """Predict for a batch as `MSAProcessor` or `FeatureDataset` makes it.
 
         Args:
-            text_input_ids: Token ids, `(batch, tokens)` int64.
-            text_mask: `(batch, tokens)` bool.
-            audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`.
-            audio_mask: `(batch, steps)` bool.
-            vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB.
-            vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
-            vision_mask: Frames with a face, `(batch, frames)` bool.
             modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is legal.
             labels: `(batch,)`, float in regression and int64 in classification; None for prediction alone.
-            index: Row of each sample in its dataset, `(batch,)` int64, for heads that remember samples.
+            teacher: What `teach` of an earlier stage's best model said of these samples, for heads that
+                learn from it.
+            inputs: From raw clips `text_input_ids` (token ids, `(batch, tokens)` int64), `text_mask`,
+                `audio_values` (natural-log mel spectrogram, `(batch, steps, 80)`), `audio_mask`,
+                `vision_values` (aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB),
+                `vision_blendshapes` (scores in [0, 1], `(batch, frames, 52)`) and `vision_mask` (frames with
+                a face). From features made elsewhere `<modality>_values` `(batch, time, width)` and
+                `<modality>_mask`. Masks are `(batch, time)` bool. What no encoder reads is passed over.
         """
-        sequences = self.encode(
-            text_input_ids=text_input_ids,
-            text_mask=text_mask,
-            audio_values=audio_values,
-            audio_mask=audio_mask,
-            vision_values=vision_values,
-            vision_blendshapes=vision_blendshapes,
-            vision_mask=vision_mask,
-            modality_present=modality_present,
-        )
-        return self.decide(sequences, labels)
+        return self.decide(self.encode(modality_present, **inputs), labels, teacher)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """What belongs to one modality: its encoder, and what the head declares; the rest is shared."""
@@ -150,7 +136,7 @@ class MSAModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # from_pretrained builds on the meta device: every raw parameter needs a start of its own here
-        if isinstance(module, InputAffine | MissingTokens):
+        if isinstance(module, FeatureEncoder | InputAffine | LearnedScalar | MissingTokens | StackedLinear):
             module.reset_parameters()
         elif not isinstance(module, PreTrainedModel):
             super()._init_weights(module)

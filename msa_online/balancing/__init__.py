@@ -11,10 +11,12 @@ from msa_online.balancing.base import (
     HeadOutput,
     ModulationContext,
 )
+from msa_online.balancing.ebmc import EBMCHead
 from msa_online.balancing.late_fusion import LateFusionHead
 
 HEADS: dict[str, type[BalancingHead]] = {
     "late_fusion": LateFusionHead,
+    "ebmc": EBMCHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -31,6 +33,7 @@ __all__ = [
     "MODULATORS",
     "BalancingHead",
     "Calibrator",
+    "EBMCHead",
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class HeadOutput:
         fused: State the fused prediction is read from, `(batch, width)`.
         losses: Loss terms by name, unweighted scalars; empty without labels.
         fused_valid: False in a stage that does not train the fused prediction yet.
-        diagnostics: Detached tensors worth logging, by name.
+        diagnostics: Detached scalars worth logging, by names like "energy/text".
     """
 
     logits: Tensor
@@ -44,23 +45,43 @@ class BalancingHead(nn.Module):
     Attributes:
         stages: Names of the training stages in the order they run.
         loss_names: Names of all loss terms it may return; `loss_weights` may name these.
+        teachers: The stage whose best model, frozen, teaches in a later stage, by that later stage.
     """
 
     stages: tuple[str, ...] = ("train",)
     loss_names: tuple[str, ...] = ("task",)
+    teachers: Mapping[str, str] = MappingProxyType({})
 
-    def forward(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self,
+        sequences: Mapping[str, ModalitySequence],
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> HeadOutput:
         """Fuse the sequences.
 
         Args:
             sequences: One per modality, states `(batch, time, width)`; time differs between modalities.
             labels: `(batch,)`, float for regression and int64 for classification; without them no loss is
                 computed.
+            teacher: What `teach` of the frozen teacher said of these samples, `(batch, ...)`; None where
+                nobody teaches.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
+    def teach(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
+        """What this head, frozen, tells the stages it is a teacher of about samples, `(batch, ...)`.
+
+        The answer on a modality may depend on that modality alone, so that it is computed once for each
+        sample and holds whatever is hidden from the student.
+        """
+        raise TypeError(f"{type(self).__name__} teaches nobody")
+
     def start_stage(self, name: str) -> None:
-        """Enter the training stage `name`; heads that train in one go need nothing here."""
+        """Enter the training stage `name`; heads that train in one go need nothing here.
+
+        A new head stands in the last of its `stages`, where it predicts.
+        """
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Parameters of the head that serve one modality alone, disjoint; the rest is shared."""

@@ -62,7 +62,12 @@ class LateFusionHead(BalancingHead):
         )
         self.classifier = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, sequences: Mapping[str, ModalitySequence], labels: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self,
+        sequences: Mapping[str, ModalitySequence],
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> HeadOutput:
         """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
         features = {
             name: self.missing(name, self.projections[name](masked_mean(sequence)), sequence.present)

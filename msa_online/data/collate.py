@@ -137,6 +137,12 @@ def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int 
     )
 
 
+def in_order(loader: DataLoader) -> DataLoader:
+    """Another loader of all samples that `loader` draws its batches from, each once and by length."""
+    sampler = BucketBatchSampler(loader.dataset.text_lengths, loader.batch_sampler.batch_size)
+    return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+
+
 def _collate(processor: MSAProcessor, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Pad inputs and stack `labels` and `index` `(batch,)` beside them: a flat dict of tensors."""
     plain = ("labels", "index")

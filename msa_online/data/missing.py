@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hiding modalities on purpose."""
+"""Hiding modalities of training samples on purpose."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -10,7 +10,34 @@ from torch import Tensor
 from msa_online.modalities import MODALITIES
 
 
-class ModalityDropout:
+class Hiding:
+    """Decides what is hidden from which training sample; this base hides nothing."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Get ready for epoch number `epoch`."""
+
+    def hide(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden."""
+        return dict(batch)
+
+
+class FixedCondition(Hiding):
+    """Shows the same modalities of every sample (protocol `per_condition`, METHODS E18).
+
+    Args:
+        visible: Names of the modalities to be seen.
+    """
+
+    def __init__(self, visible: Iterable[str]) -> None:
+        self.visible = torch.tensor([name in visible for name in MODALITIES])
+
+    def hide(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hide all but the visible modalities; a sample that has none of those is left with nothing."""
+        present = batch["modality_present"]
+        return {**batch, "modality_present": present & self.visible.to(present.device)}
+
+
+class ModalityDropout(Hiding):
     """Hides modalities of training samples at random, so that each learns to stand alone.
 
     One draw covers the whole training split for an epoch. What is hidden from a sample therefore depends on

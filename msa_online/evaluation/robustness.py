@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well a model does when it may see only some of the modalities."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
-from msa_online.modalities import CONDITIONS
-from msa_online.modeling_msa import MSAModel
+from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
+from msa_online.modeling_msa import MSAModel, MSAOutput
+
+Batches = Iterable[Mapping[str, Tensor]]
+"""Batches of a split, on the device, from a loader the accelerator prepared."""
 
 
 @dataclass(frozen=True)
 class ConditionPredictions:
-    """Outputs of the model for a whole split, gathered from all ranks and in dataset order.
+    """Outputs of the model for a whole split, in dataset order.
 
     Attributes:
         logits: `(samples, outputs)` float64, by condition.
@@ -30,15 +33,15 @@ class ConditionPredictions:
 
 def evaluate_conditions(
     model: MSAModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Batches,
     accelerator: Accelerator,
     conditions: Iterable[str] = tuple(CONDITIONS),
 ) -> dict[str, dict[str, float]]:
-    """Metrics of one model under each condition (METHODS 7.3, one model for all).
+    """Metrics of one model under each condition (METHODS 7.3).
 
     Args:
         model: The model, not wrapped.
-        batches: Batches of the split, on the device, from a loader the accelerator prepared.
+        batches: Batches of the split.
         accelerator: Gives precision and gathers over ranks.
         conditions: Names in `CONDITIONS`.
 
@@ -52,42 +55,97 @@ def evaluate_conditions(
     }
 
 
-@torch.inference_mode()
 def predict_conditions(
-    model: MSAModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    accelerator: Accelerator,
-    conditions: tuple[str, ...],
+    model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: tuple[str, ...]
 ) -> ConditionPredictions:
     """Run the encoders once over a split, and the head once for each condition."""
-    training = model.training
-    model.eval()
-    outputs, labels, index = [], [], []
-    for batch in batches:
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
-        with accelerator.autocast():
-            sequences = model.encode(**inputs)
-            logits = [_decide_under(model, sequences, CONDITIONS[condition]) for condition in conditions]
-        outputs.append(torch.stack(logits, dim=1).float())  # (batch, conditions, outputs)
-        labels.append(batch["labels"])
-        index.append(batch["index"])
-    model.train(training)
-    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, outputs, labels))
-    index, outputs, labels = gathered
-    _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
-    outputs = outputs[first].astype(np.float64)
+
+    def logits_under_each(batch: Mapping[str, Tensor]) -> Tensor:
+        sequences = model.encode(**batch)
+        return torch.stack(
+            [decide_under(model, sequences, CONDITIONS[condition]).logits for condition in conditions], dim=1
+        )
+
+    logits, labels = over_split(model, batches, accelerator, logits_under_each)
     return ConditionPredictions(
-        logits={condition: outputs[:, column] for column, condition in enumerate(conditions)},
-        labels=labels[first],
+        {condition: logits[:, column] for column, condition in enumerate(conditions)}, labels
     )
 
 
-def _decide_under(model: MSAModel, sequences: Mapping, visible: tuple[str, ...]) -> Tensor:
+def validate(
+    model: MSAModel, batches: Batches, accelerator: Accelerator, condition: str = COMPLETE
+) -> dict[str, float]:
+    """Metrics that the epochs of the stage the model is in are judged by.
+
+    Those of the fused prediction under `condition`; in a stage that does not train it, the mean over
+    modalities of the metrics of their own predictions, each on the samples that have the modality.
+    """
+
+    def logits_of_all(batch: Mapping[str, Tensor]) -> Tensor:
+        sequences = model.encode(**batch)
+        output = decide_under(model, sequences, CONDITIONS[condition])
+        if output.fused_valid:
+            return output.logits.unsqueeze(1)
+        alone = [
+            output.modality_logits[name].where(sequences[name].present.unsqueeze(-1), torch.nan)
+            for name in MODALITIES
+        ]
+        return torch.stack(alone, dim=1)
+
+    logits, labels = over_split(model, batches, accelerator, logits_of_all)
+    observed = ~np.isnan(logits).any(axis=-1)  # (samples, predictions)
+    each = [
+        metrics_of(logits[seen, column], labels[seen], model.config)
+        for column, seen in enumerate(observed.T)
+        if seen.any()
+    ]
+    return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
+
+
+@torch.inference_mode()
+def over_split(
+    model: MSAModel,
+    batches: Batches,
+    accelerator: Accelerator,
+    answer: Callable[[Mapping[str, Tensor]], Tensor],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ask `answer` about every batch of a split, the model in evaluation mode.
+
+    Args:
+        model: The model, not wrapped.
+        batches: Batches of the split.
+        accelerator: Gives precision and gathers over ranks.
+        answer: Takes the inputs of a batch and returns `(batch, ...)`.
+
+    Returns:
+        The answers `(samples, ...)` float64 and the labels `(samples,)`, from all ranks, in dataset order,
+        each sample once.
+    """
+    training = model.training
+    model.eval()
+    answers, labels, index = [], [], []
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        with accelerator.autocast():
+            answers.append(answer(inputs).float())
+        labels.append(batch["labels"])
+        index.append(batch["index"])
+    model.train(training)
+    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, answers, labels))
+    index, answers, labels = gathered
+    _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
+    return answers[first].astype(np.float64), labels[first]
+
+
+def decide_under(
+    model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: Iterable[str]
+) -> MSAOutput:
+    """Decide on encoded sequences of which only the modalities `visible` may be seen."""
     seen = {
         name: sequence.only(torch.full_like(sequence.present, name in visible))
         for name, sequence in sequences.items()
     }
-    return model.decide(seen).logits
+    return model.decide(seen)
 
 
 def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dict[str, float]:

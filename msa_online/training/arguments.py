@@ -18,11 +18,12 @@ from feature_extractors import ExtractionSettings
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.text import load_text_config
-from msa_online.modalities import MODALITIES
+from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import look_up
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
+DECAYS = ("linear", "constant")
 TASKS = ("regression", "classification")
 NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")
 
@@ -105,9 +106,12 @@ class TrainingArguments:
         text_learning_rate: Peak learning rate of the text encoder.
         learning_rate: Peak learning rate of everything else.
         weight_decay: AdamW's decay of matrices; vectors (biases, norms, scalings) are not decayed.
-        warmup: Share of all steps in which the learning rate rises, before it falls linearly to zero.
+        warmup: Share of all steps in which the learning rate rises.
+        decay: "linear": the learning rate then falls to zero; "constant": it stays.
         clip_norm: Largest gradient norm; larger gradients are scaled down to it.
         modality_dropout: Share of training samples from which each modality is hidden, by name.
+        condition: The modalities, like "text+audio", that the last stage may see in training and in
+            evaluation (protocol per_condition); None trains one model for all seven (single_model).
         freeze_text_encoder: Leave the text encoder's weights as they are.
         modulator: Name in `MODULATORS`.
         modulator_kwargs: Keyword arguments of the modulator.
@@ -115,6 +119,7 @@ class TrainingArguments:
         resume: Go on with an interrupted run in `output_dir`.
         overwrite: Replace an earlier run in `output_dir`.
         log_with: Trackers Accelerate knows: tensorboard, wandb, trackio, ...
+        measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
     """
 
     output_dir: str = "runs/run"
@@ -129,8 +134,10 @@ class TrainingArguments:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
+    decay: str = "linear"
     clip_norm: float = 1.0
     modality_dropout: dict[str, float] = field(default_factory=dict)
+    condition: str | None = None
     freeze_text_encoder: bool = False
     modulator: str = "identity"
     modulator_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +145,7 @@ class TrainingArguments:
     resume: bool = False
     overwrite: bool = False
     log_with: str | None = "tensorboard"
+    measure_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,6 +350,12 @@ def _problems(arguments: RunArguments) -> Iterator[str]:
             yield f"training.{name} is {getattr(training, name)}: above 0 and finite"
     if not 0 <= training.warmup <= 1:
         yield f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"
+    if training.decay not in DECAYS:
+        yield f"training.decay is {training.decay!r}: one of {', '.join(DECAYS)}"
+    if training.condition not in (None, *CONDITIONS):
+        yield f"training.condition is {training.condition!r}: one of {', '.join(CONDITIONS)}, or null for all"
+    if training.condition and training.modality_dropout:
+        yield "training.condition and training.modality_dropout exclude each other"
     if training.seed < 0:
         yield f"training.seed is {training.seed}: at least 0"
     if not 0 <= training.weight_decay < math.inf:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from msa_online.modeling_msa import MSAModel
@@ -17,6 +17,7 @@ from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments
 
 STATE = "state"
+STAGES = "stages"
 SETTINGS = "run.yaml"
 FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with", "prepare_workers", "loader_workers"}
 
@@ -26,6 +27,7 @@ class RunFolder:
 
         config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
         run.yaml, history.json                                                     how it came about
+        stages/                                                                    teachers of later stages
         state/                                                                     the last epoch
         logs/                                                                      what the tracker wrote
 
@@ -125,16 +127,33 @@ class RunFolder:
 
     def forget_state(self) -> None:
         """Remove what only an interrupted run needs."""
-        for name in (STATE, f"{STATE}.old", f"{STATE}.new"):
+        for name in (STATE, f"{STATE}.old", f"{STATE}.new", STAGES):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def publish(self, model: MSAModel, processor: MSAProcessor) -> None:
-        """Make the folder a checkpoint of `model` as it is now; each file is replaced whole."""
+    def stage_file(self, name: str) -> Path:
+        """Where something that a stage leaves to a later one is kept."""
+        return self.path / STAGES / f"{name}.safetensors"
+
+    def keep_stage(self, name: str, model: MSAModel) -> None:
+        """Keep the weights of `model` as the best of stage `name`."""
+        if self.accelerator.is_main_process:
+            kept = self.stage_file(name)
+            kept.parent.mkdir(exist_ok=True)
+            draft = kept.with_suffix(".new")
+            save_model(model, str(draft))
+            os.replace(draft, kept)
+
+    def publish(self, model: MSAModel, processor: MSAProcessor | None) -> None:
+        """Make the folder a checkpoint of `model` as it is now; each file is replaced whole.
+
+        A model that takes features made elsewhere has no processor.
+        """
         if not self.accelerator.is_main_process:
             return
         staging = self.path / "publish.new"
         model.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
         for file in staging.iterdir():
             os.replace(file, self.path / file.name)
         staging.rmdir()
@@ -161,13 +180,14 @@ class RunFolder:
 def require_space(folder: Path, model: MSAModel) -> None:
     """Refuse to start a run whose checkpoints would not fit on the disk.
 
-    A run holds the best weights, and twice (while one replaces the other) a state of weights and two moments.
+    A run holds the best weights, those of a teacher, and twice (while one replaces the other) a state of
+    weights and two moments.
 
     Raises:
         ConfigurationError: Naming the bytes needed and those free.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed = size * 2 + 2 * 3 * size
+    needed = size * 3 + 2 * 3 * size
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # will be replaced
     free = shutil.disk_usage(existing).free + written

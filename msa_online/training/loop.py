@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from msa_online.balancing import GradientModulator, ModulationContext
-from msa_online.data.missing import ModalityDropout
+from msa_online.data.missing import Hiding
 from msa_online.modeling_msa import MSAModel
+from msa_online.training.teacher import Teacher
 
 
 @dataclass
@@ -54,9 +55,11 @@ class TrainingLoop:
         optimizer: Its optimizer as Accelerate wrapped it.
         scheduler: Learning-rate schedule, stepped once per optimizer step taken.
         modulator: Changes gradients at the one legal place.
-        dropout: Hides modalities of training samples.
+        hiding: Hides modalities of training samples.
         clip_norm: Largest gradient norm.
         seed: Seed of the run.
+        measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
+        teacher: Whom the stage is taught by.
         progress: How far the run has come.
     """
 
@@ -65,9 +68,11 @@ class TrainingLoop:
     optimizer: AcceleratedOptimizer
     scheduler: LRScheduler
     modulator: GradientModulator
-    dropout: ModalityDropout
+    hiding: Hiding
     clip_norm: float
     seed: int
+    measure_gradients: bool = False
+    teacher: Teacher = field(default_factory=Teacher)
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -85,40 +90,53 @@ class TrainingLoop:
             title: What the progress bar says.
 
         Returns:
-            Mean of every loss over the epoch's finite steps, by name; `loss` is their weighted sum.
+            Mean of every loss and diagnostic over the epoch's finite steps, by name; `loss` is the weighted
+            sum of the losses, names with a slash are diagnostics.
         """
         self.model.train()
-        self.dropout.start_epoch(epoch)
+        self.hiding.start_epoch(epoch)
         sums: dict[str, float] = defaultdict(float)
         taken = 0
+        self._gradient_norms: dict[str, float] = {}
         bar = tqdm(
             total=len(loader), desc=title, leave=False, disable=not self.accelerator.is_local_main_process
         )
         window: list[dict[str, Tensor]] = []
-        for batch in loader:
+        for number, batch in enumerate(loader):
             with self.accelerator.accumulate(self.model):
-                window.append(self._forward_backward(self.dropout.hide(batch)))
+                seen = self.teacher.join(self.hiding.hide(batch))
+                window.append(self._forward_backward(seen, self.measure_gradients and number == 0))
                 if self.accelerator.sync_gradients:
                     losses = self._step(window, stage, epoch)
                     window = []
                     taken += bool(losses)
                     for name, value in losses.items():
                         sums[name] += value
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+                    shown = {name: f"{value:.3f}" for name, value in losses.items() if "/" not in name}
+                    bar.set_postfix(shown, refresh=False)
             bar.update()
         bar.close()
-        return {name: total / taken for name, total in sums.items()}
+        return {name: total / taken for name, total in sums.items()} | self._gradient_norms
 
-    def _forward_backward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a micro-batch by name, detached; gradients are left on the parameters."""
+    def _forward_backward(self, batch: Mapping[str, Tensor], measure: bool) -> dict[str, Tensor]:
+        """Losses and diagnostics of a micro-batch, detached; gradients are left on the parameters."""
         output = self.model(**batch)
+        if measure:
+            self._measure(output.losses)
         self.modulator.observe(output, batch["labels"])
         extra = self.modulator.extra_losses(output, batch["labels"])
         loss = output.loss + sum(extra.values())
         self.accelerator.backward(loss)
-        return {
-            name: term.detach().float() for name, term in {"loss": loss, **output.losses, **extra}.items()
-        }
+        named = {"loss": loss, **output.losses, **extra, **output.diagnostics}
+        return {name: value.detach().float() for name, value in named.items()}
+
+    def _measure(self, losses: Mapping[str, Tensor]) -> None:
+        """Note the norm of the gradient that each loss alone, unweighted, would give."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for name, loss in losses.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
+            self._gradient_norms[f"gradient/{name}"] = norm.item()
 
     def _step(self, window: list[dict[str, Tensor]], stage: str, epoch: int) -> dict[str, float]:
         """Unscale once, modulate, clip, step (METHODS 8.1); skip everything on a non-finite gradient.

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW with a learning rate for the text encoder and one for the rest; linear warm-up and decay."""
 
-from collections.abc import Iterable
-
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
 from msa_online.modeling_msa import MSAModel
 
@@ -18,28 +16,24 @@ def make_optimizer(
 
     Vectors (biases, norms, scalings) are not decayed. A frozen text encoder contributes no group.
     """
-    text = {id(parameter) for parameter in model.encoders["text"].parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = []
-    for rate, members in (
-        (text_learning_rate, [parameter for parameter in trainable if id(parameter) in text]),
-        (learning_rate, [parameter for parameter in trainable if id(parameter) not in text]),
-    ):
-        groups += _by_decay(members, rate, weight_decay)
-    return AdamW(groups)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = text_learning_rate if name.startswith("encoders.text.") else learning_rate
+            is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
+            groups.setdefault((rate, 0.0 if is_vector else weight_decay), []).append(parameter)
+    return AdamW(
+        [
+            {"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ]
+    )
 
 
-def _by_decay(parameters: Iterable[nn.Parameter], rate: float, weight_decay: float) -> list[dict]:
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "lr": rate, "weight_decay": weight_decay},
-        {"params": vectors, "lr": rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LRScheduler:
+    """Learning rate rising over the first `warmup` share of `steps` optimizer steps, then as `decay` says.
 
-
-def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float) -> LRScheduler:
-    """Learning rate rising over the first `warmup` share of `steps` optimizer steps, then falling to zero."""
-    return get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    "linear" falls to zero at the last step; "constant" stays.
+    """
+    name = {"linear": "linear", "constant": "constant_with_warmup"}[decay]
+    return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)

@@ -37,6 +37,11 @@ class StageSchedule:
         return self.stages[self.position]
 
     @property
+    def passed(self) -> tuple[str, ...]:
+        """Names of the stages that are over."""
+        return tuple(stage.name for stage in self.stages[: self.position])
+
+    @property
     def is_last_stage(self) -> bool:
         """The checkpoint of this stage is the one that is published."""
         return self.position == len(self.stages) - 1
@@ -79,10 +84,11 @@ class StageSchedule:
 
 
 def make_schedule(training: TrainingArguments, stages_of_head: Sequence[str]) -> StageSchedule:
-    """The schedule a configuration asks for.
+    """The schedule a configuration asks for: all stages of the head, or some, or in another order.
 
     Raises:
-        ConfigurationError: The stages are not those of the head.
+        ConfigurationError: The head has no such stage, one is named twice, or the one that trains the prediction
+            is left out.
     """
     if training.stages is None:
         if len(stages_of_head) > 1:
@@ -90,9 +96,12 @@ def make_schedule(training: TrainingArguments, stages_of_head: Sequence[str]) ->
                 f"the head trains in stages {', '.join(stages_of_head)}: give training.stages"
             )
         return StageSchedule([StageArguments(stages_of_head[0], training.epochs, training.patience)])
-    names = tuple(stage.name for stage in training.stages)
-    if names != tuple(stages_of_head):
+    names = [stage.name for stage in training.stages]
+    known = set(names) <= set(stages_of_head) and len(names) == len(set(names))
+    if not known or stages_of_head[-1] not in names:
         raise ConfigurationError(
-            f"training.stages are {', '.join(names) or 'empty'}, but the head has {', '.join(stages_of_head)}"
+            f"training.stages are {', '.join(names) or 'empty'}, but the head has "
+            f"{', '.join(stages_of_head)}: name each at most once, in the order they are to run; "
+            f"{stages_of_head[-1]}, which trains the prediction, must be among them"
         )
     return StageSchedule(training.stages)

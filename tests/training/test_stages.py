@@ -89,6 +89,13 @@ def test_a_head_of_several_stages_takes_the_stages_given():
     assert make_schedule(TrainingArguments(stages=stages), ("enhance", "balance")).stages == tuple(stages)
 
 
+def test_a_stage_may_be_left_out_and_the_order_changed():
+    enhance, balance = StageArguments("enhance", 1), StageArguments("balance", 1)
+    for stages in ([balance], [balance, enhance]):
+        schedule = make_schedule(TrainingArguments(stages=stages), ("enhance", "balance"))
+        assert schedule.stages == tuple(stages)
+
+
 @pytest.mark.parametrize(
     ("stages", "of_head", "message"),
     [
@@ -100,13 +107,13 @@ def test_a_head_of_several_stages_takes_the_stages_given():
             "are enhance, but the head has enhance, balance",
         ),
         (
-            [StageArguments("balance", 1), StageArguments("enhance", 1)],
+            [StageArguments("balance", 1), StageArguments("balance", 1)],
             ("enhance", "balance"),
-            "are balance, enhance, but the head has enhance, balance",
+            "are balance, balance, but the head has enhance, balance",
         ),
         ([StageArguments("enhance", 1)], ("train",), "are enhance, but the head has train"),
     ],
 )
-def test_stages_that_are_not_the_heads_are_refused(stages, of_head, message):
+def test_stages_that_cannot_train_the_head_are_refused(stages, of_head, message):
     with pytest.raises(ConfigurationError, match=message):
         make_schedule(TrainingArguments(stages=stages), of_head)
