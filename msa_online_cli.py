@@ -9,6 +9,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
+NUM_FRAMES = "frames sampled from each clip (default 8)"
+SKIP_BROKEN = "go on without rows that cannot be used"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `msa-online` and its sub-commands."""
@@ -22,18 +25,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("data", help="folder with metadata.csv or label.csv, table, or Hub repository")
     _add_extraction(prepare)
-    prepare.add_argument(
-        "--num-frames", type=_at_least(1), default=8, help="frames sampled from each clip (default 8)"
-    )
+    prepare.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
     prepare.add_argument(
         "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
     )
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint under the seven modality conditions")
     evaluate.add_argument("checkpoint", help="folder of a run, or Hub repository")
-    evaluate.add_argument("data", help="as for prepare")
+    evaluate.add_argument("data", help="as for prepare; for a model of features, a folder of them or an .npz")
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
     evaluate.add_argument("--label-column", help="column of the labels (default: the one trained on)")
+    evaluate.add_argument("--split-column", help="column of the splits, among features (default: as above)")
     evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
     evaluate.add_argument("--mixed-precision", default="no", choices=("no", "fp16", "bf16"))
     evaluate.add_argument(
@@ -63,7 +65,54 @@ def build_parser() -> argparse.ArgumentParser:
     for name, strength in (("text", 1.0), ("audio", 0.6), ("vision", 0.8)):
         synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of its cue, 0 to 1")
     synthesize.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
+
+    _add_convert_features(commands)
+    _add_extract_features(commands)
     return parser
+
+
+def _add_convert_features(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser("convert-features", help="make features of others a corpus to train on")
+    convert.add_argument("source", metavar="FILE", help=".pkl in MMSA's layout, or .npz")
+    convert.add_argument("folder", metavar="FOLDER", help="a new folder")
+    convert.add_argument("--metadata", metavar="CSV", help="labels, splits and text, found by the column id")
+    convert.add_argument("--label-column", help="column of the labels (default: label or regression_labels)")
+    convert.add_argument("--split-column", default="split", help="column of the splits (default split)")
+    convert.add_argument(
+        "--valid-share", type=_share, metavar="SHARE", help="take this share of training for validation"
+    )
+    _add_level(convert)
+    convert.add_argument(
+        "--non-finite",
+        default="refuse",
+        choices=("refuse", "zero"),
+        help="what to do about NaN and infinities",
+    )
+    convert.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
+
+
+def _add_extract_features(commands: argparse._SubParsersAction) -> None:
+    extract = commands.add_parser("extract-features", help="make a corpus of features out of raw clips")
+    extract.add_argument("data", metavar="CLIPS", help="as for prepare")
+    extract.add_argument("folder", metavar="FOLDER", help="a new folder")
+    extract.add_argument("--text-encoder", required=True, metavar="NAME", help="name or folder of an encoder")
+    extract.add_argument("--label-column", default="label", help="column of the labels (default label)")
+    extract.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
+    _add_level(extract)
+    _add_extraction(extract)
+
+
+def _add_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--level", default="sequence", choices=("sequence", "utterance"), help="keep steps, or pool them"
+    )
+
+
+def _share(text: str) -> float:
+    """A type of options: numbers between 0 and 1."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: a number between 0 and 1")
+    return float(text)
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:
@@ -81,7 +130,7 @@ def _add_extraction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_at_least(1), help="processes that extract features (default: all cores)"
     )
-    parser.add_argument("--skip-broken", action="store_true", help="go on without rows that cannot be used")
+    parser.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,9 @@ from msa_online.balancing import MODULATORS
 from msa_online.data.collate import in_order
 from msa_online.data.missing import FixedCondition, ModalityDropout
 from msa_online.errors import run_command
-from msa_online.evaluation.report import conditions_table, epoch_line
+from msa_online.evaluation.report import conditions_table, epoch_line, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
+from msa_online.evaluation.shares import modality_shares
 from msa_online.hub import write_model_card
 from msa_online.modalities import COMPLETE, CONDITIONS
 from msa_online.modeling_msa import MSAModel
@@ -30,6 +31,7 @@ from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.setup import (
     build_model,
     class_names,
+    fit_encoders,
     make_loaders,
     prepare_data,
     read_data,
@@ -61,6 +63,7 @@ def train(arguments: RunArguments, command: str) -> None:
     schedule = make_schedule(training, model.head.stages)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, accelerator, console)
+    fit_encoders(model, data, arguments)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
     folder.open(arguments)
 
@@ -129,11 +132,12 @@ def train(arguments: RunArguments, command: str) -> None:
     record = {
         "data": arguments.data.path,
         "label_column": arguments.data.label_column,
+        "split_column": arguments.data.split_column,
         "splits": data.sizes,
         "seed": training.seed,
         "mixed_precision": str(accelerator.mixed_precision),
         "modulator": training.modulator,
-        "protocol": f"per_condition: {training.condition}" if training.condition else "single_model",
+        "protocol": f"per_condition ({training.condition})" if training.condition else "single_model",
         "epoch": schedule.best_epoch,
         "skipped_steps": loop.progress.skipped,
         "command": command,
@@ -171,14 +175,19 @@ def finish(
         for split in ("valid", "test")
         if split in loaders
     }
+    shares = {}
+    if set(conditions) == set(CONDITIONS):  # else it never learned to do without a modality
+        shares = {split: modality_shares(model, loaders[split], accelerator) for split in results}
     selection = "validation MAE" if model.config.is_regression else "validation weighted F1"
-    model.config.trained_on = {**record, "selection": selection, "results": results}
+    model.config.trained_on = {**record, "selection": selection, "results": results, "shares": shares}
     if accelerator.is_main_process:
         model.config.save_pretrained(folder.path)
         write_model_card(folder.path, model.config)
         folder.forget_state()
     for split, conditions in results.items():
         console.print(conditions_table(conditions, f"{split}, best epoch {record['epoch']}"))
+        if split in shares:
+            console.print(shares_table(shares[split], f"{split}: what the predictions come from"))
     console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -13,15 +14,24 @@ from rich.text import Text
 
 from feature_extractors import ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
+from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
-from msa_online.data.datasets import CorpusError, read_corpus, require_splits
+from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
+from msa_online.data.feature_conversion import convert_features
+from msa_online.data.feature_corpus import FeatureCorpus, features_table, require_feature_splits
+from msa_online.data.feature_dataset import FeatureDataset
+from msa_online.data.feature_extraction import extract_features
+from msa_online.data.feature_files import means_features, require_new_folder
+from msa_online.data.feature_reading import read_features
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.describe import describe, description_tables
 from msa_online.errors import run_command
-from msa_online.evaluation.report import conditions_table
+from msa_online.evaluation.report import conditions_table, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions
 from msa_online.hub import load_checkpoint
 from msa_online.pipeline import MSAPipeline, Prediction
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.run_data import label2id_of
 
 
 def run(options: Namespace) -> int:
@@ -45,35 +55,102 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         options.refuse("--mixed-precision fp16 needs a GPU: on a CPU say bf16, or no")
     model, processor = load_checkpoint(options.checkpoint)
-    config = model.config
-    corpus = read_corpus(
-        options.data,
-        label_column=options.label_column or (config.trained_on or {}).get("label_column", "label"),
-        label_range=config.label_range if config.is_regression else None,
-        skip_broken=options.skip_broken,
-    )
-    require_splits(corpus, (options.split,))
-    label2id = None if config.is_regression else config.label2id
-    samples = corpus.split(options.split)
-    corpus = replace(corpus, samples=samples)  # the other splits need not be extracted
-    if label2id is not None and (strange := sorted({sample.label for sample in samples} - label2id.keys())):
-        raise CorpusError(
-            f"{corpus.source}: label {strange[0]!r} is not among the checkpoint's: {', '.join(label2id)}"
-        )
-    cache = FeatureCache()
-    preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
-    usable = preparation.samples
-    dataset = ClipDataset(usable, preparation.keys, cache, processor, label2id)
-    sampler = BucketBatchSampler(dataset.text_lengths, options.batch_size)
+    make_dataset = _clips_to_score if model.config.feature_widths is None else _features_to_score
+    dataset = make_dataset(options, model.config, processor)
+    sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
     results = evaluate_conditions(model.to(accelerator.device), loader, accelerator)
     if options.json:
         report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
-        _write_json({**report, "samples": len(usable), "conditions": results}, options.json, console)
+        _write_json({**report, "samples": len(dataset), "conditions": results}, options.json, console)
     if options.json != "-":
         console.print(
-            conditions_table(results, f"{options.checkpoint} on {options.split} ({len(usable)} clips)")
+            conditions_table(results, f"{options.checkpoint} on {options.split} ({len(dataset)} samples)")
         )
+
+
+def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> ClipDataset:
+    if means_features(options.data):
+        raise CorpusError(
+            f"{options.data} means features made elsewhere, but {options.checkpoint} reads raw clips: give "
+            "such clips"
+        )
+    corpus = read_corpus(options.data, **_labels_to_read(options, config), skip_broken=options.skip_broken)
+    require_splits(corpus, (options.split,))
+    corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted
+    _require_known_labels(corpus, config)
+    cache = FeatureCache()
+    preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
+    return ClipDataset(preparation.samples, preparation.keys, cache, processor, label2id_of(config))
+
+
+def _features_to_score(options: Namespace, config: MSAConfig, processor: None) -> FeatureDataset:
+    corpus = read_features(
+        options.data,
+        **_labels_to_read(options, config),
+        split_column=options.split_column or (config.trained_on or {}).get("split_column", "split"),
+        skip_broken=options.skip_broken,
+    )
+    require_feature_splits(corpus, (options.split,))
+    samples = corpus.split(options.split)
+    _require_known_labels(replace(corpus, samples=samples), config)
+    return FeatureDataset(corpus, samples, config.widths, label2id_of(config))
+
+
+def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:
+    return {
+        "label_column": options.label_column or (config.trained_on or {}).get("label_column", "label"),
+        "label_range": config.label_range if config.is_regression else None,
+    }
+
+
+def _require_known_labels(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
+    known = label2id_of(config)
+    if known is not None and (strange := sorted({sample.label for sample in corpus.samples} - known.keys())):
+        raise CorpusError(
+            f"{corpus.source}: label {strange[0]!r} is not among the checkpoint's: {', '.join(known)}"
+        )
+
+
+def run_convert_features(options: Namespace, console: Console) -> None:
+    """Make a corpus of features out of a file of others."""
+    with Console(stderr=True).status(f"reading {options.source}"):
+        convert_features(
+            Path(options.source),
+            Path(options.folder),
+            metadata=Path(options.metadata) if options.metadata else None,
+            label_column=options.label_column,
+            split_column=options.split_column,
+            level=options.level,
+            non_finite=options.non_finite,
+            valid_share=options.valid_share,
+            skip_broken=options.skip_broken,
+        )
+    _show_features(options.folder, console)
+
+
+def run_extract_features(options: Namespace, console: Console) -> None:
+    """Make a corpus of features out of raw clips."""
+    require_new_folder(Path(options.folder))
+    corpus = read_corpus(options.data, label_column=options.label_column, skip_broken=options.skip_broken)
+    preparation = extract_features(
+        corpus,
+        Path(options.folder),
+        text_encoder=options.text_encoder,
+        level=options.level,
+        settings=ExtractionSettings(num_frames=options.num_frames),
+        workers=options.workers,
+        skip_broken=options.skip_broken,
+    )
+    console.print(findings_table(preparation))
+    _show_features(options.folder, console)
+
+
+def _show_features(folder: str, console: Console) -> None:
+    corpus = read_features(folder)
+    console.print(features_table(corpus))
+    widths = ", ".join(f"{name}: {steps.width}" for name, steps in corpus.steps.items())
+    console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)
 
 
 def run_predict(options: Namespace, console: Console) -> None:
@@ -117,6 +194,8 @@ def run_describe(options: Namespace, console: Console) -> None:
         console.print(table)
     for split, results in description.trained_on.get("results", {}).items():
         console.print(conditions_table(results, f"scores on {split}"))
+    for split, shares in description.trained_on.get("shares", {}).items():
+        console.print(shares_table(shares, f"what predictions on {split} come from"))
 
 
 def run_get_models(options: Namespace, console: Console) -> None:
@@ -151,4 +230,6 @@ COMMANDS = {
     "describe": run_describe,
     "get-models": run_get_models,
     "synthesize": run_synthesize,
+    "convert-features": run_convert_features,
+    "extract-features": run_extract_features,
 }

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from msa_online.modalities import MODALITIES
+
 
 @strict
 class MSAConfig(PretrainedConfig):
@@ -16,8 +18,11 @@ class MSAConfig(PretrainedConfig):
     rebuilt without reaching for the model it was started from.
 
     Attributes:
-        text_config: Configuration of the text encoder, as a config object or the dict it saves.
+        text_config: Configuration of the text encoder, as a config object or the dict it saves; None in a
+            model of features.
         text_encoder: Name or folder the text encoder was taken from; for the record only.
+        feature_widths: Width of each modality's features, for a model that takes features made elsewhere in
+            place of raw clips; None for raw clips.
         audio_channels: Widths of the audio front-end's convolutions (METHODS 6.3, A1 and A2).
         audio_width: Width of the audio states.
         face_channels: Width F of the face front-end's first convolution (METHODS 6.3); a multiple of 8.
@@ -33,10 +38,13 @@ class MSAConfig(PretrainedConfig):
     """
 
     model_type = "msa_online"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)
+    }
 
     text_config: dict | PretrainedConfig | None = None
     text_encoder: str | None = None
+    feature_widths: dict[str, int] | None = None
     audio_channels: list[int] | tuple[int, ...] = (368, 192)
     audio_width: int = 160
     face_channels: int = 32
@@ -54,6 +62,8 @@ class MSAConfig(PretrainedConfig):
         """Fill what was left out; a model without `id2label` is a regression with one output."""
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
+        if self.feature_widths is None and self.text_config is None:
+            self.text_config = AutoConfig.for_model("bert")
         super().__post_init__(**kwargs)
         self.calibrator_kwargs = self.calibrator_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
@@ -67,8 +77,14 @@ class MSAConfig(PretrainedConfig):
     @property
     def widths(self) -> dict[str, int]:
         """Width of the states each encoder hands to the head, by modality."""
+        if self.feature_widths is not None:
+            # a saved config has its keys sorted, and heads take the order of the modalities from here
+            return {name: self.feature_widths[name] for name in MODALITIES}
         return {"text": self.text_config.hidden_size, "audio": self.audio_width, "vision": self.face_width}
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
-        """The text encoder's configuration; by name, transformers would take `text_encoder` for one too."""
-        return self.text_config
+        """The text encoder's configuration; by name, transformers would take `text_encoder` for one too.
+
+        A model without a text encoder answers with its own, as transformers expects of one.
+        """
+        return self.text_config or self

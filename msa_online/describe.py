@@ -17,7 +17,7 @@ from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import ConfigurationError, read_arguments
 
 EXAMPLE_SECONDS = 4
-EXAMPLE_TOKENS = 20
+EXAMPLE_TOKENS = 20  # and steps of features made elsewhere
 EXAMPLE_CLASSES = 2
 
 
@@ -27,7 +27,8 @@ class Description:
 
     Attributes:
         parameters: Parameter count of each part and their sum as `total`.
-        shapes: Shape of what each step hands on for one clip of four seconds, by step, in order.
+        shapes: Shape of what each step hands on for one clip of four seconds, or for features of 20 steps, by
+            step, in order.
         trained_on: What a checkpoint was trained on and how it scored; empty for a configuration.
     """
 
@@ -58,7 +59,7 @@ def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
     if Path(source).suffix not in (".yaml", ".yml"):
         return load_config(source), ExtractionSettings()
     arguments = read_arguments(source)
-    if not arguments.model.get("text_encoder"):
+    if not (arguments.model.get("text_encoder") or arguments.model.get("feature_widths")):
         return load_config(arguments.training.init_from), arguments.data.extraction
     # how many classes there are is known from the data alone
     classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
@@ -79,7 +80,22 @@ def _part_of(name: str) -> str:
 
 
 def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int]]:
-    """Shapes for one example clip, found by running all but the text encoder on the meta device."""
+    """Shapes for one example, found by running all but the text encoder on the meta device."""
+    of_kind = _clip_shapes if model.config.feature_widths is None else _feature_shapes
+    inputs, sequences = of_kind(model, settings)
+    output = model.decide(sequences)
+    return {
+        **inputs,
+        **{f"{name} states": list(sequence.values.shape[1:]) for name, sequence in sequences.items()},
+        "fused": list(output.fused.shape[1:]),
+        "logits": list(output.logits.shape[1:]),
+    }
+
+
+def _clip_shapes(
+    model: MSAModel, settings: ExtractionSettings
+) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
+    """Shapes of what one clip becomes, and the states of its modalities."""
     steps = round(EXAMPLE_SECONDS * 1000 / settings.hop_ms)
     frames, size = settings.num_frames, settings.face_size
     inputs = {
@@ -91,16 +107,27 @@ def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int
     }
     tokens = torch.ones(1, EXAMPLE_TOKENS, dtype=torch.bool)
     text = ModalitySequence.of(torch.zeros(1, EXAMPLE_TOKENS, model.config.widths["text"]), tokens)
-    sequences = {"text": text, **{name: model.encoders[name](inputs) for name in ("audio", "vision")}}
-    output = model.decide(sequences)
-    return {
+    shapes = {
         "token ids": [EXAMPLE_TOKENS],
         "log-mel": [steps, settings.num_mels],
         "face crops": [frames, size, size, 3],
-        **{f"{name} states": list(sequence.values.shape[1:]) for name, sequence in sequences.items()},
-        "fused": list(output.fused.shape[1:]),
-        "logits": list(output.logits.shape[1:]),
     }
+    return shapes, {"text": text, **{name: model.encoders[name](inputs) for name in ("audio", "vision")}}
+
+
+def _feature_shapes(
+    model: MSAModel, settings: ExtractionSettings
+) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
+    """The same of features made elsewhere, to which no settings of extraction apply."""
+    sequences, shapes = {}, {}
+    for name, width in model.config.widths.items():
+        shapes[f"{name} features"] = [EXAMPLE_TOKENS, width]
+        inputs = {
+            f"{name}_values": torch.zeros(1, EXAMPLE_TOKENS, width),
+            f"{name}_mask": torch.ones(1, EXAMPLE_TOKENS, dtype=torch.bool),
+        }
+        sequences[name] = model.encoders[name](inputs)
+    return shapes, sequences
 
 
 def description_tables(description: Description, source: str) -> list[Table]:
@@ -113,12 +140,17 @@ def description_tables(description: Description, source: str) -> list[Table]:
             parts.add_row(name, f"{count:,}")
     parts.add_section()
     parts.add_row("total", f"{description.parameters['total']:,}")
-    shapes = Table(title=f"one clip of {EXAMPLE_SECONDS} s on its way", title_justify="left")
+    clip, features = (
+        f"one clip of {EXAMPLE_SECONDS} s on its way",
+        f"features of {EXAMPLE_TOKENS} steps on their way",
+    )
+    title = clip if "log-mel" in description.shapes else features
+    shapes = Table(title=title, title_justify="left")
     shapes.add_column("step")
     shapes.add_column("shape")
     for name, shape in description.shapes.items():
         shapes.add_row(name, " x ".join(map(str, shape)))
-    record = {name: value for name, value in description.trained_on.items() if name != "results"}
+    record = {name: value for name, value in description.trained_on.items() if name not in ("results", "shares")}
     if not record:
         return [parts, shapes]
     trained = Table(title="trained on", title_justify="left", show_header=False)

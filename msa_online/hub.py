@@ -23,6 +23,22 @@ REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises, all over its layers, on files that are missing, damaged or of another version."""
 
+CLIP_USAGE = """\
+Trained with `msa_online`; the checkpoint carries its own processor.
+
+```python
+from msa_online import MSAPipeline
+
+pipeline = MSAPipeline.from_pretrained("{name}")  # this folder, or the repository it was pushed to
+print(pipeline("clip.mp4", text="what is said in it"))
+```"""
+FEATURE_USAGE = """\
+Trained with `msa_online`; the checkpoint carries the statistics by which it standardises features.
+
+```
+msa-online evaluate {name} FEATURES   # a folder of `msa-online convert-features`, or an .npz file
+```"""
+
 
 class CheckpointError(ValueError):
     """A folder or repository is no checkpoint of this project; the message says what it is instead."""
@@ -54,8 +70,10 @@ def load_config(source: str | Path) -> MSAConfig:
     return config
 
 
-def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
+def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
     """Model, in evaluation mode, and processor of a checkpoint folder or Hub repository.
+
+    A model that takes features made elsewhere has no processor.
 
     Raises:
         CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
@@ -66,19 +84,24 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor]:
     return model.eval(), processor
 
 
-def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> tuple[MSAModel, PreTrainedTokenizerBase]:
+def load_for_fine_tuning(
+    source: str | Path, config: MSAConfig
+) -> tuple[MSAModel, PreTrainedTokenizerBase | None]:
     """Model of another configuration with whatever weights of a checkpoint fit it, and the tokenizer.
+
+    A model that takes features made elsewhere has no tokenizer.
 
     Raises:
         CheckpointError: The weights or the processor are missing or damaged.
     """
     model, _, processor = _load(source, config, ignore_mismatched_sizes=True)
-    return model, processor.tokenizer
+    return model, processor and processor.tokenizer
 
 
 def _load(
     source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool
-) -> tuple[MSAModel, dict[str, set], MSAProcessor]:
+) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
+    processor = None
     try:
         model, found = MSAModel.from_pretrained(
             source,
@@ -88,7 +111,8 @@ def _load(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             local_files_only=_only_local(source),
         )
-        processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source))
+        if config.feature_widths is None:
+            processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source))
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
     return model, found, processor
@@ -117,7 +141,7 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
         name=folder.name,
         task=task,
         outputs=outputs,
-        text_encoder=config.text_encoder,
+        **_card_inputs(folder.name, config),
         head=config.head,
         modulator=record["modulator"],
         calibrator=config.calibrator,
@@ -127,6 +151,7 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
         precision=record["mixed_precision"],
         selection=record["selection"],
         epoch=record["epoch"],
+        protocol=record["protocol"],
         results="\n\n".join(
             f"**{split}**\n\n{markdown_table(conditions)}" for split, conditions in record["results"].items()
         ),
@@ -135,10 +160,26 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _card_inputs(name: str, config: MSAConfig) -> dict[str, str]:
+    """What a model reads and how it is used: raw clips, or features made elsewhere."""
+    if config.feature_widths is None:
+        return {
+            "inputs": "a clip of a person talking: text, audio and face",
+            "usage": CLIP_USAGE.format(name=name),
+            "front_end": f"text encoder | {config.text_encoder}",
+        }
+    widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
+    return {
+        "inputs": f"features of a person talking, made elsewhere ({widths})",
+        "usage": FEATURE_USAGE.format(name=name),
+        "front_end": f"features | {widths}",
+    }
+
+
 def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
     return {
         "library_name": "msa_online",
-        "pipeline_tag": "video-classification",
+        **({"pipeline_tag": "video-classification"} if config.feature_widths is None else {}),
         "tags": [
             "multimodal",
             "sentiment-analysis",

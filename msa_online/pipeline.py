@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from feature_extractors import Clip, ClipFeatures, FaceExtractor, FeatureCache, extract
-from msa_online.hub import load_checkpoint
+from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
@@ -67,9 +67,17 @@ class MSAPipeline:
         """Open a checkpoint folder or Hub repository.
 
         Raises:
-            CheckpointError: It is no checkpoint of this project.
+            CheckpointError: It is no checkpoint of this project, or its model takes no clips.
         """
-        return cls(*load_checkpoint(source), device=device)
+        model, processor = load_checkpoint(source)
+        if processor is None:
+            widths = ", ".join(f"{name} {width}" for name, width in model.config.widths.items())
+            raise CheckpointError(
+                f"{source}: the model takes features made elsewhere ({widths}), not clips: score it with "
+                "`msa-online evaluate` on such features; to predict from clips, train with "
+                "model.text_encoder in place of model.feature_widths"
+            )
+        return cls(model, processor, device=device)
 
     def __call__(
         self,

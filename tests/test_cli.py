@@ -4,13 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import BertModel
 
+from msa_online import MSAConfig, MSAModel
 from msa_online_cli import build_parser, main
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("prepare", "evaluate", "predict", "describe", "get-models", "synthesize")
+COMMANDS = (
+    *("prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
+    *("convert-features", "extract-features"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +226,101 @@ def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(
     monkeypatch.setenv("MSA_CACHE", str(tmp_path / "cache"))
     assert main(["prepare", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+# --- features ---
+
+
+@pytest.fixture
+def archive(tmp_path) -> str:
+    """Features of twelve samples in an .npz file, with numbers and with names for labels."""
+    random = np.random.default_rng(0)
+    path = tmp_path / "features.npz"
+    np.savez(
+        path,
+        id=np.array([f"s{number}" for number in range(12)]),
+        label=np.linspace(-3, 3, 12).astype(np.float32),
+        emotion=np.array(["calm", "angry", "sad"] * 4),
+        split=np.array(["train", "valid", "test"] * 4),
+        text=random.normal(size=(12, 4)),
+        audio=random.normal(size=(12, 5, 3)),
+        vision=random.normal(size=(12, 2)),
+    )
+    return str(path)
+
+
+@pytest.fixture
+def feature_checkpoint(tmp_path, capsys) -> str:
+    widths = {"text": 4, "audio": 3, "vision": 2}
+    config = MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8}, label_range=[-3, 3])
+    MSAModel(config).save_pretrained(tmp_path / "of_features")
+    capsys.readouterr()
+    return str(tmp_path / "of_features")
+
+
+def test_converted_features_are_shown_with_the_words_that_train_on_them(capsys, archive, tmp_path):
+    folder = str(tmp_path / "corpus")
+    assert main(["convert-features", archive, folder, "--level", "utterance"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 samples (4 train, 4 valid, 4 test)" in printed
+    assert f"'model.feature_widths={{text: 4, audio: 6, vision: 2}}' data.path={folder}" in printed
+    assert "is there already" in refusal(capsys, "convert-features", archive, folder)
+
+
+def test_what_cannot_be_converted_is_refused_in_one_line(capsys, archive, tmp_path):
+    message = refusal(capsys, "convert-features", archive, str(tmp_path / "x"), "--label-column", "mood")
+    assert "no column 'mood'" in message
+    assert "between 0 and 1" in usage_error(
+        capsys, "convert-features", archive, str(tmp_path / "x"), "--valid-share", "1.5"
+    )
+
+
+def test_features_are_extracted_from_clips(capsys, tiny_corpus, tiny_text_encoder, cache_dir, tmp_path):
+    words = ["--text-encoder", str(tiny_text_encoder), "--level", "utterance", "--num-frames", "2"]
+    folder = str(tmp_path / "corpus")
+    assert main(["extract-features", str(tiny_corpus), folder, *words, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "no audio stream" in printed and "text: 32, audio: 90, vision: 104" in printed
+
+
+def test_an_unknown_text_encoder_is_refused_before_clips_are_decoded(
+    capsys, tiny_corpus, cache_dir, tmp_path
+):
+    words = ["extract-features", str(tiny_corpus), str(tmp_path / "x"), "--text-encoder", "nobody/nothing"]
+    assert "text encoder 'nobody/nothing'" in refusal(capsys, *words)
+    assert not (cache_dir / "features").exists() and not (tmp_path / "x").exists()
+
+
+def test_a_model_of_features_is_scored_on_features(capsys, archive, feature_checkpoint, tmp_path):
+    assert main(["evaluate", feature_checkpoint, archive, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == 4 and set(report["conditions"]["text+audio+vision"]) >= {"mae", "corr"}
+    assert main(["evaluate", feature_checkpoint, archive]) == 0
+    assert "test (4 samples)" in capsys.readouterr().out
+
+
+def test_features_and_clips_are_not_mistaken_for_each_other(
+    capsys, archive, checkpoint, feature_checkpoint, tiny_corpus
+):
+    assert "means features made elsewhere" in refusal(capsys, "evaluate", checkpoint, archive)
+    message = refusal(capsys, "evaluate", feature_checkpoint, str(tiny_corpus))
+    assert "holds no features" in message and "extract-features" in message
+    message = refusal(capsys, "predict", "--model", feature_checkpoint, "--text", "good")
+    assert "takes features made elsewhere" in message and "model.text_encoder" in message
+
+
+def test_features_of_other_widths_than_the_checkpoint_are_refused(
+    capsys, archive, feature_checkpoint, tmp_path
+):
+    main(["convert-features", archive, str(tmp_path / "corpus"), "--level", "utterance"])
+    capsys.readouterr()
+    message = refusal(capsys, "evaluate", feature_checkpoint, str(tmp_path / "corpus"))
+    assert "audio is 6 wide in the data and 3 in the model" in message
+
+
+def test_a_checkpoint_of_features_is_described(capsys, feature_checkpoint):
+    assert main(["describe", feature_checkpoint]) == 0
+    assert "audio features" in capsys.readouterr().out
 
 
 # --- get-models ---

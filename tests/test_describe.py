@@ -94,6 +94,16 @@ def test_a_classification_is_described_without_its_data(write_config):
     assert describe(path).shapes["logits"] == [2]
 
 
+def test_a_model_of_features_is_described_without_front_ends(write_config):
+    description = describe(write_config(feature_widths={"text": 1024, "audio": 512, "vision": 1024}))
+    assert description.parameters.keys() and not [
+        part for part in description.parameters if "encoder" in part
+    ]
+    assert description.shapes["audio features"] == description.shapes["audio states"] == [20, 512]
+    assert "log-mel" not in description.shapes and description.shapes["logits"] == [1]
+    assert "features of 20 steps" in shown(description)
+
+
 def test_a_checkpoint_is_described_with_what_it_was_trained_on(tiny_config, tmp_path):
     record = {
         "data": "me/clips",

@@ -241,6 +241,23 @@ def test_the_card_names_no_base_model_the_hub_does_not_have(config, encoder, tmp
     assert "base_model" not in metadata
 
 
+def test_the_card_of_a_model_of_features_says_so_and_promises_no_clips(tmp_path):
+    widths = {"text": 1024, "audio": 512, "vision": 1024}
+    config = MSAConfig(feature_widths=widths, label_range=[-3, 3], trained_on=TRAINED_ON)
+    metadata, text = card_of(config, tmp_path)
+    assert "text 1024, audio 512, vision 1024" in text and "msa-online evaluate" in text
+    assert "clip.mp4" not in text and "None" not in text
+    assert "pipeline_tag" not in metadata and "base_model" not in metadata
+
+
+def test_a_checkpoint_of_features_opens_without_a_processor(tmp_path):
+    widths = {"text": 4, "audio": 3, "vision": 2}
+    model = MSAModel(MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8}, label_range=[-3, 3]))
+    model.save_pretrained(tmp_path)
+    opened, processor = load_checkpoint(tmp_path)
+    assert processor is None and opened.config.widths == widths
+
+
 def test_the_card_of_a_classifier_lists_its_classes(config, tmp_path):
     classes = {
         "label_range": None,

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from feature_extractors import ClipError
-from msa_online import MSAPipeline
+from msa_online import MSAConfig, MSAModel, MSAPipeline
+from msa_online.hub import CheckpointError
 
 
 @pytest.fixture
@@ -61,6 +62,13 @@ def test_nothing_to_predict_from_and_unequal_lists_are_refused(pipeline, tmp_pat
         pipeline([None, None], text=["a"])
     with pytest.raises(ClipError, match="nosuch.mp4"):
         pipeline(tmp_path / "nosuch.mp4")
+
+
+def test_a_model_of_features_is_refused_saying_what_it_takes_and_what_to_do(tmp_path):
+    widths = {"text": 4, "audio": 3, "vision": 2}
+    MSAModel(MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8})).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="text 4, audio 3, vision 2.*not clips.*msa-online evaluate"):
+        MSAPipeline.from_pretrained(tmp_path)
 
 
 def test_real_clips_of_other_corpora_are_understood(pipeline, shared_data):

@@ -67,11 +67,23 @@ class LearnedScalar(nn.Module):
 
     def forward(self) -> Tensor | float:
         """The number, within its bounds."""
-        return self.start if self.value is None else self.value.clamp(*self.bounds)
+        if self.value is None:
+            return self.start
+        # the gradient goes straight through: beyond a bound the clamp's own would be zero for good
+        return self.value + (self.value.clamp(*self.bounds) - self.value).detach()
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with a mask drawn in fp32: on a CPU the original draws doubles, three times as slowly."""
+    """`nn.Dropout` with a mask drawn in fp32: on a CPU the original draws doubles, three times as slowly.
+
+    Args:
+        share: What share is dropped, in [0, 1). Raises `ValueError` for any other.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"dropout={share}: at least 0 and below 1")
+        super().__init__(share)
 
     def forward(self, values: Tensor) -> Tensor:
         """Zero a share of `values`, any shape, and scale up the rest."""

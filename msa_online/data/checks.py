@@ -43,10 +43,10 @@ def check_rows(
     samples, broken = [], list(table.broken)
     for row in table.rows:
         problems: list[str] = []
-        path = _attempt(problems, files.check, row)
-        window = _attempt(problems, _window, row) or (None, None)
-        label = _attempt(problems, _label, row, label_range)
-        split = _attempt(problems, _split, row.split) if splits_given else ""
+        path = attempt(problems, files.check, row)
+        window = attempt(problems, _window, row) or (None, None)
+        label = attempt(problems, checked_label, row, label_range)
+        split = attempt(problems, checked_split, row.split) if splits_given else ""
         if not problems:
             earlier = first_rows.setdefault((os.path.realpath(path), window[0] or 0.0, window[1]), row)
             if earlier is not row:
@@ -73,7 +73,7 @@ def check_rows(
     return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
 
 
-def _attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:
+def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:
     """The checked value; a problem goes to the list, so that one row can report several."""
     try:
         return check(*values)
@@ -89,7 +89,12 @@ def _identity(file: str, clip: Clip) -> str:
     return f"{name}@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
 
 
-def _label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
+def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
+    """The label of a row: a number within `label_range`, or a class name where that is None.
+
+    Raises:
+        RowProblem: It is empty, no number, not finite or out of range.
+    """
     if row.label is None:
         return None
     cell = row.label.strip()
@@ -109,7 +114,12 @@ def _label(row: Row, label_range: tuple[float, float] | None) -> float | str | N
     return value
 
 
-def _split(name: str | None) -> str:
+def checked_split(name: str | None) -> str:
+    """The split that a cell means.
+
+    Raises:
+        RowProblem: It is empty or means none.
+    """
     if name is None:
         raise RowProblem("no split is given here although other rows have one: write train, valid or test")
     split = split_of(name)

@@ -42,7 +42,7 @@ class ClipDataset(Dataset):
         self.processor = processor
         self.labels = [sample.label if label2id is None else label2id[sample.label] for sample in samples]
         self.label_type = torch.float32 if label2id is None else torch.int64
-        self.text_lengths = [len(processor.tokenize(sample.text)) for sample in samples]
+        self.lengths = [len(processor.tokenize(sample.text)) for sample in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -139,7 +139,7 @@ def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int 
 
 def in_order(loader: DataLoader) -> DataLoader:
     """Another loader of all samples that `loader` draws its batches from, each once and by length."""
-    sampler = BucketBatchSampler(loader.dataset.text_lengths, loader.batch_sampler.batch_size)
+    sampler = BucketBatchSampler(loader.dataset.lengths, loader.batch_sampler.batch_size)
     return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
 
 

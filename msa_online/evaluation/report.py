@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of results, for the terminal and for Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from msa_online.modalities import CONDITIONS
+from msa_online.modalities import CONDITIONS, MODALITIES
 
 HEADLINES = {
     "mae": "MAE",
@@ -45,22 +45,42 @@ def conditions_table(results: Results, title: str) -> Table:
 def markdown_table(results: Results) -> str:
     """Results under each modality condition as a Markdown table."""
     columns = _headlines(results)
-    rows = [
+    return as_markdown(
         ["modalities", *(HEADLINES[name] for name in columns)],
-        ["---", *("---:" for _ in columns)],
-        *(
+        [
             [condition, *(format_metric(name, results[condition][name]) for name in columns)]
             for condition in _in_order(results)
-        ),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        ],
+    )
+
+
+def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table: the first column to the left, figures to the right."""
+    ruler = ["---", *("---:" for _ in header[1:])]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, ruler, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
+def shares_table(shares: Mapping[str, float], title: str) -> Table:
+    """Shares of the modalities in a prediction, as `modality_shares` gives them, for the terminal."""
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("modality")
+    table.add_column("share %", justify="right")
+    table.add_column("mean contribution", justify="right")
+    for name in MODALITIES:
+        table.add_row(name, format_share(shares[name]), f"{shares[f'mean/{name}']:+.3f}")
+    return table
 
 
 def epoch_line(
     title: str, losses: Mapping[str, float], metrics: Mapping[str, float], *, best: bool, skipped: int
 ) -> str:
-    """One line on a finished epoch: training losses, validation metrics, whether it is the best so far."""
-    trained = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    """One line on a finished epoch: training losses, validation metrics, whether it is the best so far.
+
+    Diagnostics, whose names have a slash ("energy/text"), are for the tracker and the history: a line cannot
+    hold them all.
+    """
+    trained = " ".join(f"{name} {value:.3f}" for name, value in losses.items() if "/" not in name)
     validated = " ".join(f"{name} {format_metric(name, metrics[name])}" for name in _headlines({"": metrics}))
     notes = ("  best so far" if best else "") + (f"  {skipped} steps skipped" if skipped else "")
     return f"{title}  train: {trained}  valid: {validated}{notes}"
@@ -69,6 +89,11 @@ def epoch_line(
 def format_metric(name: str, value: float) -> str:
     """A metric as the field prints it: shares in percent with two decimals, the rest with three."""
     return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
+
+
+def format_share(value: float) -> str:
+    """A share of the prediction in percent, with one decimal."""
+    return f"{100 * value:.1f}"
 
 
 def _in_order(results: Results) -> list[str]:

@@ -26,6 +26,8 @@ MIXED_PRECISION = ("no", "fp16", "bf16")
 DECAYS = ("linear", "constant")
 TASKS = ("regression", "classification")
 NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")
+OF_RAW_CLIPS = ("audio_channels", "audio_width", "face_channels", "face_width", "blendshapes")
+EXAMPLE_WIDTHS = "{text: 768, audio: 74, vision: 35}"
 
 
 class ConfigurationError(ValueError):
@@ -37,12 +39,15 @@ class DataArguments:
     """What to train on: the `data:` section.
 
     Attributes:
-        path: Folder, Hub repository or table (see the README on layouts).
+        path: Folder, Hub repository or table (see the README on layouts); for a model of features, the folder
+            that `msa-online convert-features` or `extract-features` made, or an .npz file.
         task: "regression" or "classification".
         label_column: Column that holds the label.
+        split_column: Column that holds the split; another than "split" among features only.
         label_range: Lowest and highest legal label of a regression.
         skip_broken: Go on without rows that cannot be used, instead of stopping.
         split_seed: Seed of the speaker-grouped split made where the data brings none.
+        standardize: Shift and scale features made elsewhere by what the training split shows.
         num_frames: Frames sampled from each clip.
         face_size: Height and width of a face crop in pixels.
         max_text_tokens: Longest token sequence.
@@ -54,9 +59,11 @@ class DataArguments:
     path: str = ""
     task: str = "regression"
     label_column: str = "label"
+    split_column: str = "split"
     label_range: tuple[float, float] = (-3.0, 3.0)
     skip_broken: bool = False
     split_seed: int = 1111
+    standardize: bool = True
     num_frames: int = 8
     face_size: int = 96
     max_text_tokens: int = MAX_TEXT_TOKENS
@@ -168,7 +175,8 @@ class RunArguments:
         Raises:
             TextEncoderError: The text encoder's configuration is not to be had.
         """
-        text_config = load_text_config(self.model["text_encoder"])
+        text_encoder = self.model.get("text_encoder")
+        text_config = load_text_config(text_encoder) if text_encoder else None
         return MSAConfig(text_config=text_config, **self.model, **self.output_fields(classes))
 
     def output_fields(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -326,11 +334,38 @@ def _check(arguments: RunArguments, origin: str) -> None:
     _refuse_unknown(config.loss_weights, HEADS[config.head].loss_names, origin, "model.loss_weights")
 
 
+def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
+    """What is wrong with the choice between raw clips and features made elsewhere."""
+    text_encoder, widths = model.get("text_encoder"), model.get("feature_widths")
+    if not (text_encoder or widths or training.init_from):
+        yield (
+            "model.text_encoder is missing: name any HuggingFace encoder or a folder, or give "
+            f"model.feature_widths, like {EXAMPLE_WIDTHS}, to train on features made elsewhere"
+        )
+    if widths is None:
+        return
+    if text_encoder:
+        yield "model.text_encoder and model.feature_widths exclude each other: raw clips, or features"
+    if (
+        not isinstance(widths, dict)
+        or set(widths) != set(MODALITIES)
+        or not all(
+            isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths.values()
+        )
+    ):
+        yield f"model.feature_widths is {widths!r}: a width for each modality, like {EXAMPLE_WIDTHS}"
+    if unread := [name for name in OF_RAW_CLIPS if name in model]:
+        yield f"model.{unread[0]} is of raw clips: leave it out beside model.feature_widths"
+    if training.freeze_text_encoder:
+        yield "training.freeze_text_encoder needs a text encoder, and model.feature_widths has none"
+
+
 def _problems(arguments: RunArguments) -> Iterator[str]:
     """What is wrong with the values, each with its key, the value and what is allowed."""
     data, training = arguments.data, arguments.training
-    if not (arguments.model.get("text_encoder") or training.init_from):
-        yield "model.text_encoder is missing: name any HuggingFace encoder or a folder"
+    yield from _problems_of_inputs(arguments.model, training)
+    if not data.split_column:
+        yield "data.split_column is empty: name the column that holds the split"
     if data.task not in TASKS:
         yield f"data.task is {data.task!r}: one of {', '.join(TASKS)}"
     if not data.label_range[0] < data.label_range[1]:

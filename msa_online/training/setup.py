@@ -3,8 +3,8 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,14 +15,18 @@ from torch.utils.data import DataLoader
 
 from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
-from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
-from msa_online.data.datasets import SPLITS, Corpus, Sample, read_corpus, require_splits
-from msa_online.data.prepare import Preparation, findings_table, prepare
+from msa_online.data.collate import BucketBatchSampler, make_loader
+from msa_online.data.datasets import Corpus, read_corpus, require_splits
+from msa_online.data.feature_corpus import FeatureCorpus, features_table, require_feature_splits
+from msa_online.data.feature_files import means_features
+from msa_online.data.feature_reading import read_features
+from msa_online.data.prepare import findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
+from msa_online.training.run_data import ClipData, FeatureData
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
@@ -60,12 +64,28 @@ def _return_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, RETURNED_FROM)
 
 
-def read_data(data: DataArguments) -> Corpus:
-    """The corpus of a run, read and checked but not decoded.
+def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
+    """The corpus of a run, of raw clips or of features, read and checked but not decoded.
 
     Raises:
         CorpusError: Rows cannot be used and `skip_broken` is not said, or a split is empty.
+        ConfigurationError: Clips are to be split by another column than "split".
     """
+    if means_features(data.path):
+        features = read_features(
+            data.path,
+            label_column=data.label_column,
+            split_column=data.split_column,
+            label_range=data.legal_range,
+            skip_broken=data.skip_broken,
+        )
+        require_feature_splits(features, ("train", "valid"))
+        return features
+    if data.split_column != "split":
+        raise ConfigurationError(
+            f"data.split_column={data.split_column} chooses among columns of features, but {data.path} means "
+            "clips: call the column of their metadata 'split'"
+        )
     corpus = read_corpus(
         data.path,
         label_column=data.label_column,
@@ -77,80 +97,101 @@ def read_data(data: DataArguments) -> Corpus:
     return corpus
 
 
-def class_names(corpus: Corpus, data: DataArguments) -> tuple[str, ...]:
+def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[str, ...]:
     """Names of the labels in sorted order; none for regression."""
     return tuple(sorted({sample.label for sample in corpus.samples})) if data.task == "classification" else ()
 
 
-@dataclass(frozen=True)
-class RunData:
-    """The corpus of a run, its features in the cache.
+def prepare_data(
+    corpus: Corpus | FeatureCorpus, data: DataArguments, accelerator: Accelerator, console: Console
+) -> ClipData | FeatureData:
+    """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
 
-    Attributes:
-        preparation: Usable samples, their cache keys, and what was found.
-        cache: Where the features are.
-    """
-
-    preparation: Preparation
-    cache: FeatureCache
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        """Usable samples of a split."""
-        return self.preparation.corpus.split(name)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Usable samples in each split that has any."""
-        return {name: len(samples) for name in SPLITS if (samples := self.split(name))}
-
-
-def prepare_data(corpus: Corpus, data: DataArguments, accelerator: Accelerator, console: Console) -> RunData:
-    """Extract what is not in the cache yet and show what was found; every rank ends with the same samples.
+    Of clips, features are extracted that are not in the cache yet.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
     """
+    if isinstance(corpus, FeatureCorpus):
+        console.print(features_table(corpus))
+        return FeatureData(corpus)
     cache = FeatureCache()
     with accelerator.main_process_first():  # the others find everything in the cache
         preparation = prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken)
     require_splits(preparation.corpus, ("train", "valid"))
     console.print(findings_table(preparation))
-    return RunData(preparation, cache)
+    return ClipData(preparation, cache)
 
 
-def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAModel, MSAProcessor]:
+def fit_encoders(model: MSAModel, data: ClipData | FeatureData, arguments: RunArguments) -> None:
+    """Have encoders of features standardise by the training split; those of clips learn their scaling.
+
+    Fine-tuning goes on with the statistics of `init_from`, which its weights are used to.
+
+    Raises:
+        CorpusError: The features have other widths than the model.
+    """
+    if arguments.data.standardize and not arguments.training.init_from:
+        for name, (mean, deviation) in data.statistics(model.config).items():
+            model.encoders[name].standardize_by(mean, deviation)
+
+
+def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAModel, MSAProcessor | None]:
     """A new model with a pretrained text encoder, or one fine-tuned from `init_from`, and its processor.
+
+    A model of features made elsewhere has no processor.
 
     Raises:
         TextEncoderError: The text encoder is not to be had.
         CheckpointError: `init_from` is no checkpoint.
-        ConfigurationError: `init_from` has another text encoder than the configuration names.
+        ConfigurationError: `init_from` has another text encoder or other widths than the configuration names,
+            or the data are clips where the model reads features, or the reverse.
     """
     training, data = arguments.training, arguments.data
     if training.init_from:
         config = _inherit(arguments, classes)
+        _require_same_kind(config.feature_widths, data)
         model, tokenizer = load_for_fine_tuning(training.init_from, config)
     else:
-        name = arguments.model["text_encoder"]
+        _require_same_kind(arguments.model.get("feature_widths"), data)
         config = arguments.model_config(classes)
-        tokenizer = load_tokenizer(name)
-        model = MSAModel.from_pretrained_text(config, name)
+        if config.feature_widths is not None:
+            return MSAModel(config), None
+        tokenizer = load_tokenizer(config.text_encoder)
+        model = MSAModel.from_pretrained_text(config, config.text_encoder)
+    if tokenizer is None:
+        return model, None
     if training.freeze_text_encoder:
         model.encoders["text"].freeze()
     extraction = {setting.name: getattr(data.extraction, setting.name) for setting in fields(data.extraction)}
     return model, MSAProcessor(tokenizer, extraction, data.max_text_tokens, data.max_audio_seconds)
 
 
+def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:
+    """Check that model and data are both of raw clips, or both of features."""
+    if widths is None and means_features(data.path):
+        raise ConfigurationError(
+            f"data.path={data.path} holds features made elsewhere, but the model reads raw clips: say "
+            "model.text_encoder=null and their widths in model.feature_widths, or name a corpus of clips"
+        )
+    if widths is not None and not means_features(data.path):
+        raise ConfigurationError(
+            f"data.path={data.path} means raw clips, but the model reads features made elsewhere "
+            f"(model.feature_widths): make them with `msa-online extract-features {data.path} FOLDER "
+            "--text-encoder NAME`, or name a model.text_encoder in place of the widths"
+        )
+
+
 def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     """The configuration of `init_from`, changed by what the `model:` section says, with this run's labels."""
     source = arguments.training.init_from
     config = load_config(source)
-    named = arguments.model.get("text_encoder", config.text_encoder)
-    if named != config.text_encoder:
-        raise ConfigurationError(
-            f"training.init_from={source} has text encoder {config.text_encoder!r}, but model.text_encoder "
-            f"says {named!r}"
-        )
+    for key in ("text_encoder", "feature_widths"):
+        before = getattr(config, key)
+        if (named := arguments.model.get(key, before)) != before:
+            raise ConfigurationError(
+                f"training.init_from={source} has {key} {before!r}, but model.{key} says {named!r}"
+            )
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
         inherited.pop(outputs, None)
@@ -160,21 +201,25 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
 
 
 def make_loaders(
-    data: RunData, processor: MSAProcessor, config: MSAConfig, arguments: RunArguments, processes: int
+    data: ClipData | FeatureData,
+    processor: MSAProcessor | None,
+    config: MSAConfig,
+    arguments: RunArguments,
+    processes: int,
 ) -> dict[str, DataLoader]:
     """A loader for each split that has samples: the training split shuffled by seed, the others by length.
 
     Raises:
         ConfigurationError: The training split is smaller than one optimizer step.
+        CorpusError: Features have other widths than the model.
     """
     training = arguments.training
-    label2id = None if config.is_regression else config.label2id
     per_step = training.accumulation * processes
     loaders = {}
     for name in data.sizes:
-        dataset = ClipDataset(data.split(name), data.preparation.keys, data.cache, processor, label2id)
+        dataset = data.dataset(name, processor, config)
         shuffled = {"batches_per_step": per_step, "seed": training.seed} if name == "train" else {}
-        sampler = BucketBatchSampler(dataset.text_lengths, training.batch_size, **shuffled)
+        sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **shuffled)
         loaders[name] = make_loader(dataset, sampler, arguments.data.loader_workers)
     if len(loaders["train"]) == 0:
         raise ConfigurationError(

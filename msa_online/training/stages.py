@@ -87,8 +87,8 @@ def make_schedule(training: TrainingArguments, stages_of_head: Sequence[str]) ->
     """The schedule a configuration asks for: all stages of the head, or some, or in another order.
 
     Raises:
-        ConfigurationError: The head has no such stage, one is named twice, or the one that trains the prediction
-            is left out.
+        ConfigurationError: The head has no such stage, one is named twice, or the one that trains the
+            prediction is left out.
     """
     if training.stages is None:
         if len(stages_of_head) > 1:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen teacher of a stage: what the best model of an earlier stage says of each training sample."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, from_numpy
+from torch.random import fork_rng
 from torch.utils.data import DataLoader
 
 from msa_online.evaluation.robustness import over_split
@@ -61,7 +64,9 @@ def appoint_teacher(
     if not answers.exists():
         asked = _ask(model, taught_by, folder.stage_file(taught_by), loader, accelerator)
         if accelerator.is_main_process:
-            save_file({"answers": asked}, answers)
+            draft = answers.with_suffix(".new")
+            save_file({"answers": asked}, draft)
+            os.replace(draft, answers)
         accelerator.wait_for_everyone()
     return Teacher(_reading(answers, load_file, answers)["answers"])
 
@@ -73,11 +78,13 @@ def _ask(
     frozen = deepcopy(model)
     _reading(weights, load_model, frozen, weights)
     frozen.head.start_stage(taught_by)
-    answers, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
+    with fork_rng(devices=[]):  # a loader draws a seed, and a run resumed after the asking draws none
+        answers, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
     return from_numpy(answers).float()
 
 
-def _reading(path: Path, read, *arguments):
+def _reading(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+    """`read(*arguments)`, with an error that names the file and the remedy."""
     try:
         return read(*arguments)
     except (OSError, SafetensorError, RuntimeError) as error:

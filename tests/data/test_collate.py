@@ -156,7 +156,7 @@ def test_a_batch_moves_to_a_device_whole(dataset):
 
 
 def test_labels_and_numbers_stay_with_their_clips(dataset):
-    loader = make_loader(dataset, BucketBatchSampler(dataset.text_lengths, 2))
+    loader = make_loader(dataset, BucketBatchSampler(dataset.lengths, 2))
     labels = {
         int(i): float(label)
         for batch in loader

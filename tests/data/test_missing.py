@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from msa_online.data.missing import ModalityDropout
+from msa_online.data.missing import FixedCondition, Hiding, ModalityDropout
+from msa_online.modalities import CONDITIONS, MODALITIES
 
 SAMPLES = 20_000
 
@@ -88,3 +89,29 @@ def test_hiding_never_brings_back_what_was_absent(make_batch):
     assert (
         batch["modality_present"].tolist() == [[True, False, True]] * 4
     )  # the batch handed in is not changed
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_fixed_condition_shows_the_same_modalities_of_every_sample_in_every_epoch(condition, make_batch):
+    fixed = FixedCondition(CONDITIONS[condition])
+    wanted = [[name in condition.split("+") for name in MODALITIES]] * 4
+    for epoch in range(2):
+        fixed.start_epoch(epoch)
+        assert fixed.hide(make_batch())["modality_present"].tolist() == wanted
+
+
+def test_a_fixed_condition_never_brings_back_what_was_absent(make_batch):
+    batch = make_batch(present=(False, True, True))
+    seen = FixedCondition(("text", "audio")).hide(batch)
+    assert seen["modality_present"].tolist() == [[False, True, False]] * 4
+    nothing = FixedCondition(("text",)).hide(batch)  # legal: the sample then has nothing
+    assert nothing["modality_present"].tolist() == [[False, False, False]] * 4
+    assert batch["modality_present"].tolist() == [[False, True, True]] * 4
+    assert all(torch.equal(seen[name], batch[name]) for name in batch if name != "modality_present")
+
+
+def test_hiding_nothing_hands_on_the_batch(make_batch):
+    batch = make_batch()
+    hiding = Hiding()
+    hiding.start_epoch(3)
+    assert hiding.hide(batch) == batch

@@ -7,10 +7,12 @@ from rich.console import Console
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
 from msa_online.evaluation.report import (
     HEADLINES,
+    as_markdown,
     conditions_table,
     epoch_line,
     format_metric,
     markdown_table,
+    shares_table,
 )
 
 REGRESSION = {
@@ -94,3 +96,24 @@ def test_the_line_of_an_epoch_says_losses_metrics_and_whether_it_is_the_best():
 def test_skipped_steps_are_said_and_an_epoch_that_is_not_the_best_is_not_praised():
     line = epoch_line("epoch 2/10", {"loss": 1.25}, REGRESSION["text"], best=False, skipped=3)
     assert "3 steps skipped" in line and "best" not in line
+
+
+def test_diagnostics_do_not_crowd_the_line_of_an_epoch():
+    losses = {"loss": 1.25, "energy/text": 0.5, "trust/audio": 0.25}
+    line = epoch_line("epoch 2/10", losses, REGRESSION["text"], best=True, skipped=0)
+    assert "loss 1.250" in line and "energy" not in line and "trust" not in line
+
+
+def test_shares_are_shown_in_percent_and_contributions_with_their_sign():
+    shares = {"text": 0.625, "audio": 0.125, "vision": 0.25}
+    means = {"mean/text": 0.5, "mean/audio": -0.0625, "mean/vision": 0.0}
+    lines = rendered(shares_table(shares | means, "runs/[old] on test")).splitlines()
+    assert "runs/[old] on test" in lines[0]
+    text, audio, vision = (next(line.split() for line in lines if name in line) for name in shares)
+    assert "62.5" in text and "+0.500" in text
+    assert "12.5" in audio and "-0.062" in audio
+    assert "25.0" in vision and "+0.000" in vision
+
+
+def test_a_bar_in_a_name_does_not_add_a_column_to_a_markdown_table():
+    assert as_markdown(["variant", "MAE"], [["a|b", "0.5"]]).splitlines()[-1] == r"| a\|b | 0.5 |"

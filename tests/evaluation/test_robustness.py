@@ -6,7 +6,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.evaluation.robustness import evaluate_conditions, predict_conditions, selection_score
+from msa_online.evaluation.robustness import (
+    evaluate_conditions,
+    predict_conditions,
+    selection_score,
+    validate,
+)
 
 INPUTS = {
     "text": ("text_input_ids", "text_mask"),
@@ -159,3 +164,43 @@ def test_the_best_epoch_has_the_smallest_error_or_the_highest_f1():
     assert selection_score({"mae": 0.7, "corr": 0.1}, True) > selection_score({"mae": 0.9, "corr": 0.9}, True)
     better, worse = {"f1_weighted": 0.6, "accuracy": 0.5}, {"f1_weighted": 0.5, "accuracy": 0.9}
     assert selection_score(better, False) > selection_score(worse, False)
+
+
+@pytest.fixture
+def ebmc(tiny_config) -> MSAModel:
+    torch.manual_seed(0)
+    head = {"head": "ebmc", "head_kwargs": {"hidden_size": 8, "depth": 1}}
+    return MSAModel(MSAConfig(**{**tiny_config.to_dict(), **head})).eval()
+
+
+@pytest.mark.parametrize("condition", SEVEN)
+def test_epochs_are_judged_by_what_the_run_is_for(condition, ebmc, make_batch, accelerator):
+    batches = in_batches(make_batch(6), [[0, 1, 2, 3], [4, 5]])
+    wanted = evaluate_conditions(ebmc, batches, accelerator, (condition,))[condition]
+    assert validate(ebmc, batches, accelerator, condition) == wanted
+    complete = evaluate_conditions(ebmc, batches, accelerator)["text+audio+vision"]
+    assert validate(ebmc, batches, accelerator) == complete
+
+
+def test_a_stage_without_a_fused_prediction_is_judged_by_each_modality_alone(ebmc, make_batch, accelerator):
+    ebmc.head.start_stage("enhance")
+    batch = make_batch(6)
+    batch["modality_present"][1:3, 0] = False  # samples without text are no part of what text is judged by
+    found = validate(ebmc, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
+    with torch.no_grad():
+        output = ebmc(**batch)
+    errors = []
+    for column, name in enumerate(INPUTS):
+        seen = batch["modality_present"][:, column]
+        scores = output.modality_logits[name][seen, 0].clamp(-3, 3)
+        errors.append((scores - batch["labels"][seen]).abs().mean().item())
+    assert found["mae"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_a_modality_that_no_sample_of_a_split_has_is_not_judged(ebmc, make_batch, accelerator):
+    ebmc.head.start_stage("enhance")
+    batch = make_batch(4, present=(True, False, False))
+    with torch.no_grad():
+        scores = ebmc(**batch).modality_logits["text"][:, 0].clamp(-3, 3)
+    expected = (scores - batch["labels"]).abs().mean().item()
+    assert validate(ebmc, [batch], accelerator)["mae"] == pytest.approx(expected, rel=1e-5)

@@ -229,6 +229,38 @@ def test_a_run_needs_a_text_encoder_or_a_checkpoint_to_start_from(read):
     assert read("training: {init_from: runs/first}").training.init_from == "runs/first"
 
 
+WIDTHS = "feature_widths: {text: 1024, audio: 512, vision: 1024}"
+
+
+def test_a_model_of_features_needs_widths_and_no_text_encoder(read):
+    arguments = read(f"model: {{text_encoder: null, {WIDTHS}}}")
+    config = arguments.model_config(())
+    assert config.text_config is None
+    assert config.widths == {"text": 1024, "audio": 512, "vision": 1024}
+    assert read(MODEL, "model.text_encoder=null", f"model.{WIDTHS.replace(': ', '=', 1)}") == arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model: {text_encoder: null}", "model.text_encoder is missing.*model.feature_widths, like"),
+        (f"model: {{text_encoder: x, {WIDTHS}}}", "exclude each other"),
+        ("model: {feature_widths: {text: 8}}", "model.feature_widths is {'text': 8}: a width for each"),
+        ("model: {feature_widths: {text: 8, audio: 8, video: 8}}", "a width for each modality"),
+        ("model: {feature_widths: {text: 8, audio: 0, vision: 8}}", "a width for each modality"),
+        ("model: {feature_widths: {text: 8, audio: wide, vision: 8}}", "a width for each modality"),
+        ("model: {feature_widths: 8}", "model.feature_widths is 8"),
+        (f"model: {{{WIDTHS}, audio_width: 8}}", "model.audio_width is of raw clips"),
+        (f"model: {{{WIDTHS}}}\ntraining: {{freeze_text_encoder: true}}", "needs a text encoder"),
+        (f"model: {{{WIDTHS}}}\ndata: {{split_column: ''}}", "data.split_column is empty"),
+        (f"model: {{{WIDTHS}}}\ndata: {{standardize: 1}}", "data.standardize is 1, but must be bool"),
+    ],
+)
+def test_widths_of_features_that_cannot_work_are_refused(read, text, named):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: .*{named}"):
+        read(text)
+
+
 def test_the_record_of_a_run_configures_the_same_run(read):
     arguments = read(
         MODEL + "data: {label_range: [-1, 1], prepare_workers: 2}",

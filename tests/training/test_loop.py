@@ -13,6 +13,7 @@ from msa_online.data.collate import BucketBatchSampler
 from msa_online.data.missing import ModalityDropout
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.teacher import Teacher
 
 SAMPLES = 24
 
@@ -169,3 +170,84 @@ def test_what_the_modulator_scales_is_what_the_optimizer_takes(still_config, row
         name.startswith("encoders.audio") and name.endswith("bias") for name in moved
     )  # not decayed either
     assert any(name.startswith("encoders.vision") for name in moved)
+
+
+@pytest.fixture
+def ebmc_config(still_config):
+    """A function that configures the tiny model with EBMC, without dropout, under weights of its losses."""
+
+    def configure(**weights: float) -> MSAConfig:
+        head = {"hidden_size": 8, "depth": 1, "dropout": 0.0}
+        return MSAConfig(
+            **{**still_config.to_dict(), "head": "ebmc", "head_kwargs": head, "loss_weights": weights}
+        )
+
+    return configure
+
+
+def taught(config, rows, **settings) -> Trial:
+    trial = Trial(config, rows, **settings)
+    answers = torch.randn(SAMPLES, 3, 2, generator=torch.Generator().manual_seed(0))
+    trial.loop.teacher = Teacher(answers)
+    return trial
+
+
+@pytest.mark.parametrize("stage", ["enhance", "balance"])
+def test_accumulated_halves_are_one_batch_for_what_is_linear_in_the_batch(stage, ebmc_config, rows):
+    """The gap of the energies and the contrast are not: they compare what a batch holds (METHODS 8.6)."""
+    ends = {}
+    for name, config in (("linear", ebmc_config(emc=0.0, msd=0.0)), ("all", ebmc_config())):
+        for batch_size, accumulation in ((8, 1), (4, 2)):
+            trial = taught(config, rows, batch_size=batch_size, accumulation=accumulation)
+            trial.loop.bare_model.head.start_stage(stage)
+            ends[name, accumulation] = trial.train(1)
+    assert_close(ends["linear", 1], ends["linear", 2], 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(ends["all", 1], ends["all", 2], 1e-5)
+
+
+def test_every_sample_is_taught_by_what_was_said_of_it(ebmc_config, rows):
+    """The loader shuffles, the teacher's answers do not: a student that copies them has nothing to distil."""
+    trial = taught(ebmc_config(), rows)
+    model = trial.loop.bare_model.eval()
+    said = torch.stack([model(**_as_batch(row)).logits[0] for row in rows]).detach()
+    answers = torch.cat([said, torch.zeros(SAMPLES, 1)], dim=-1).unsqueeze(1).expand(SAMPLES, 3, 2)
+    for batch in trial.loader:
+        right = model(**Teacher(answers).join(batch)).losses["imtd"]
+        wrong = model(**Teacher(answers.flip(0)).join(batch)).losses["imtd"]
+        assert right.item() == pytest.approx(0.0, abs=1e-9) and wrong > 1e-6
+
+
+def _as_batch(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.unsqueeze(0) for name, value in row.items()}
+
+
+def test_the_gradient_of_each_loss_is_measured_by_itself_once_an_epoch(ebmc_config, rows):
+    trial = taught(ebmc_config(), rows)
+    trial.loop.measure_gradients = True
+    trial.train(1)
+    measured = {name.removeprefix("gradient/") for name in trial.losses if name.startswith("gradient/")}
+    assert measured == {"task", "unimodal", "msd", "cce", "emc", "imtd"}
+    plain = taught(ebmc_config(), rows)
+    plain.train(1)
+    assert {name: trial.losses[name] for name in plain.losses} == plain.losses
+    assert_close(trial.loop.bare_model.state_dict(), plain.loop.bare_model.state_dict(), 0.0)
+
+
+def test_measured_norms_are_those_of_the_unweighted_losses(ebmc_config, rows):
+    norms = []
+    for weights in ({}, {"task": 0.5, "emc": 0.0}):
+        trial = taught(ebmc_config(**weights), rows)
+        trial.loop.measure_gradients = True
+        batch = next(iter(trial.loader))
+        output = trial.loop.model(**trial.loop.teacher.join(batch))
+        model = trial.loop.bare_model
+        for name in ("task", "emc"):
+            model.zero_grad()
+            output.losses[name].backward(retain_graph=True)
+            grads = [value.grad for value in model.parameters() if value.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+        model.zero_grad()
+        trial.train(1)
+        norms += [trial.losses["gradient/task"], trial.losses["gradient/emc"]]
+    assert norms == pytest.approx(norms[:2] * 4, rel=1e-4)

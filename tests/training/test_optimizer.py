@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from msa_online import MSAConfig, MSAModel
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 
 RATES = {"learning_rate": 1e-3, "text_learning_rate": 2e-5, "weight_decay": 0.1}
@@ -86,3 +87,25 @@ def test_the_learning_rates_rise_to_their_peaks_and_fall_to_zero(tiny_model):
 def test_without_warmup_the_first_step_takes_the_peak_rate(tiny_model):
     optimizer = make_optimizer(tiny_model, **RATES)
     assert make_scheduler(optimizer, steps=10, warmup=0.0).get_last_lr()[-1] == 1e-3
+
+
+def test_a_constant_learning_rate_rises_and_stays(tiny_model):
+    optimizer = make_optimizer(tiny_model, **RATES)
+    scheduler = make_scheduler(optimizer, steps=20, warmup=0.1, decay="constant")
+    history = []
+    for _ in range(20):
+        history.append(scheduler.get_last_lr()[-1])
+        optimizer.step()
+        scheduler.step()
+    assert history == pytest.approx([0.0, 5e-4] + [1e-3] * 18)
+
+
+def test_biases_side_by_side_and_learned_scalars_are_not_decayed_either(tiny_config):
+    switches = {"hidden_size": 8, "depth": 1, "learned_scalars": True, "missing_tokens": True}
+    model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "head": "ebmc", "head_kwargs": switches}))
+    settings = settings_by_name(model, make_optimizer(model, **RATES))
+    assert settings.keys() == dict(model.named_parameters()).keys()
+    decayed = {name for name, (_, decay) in settings.items() if decay}
+    stacked = {name for name in settings if name.startswith("head.stacks.")}
+    assert stacked & decayed == {name for name in stacked if name.endswith(".weight")} != set()
+    assert not decayed & {"head.temperature.value", "head.gain.value"}

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read MMSA's pickled features in a process of its own: `python mmsa_pickle.py FILE FOLDER`.
+
+A pickle is a program. This one may build arrays, containers, strings and numbers and call nothing else, in
+a process that ends with it. What it builds goes back as safetensors and JSON. Only numpy and safetensors are
+imported: the file is run by its path, so that nothing heavier starts with it.
+"""
+
+import codecs
+import json
+import pickle
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy._core.multiarray import _reconstruct, scalar
+from numpy._core.numeric import _frombuffer
+from safetensors.numpy import save_file
+
+MODALITIES = ("text", "audio", "vision")
+TENSORS, COLUMNS = "features.safetensors", "columns.json"
+
+
+class ForeignObject(Exception):
+    """The pickle wants something that is no plain data; the argument names it."""
+
+
+def _array(_: object, shape: tuple, kind: bytes) -> np.ndarray:
+    return _reconstruct(np.ndarray, shape, kind)
+
+
+def _scalar(dtype: np.dtype, *value: Any) -> Any:
+    return scalar(_without_pointers(dtype), *value)
+
+
+def _from_buffer(buffer: Any, dtype: np.dtype, *layout: Any) -> np.ndarray:
+    return _frombuffer(buffer, _without_pointers(dtype), *layout)
+
+
+def _without_pointers(dtype: np.dtype) -> np.dtype:
+    if dtype.hasobject:
+        raise ForeignObject("numpy.object_")  # bytes would be taken for addresses
+    return dtype
+
+
+def _latin_1(text: str, encoding: str) -> bytes:
+    """How old protocols write bytes; any other codec could run code of its own."""
+    if encoding != "latin1":
+        raise ForeignObject(f"_codecs.encode to {encoding}")
+    return codecs.encode(text, "latin-1")
+
+
+PLAIN: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): "numpy.ndarray",  # only ever handed to _reconstruct
+    ("_codecs", "encode"): _latin_1,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{(package, "_reconstruct"): _array for package in ("numpy.core.multiarray", "numpy._core.multiarray")},
+    **{(package, "scalar"): _scalar for package in ("numpy.core.multiarray", "numpy._core.multiarray")},
+    **{(package, "_frombuffer"): _from_buffer for package in ("numpy.core.numeric", "numpy._core.numeric")},
+    **{
+        (package, kind.__name__): kind
+        for package in ("builtins", "__builtin__")
+        for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
+    },
+}
+"""All that a pickle may name."""
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds arrays and plain Python data, and refuses by name whatever else a pickle asks for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name of `PLAIN`.
+
+        Raises:
+            ForeignObject: Any other name; nothing is imported.
+        """
+        if (module, name) not in PLAIN:
+            raise ForeignObject(f"{module}.{name}")
+        return PLAIN[module, name]
+
+
+def read_pickle(path: Path) -> Any:
+    """The plain data in a pickle; strings of Python 2 are read as Latin-1.
+
+    Raises:
+        ForeignObject: It holds something else.
+    """
+    with open(path, "rb") as file:
+        return PlainUnpickler(file, encoding="latin1").load()
+
+
+def plain_parts(content: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[str]]]]:
+    """Features and columns of each split.
+
+    Args:
+        content: What the pickle holds: splits by name, each a dict of keys.
+
+    Returns:
+        Features as `split/modality`, `(samples, width)` or `(samples, time, width)`; where samples come one
+        by one, `(all steps, width)` with `split/modality/lengths` `(samples,)`. All one-dimensional keys by
+        split, as cells of text.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    columns: dict[str, dict[str, list[str]]] = {}
+    for split, part in content.items() if isinstance(content, Mapping) else ():
+        columns[str(split)] = {}
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            if key in MODALITIES and _is_features(value):
+                tensors |= {f"{split}/{name}": array for name, array in _features(key, value).items()}
+            elif cells := _cells(value):
+                columns[str(split)][str(key)] = cells
+    return tensors, columns
+
+
+def _is_features(value: Any) -> bool:
+    first = value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) else None
+    return isinstance(first, np.ndarray) and first.ndim > 0
+
+
+def _features(key: str, value: Any) -> dict[str, np.ndarray]:
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return {key: np.ascontiguousarray(value)}
+    lengths = np.array([len(each) for each in value])
+    return {key: np.concatenate(list(value)), f"{key}/lengths": lengths}
+
+
+def _cells(value: Any) -> list[str]:
+    """A one-dimensional column as text; nothing for anything else."""
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 1:
+        value = value[:, 0]
+    if not isinstance(value, list | tuple | np.ndarray) or not all(
+        isinstance(cell, str | bytes | int | float | np.generic) for cell in value
+    ):
+        return []
+    return [cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell) for cell in value]
+
+
+def main(argv: list[str]) -> int:
+    """Write what the pickle in the first argument holds into the folder of the second; exit status."""
+    path, folder = map(Path, argv)
+    try:
+        tensors, columns = plain_parts(read_pickle(path))
+    except ForeignObject as error:
+        print(error)  # the only thing on standard output
+        return 3
+    save_file(tensors, folder / TENSORS)
+    (folder / COLUMNS).write_text(json.dumps(columns), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Front-end for features made elsewhere: it standardises them, and has nothing to learn."""
+
+import torch
+from torch import Tensor, nn
+
+from msa_online.modalities import ModalitySequence
+
+
+class FeatureEncoder(nn.Module):
+    """Features of one modality to states of the same width, standardised by what the training split shows.
+
+    Features of different makers differ by orders of magnitude; the statistics travel with the checkpoint, so
+    that whoever loads it scales as training did.
+
+    Args:
+        name: The modality, whose `<name>_values` and `<name>_mask` it reads.
+        width: Features in a step.
+
+    Attributes:
+        mean: What is subtracted from each feature, `(width,)`; 0 before `standardize_by`.
+        deviation: What each feature is divided by, `(width,)`; 1 before `standardize_by`.
+    """
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("mean", torch.empty(width))
+        self.register_buffer("deviation", torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Leave features as they are."""
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.deviation)
+
+    def standardize_by(self, mean: Tensor, deviation: Tensor) -> None:
+        """Scale from now on by a mean and a deviation above zero, `(width,)` each."""
+        with torch.no_grad():
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation)
+
+    def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
+        """Standardise `<name>_values` `(batch, time, width)` under `<name>_mask` `(batch, time)` bool."""
+        values = (inputs[f"{self.name}_values"] - self.mean) / self.deviation
+        return ModalitySequence.of(values, inputs[f"{self.name}_mask"])

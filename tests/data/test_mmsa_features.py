@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+import codecs
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from msa_online.data.corpus import CorpusError
+from msa_online.data.feature_conversion import convert_features
+from msa_online.data.feature_reading import read_features
+from msa_online.data.mmsa_features import READER, read_mmsa_features
+
+
+class Trap:
+    """An object whose unpickling runs a function."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def part(count: int, seed: int) -> dict:
+    """One split as MMSA pickles it: text aligned to 4 steps, audio and vision with their lengths."""
+    random = np.random.default_rng(seed)
+    text = random.normal(size=(count, 4, 5)).astype(np.float32)
+    text[0, 2:] = 0
+    return {
+        "id": [f"video{seed}$_${number}" for number in range(count)],
+        "raw_text": np.array([f"line {number}, said" for number in range(count)]),
+        "text": text,
+        "text_bert": random.normal(size=(count, 3, 4)),
+        "audio": random.normal(size=(count, 6, 3)),
+        "vision": random.normal(size=(count, 6, 2)),
+        "audio_lengths": [6, 0, *[5] * (count - 2)],
+        "vision_lengths": np.full(count, 3),
+        "regression_labels": random.uniform(-3, 3, size=count).astype(np.float32),
+        "annotations": ["Positive"] * count,
+        "classification_labels": np.arange(count),
+    }
+
+
+@pytest.fixture
+def content() -> dict:
+    return {"train": part(4, 0), "valid": part(3, 1), "test": part(2, 2)}
+
+
+@pytest.fixture
+def write_pickle(tmp_path):
+    def write(content: object, protocol: int = 4):
+        path = tmp_path / "features.pkl"
+        path.write_bytes(pickle.dumps(content, protocol))
+        return path
+
+    return write
+
+
+def refusal(path) -> str:
+    with pytest.raises(CorpusError) as caught:
+        read_mmsa_features(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_of_mmsa_becomes_a_corpus(content, write_pickle, tmp_path, protocol):
+    convert_features(write_pickle(content, protocol), tmp_path / "corpus")
+    corpus = read_features(tmp_path / "corpus", label_range=(-3, 3))
+    assert [len(corpus.split(name)) for name in ("train", "valid", "test")] == [4, 3, 2]
+    first = corpus.samples[0]
+    assert (first.id, first.text, first.speaker) == ("video0$_$0", "line 0, said", "video0")
+    assert first.label == pytest.approx(float(content["train"]["regression_labels"][0]))
+    assert corpus.steps["text"].lengths.tolist() == [2, 4, 4, 4, 2, 4, 4, 2, 4]
+    assert corpus.steps["audio"].lengths.tolist() == [6, 0, 5, 5, 6, 0, 5, 6, 0]
+    np.testing.assert_allclose(corpus.steps["vision"].of(5), content["valid"]["vision"][1, :3], rtol=1e-6)
+    moods = read_features(tmp_path / "corpus", label_column="annotations")
+    assert {sample.label for sample in moods.samples} == {"Positive"}
+
+
+def test_sequences_of_different_lengths_need_no_padding(content, write_pickle):
+    for split in content.values():
+        split["audio"] = [np.ones((steps, 3)) for steps in range(1, len(split["id"]) + 1)]
+        del split["audio_lengths"]
+        content[next(iter(content))] = OrderedDict(content["train"])
+    table = read_mmsa_features(write_pickle(content))
+    assert table.steps["audio"].lengths.tolist() == [1, 2, 3, 4, 1, 2, 3, 1, 2]
+
+
+FOREIGN = {  # what makes the object, and the name it has in the pickle
+    "a shell command": (lambda mark: Trap(os.system, f"touch {mark}"), r"(posix|nt|os)\.system"),
+    "an expression": (lambda mark: Trap(eval, f"open({str(mark)!r}, 'w')"), r"_*builtins?_*\.eval"),
+    "a file to write": (lambda mark: Trap(open, str(mark), "w"), r"_*io\.open"),
+    "a file to load": (lambda mark: Trap(np.savetxt, str(mark), [1]), r"numpy.*savetxt"),
+    "a codec": (lambda mark: Trap(codecs.encode, "text", "rot13"), r"_codecs\.encode to rot13"),
+    "a tensor": (lambda mark: torch.zeros(2), r"torch\._utils\._rebuild_tensor_v2"),
+    "a path": (lambda mark: mark, r"pathlib\..*Path"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_with_anything_but_data_is_refused_by_name_and_nothing_is_executed(
+    content, write_pickle, tmp_path, kind, protocol
+):
+    mark = tmp_path / "executed"
+    make, name = FOREIGN[kind]
+    path = write_pickle({**content, "extra": make(mark)}, protocol)
+    with pytest.raises(CorpusError, match=f"holds {name}, which is neither an array nor plain data: nothing"):
+        convert_features(path, tmp_path / "corpus")
+    assert sorted(os.listdir(tmp_path)) == ["features.pkl"]
+
+
+def test_bytes_are_not_taken_for_addresses_of_objects(write_pickle, tmp_path):
+    from numpy._core.multiarray import scalar
+
+    class Pointer:
+        def __reduce__(self):
+            return scalar, (np.dtype(object), b"\1" * 8)
+
+    assert "neither an array nor plain data" in refusal(write_pickle({"train": Pointer()}))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_pickle_that_is_cut_off_is_refused(content, write_pickle, share):
+    path = write_pickle(content)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert "cannot be read as a pickle" in refusal(path)
+
+
+def test_a_file_that_is_no_pickle_is_refused(tmp_path):
+    path = tmp_path / "features.pkl"
+    path.write_bytes(b"id,label\n1,2\n" * 50)
+    assert "cannot be read as a pickle" in refusal(path)
+    assert "does not exist" in refusal(tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "expected"),
+    [
+        ("test", {"text": np.ones((2, 4, 9))}, "text is 5 and 9 wide"),
+        ("test", {"annotations": ["Neutral"]}, "1 annotations for 2 ids"),
+        ("test", {"audio_lengths": [6, 7]}, "says 7 steps in row 2"),
+        ("test", {"audio_lengths": ["a", "b"]}, "lengths are no numbers"),
+        ("test", {"vision": np.ones((3, 6, 2))}, "2 test vision_lengths for 3 samples"),
+        ("valid", {"audio": "lost"}, "valid has no audio, though other splits have it"),
+        ("train", {"id": 5}, "not laid out as MMSA's.* a key 'id' in each .* holds: train"),
+    ],
+)
+def test_a_pickle_whose_parts_do_not_fit_is_refused(content, write_pickle, split, change, expected):
+    content[split] |= change
+    with pytest.raises(CorpusError, match=expected):
+        read_mmsa_features(write_pickle(content))
+
+
+@pytest.mark.parametrize("layout", [{"first": {"id": ["a"]}}, ["train", "valid"], {"train": [1]}, "text"])
+def test_a_pickle_of_another_layout_is_refused_naming_what_it_holds(write_pickle, layout):
+    assert "is not laid out as MMSA's" in refusal(write_pickle(layout))
+
+
+def test_the_process_that_reads_a_pickle_starts_without_torch():
+    code = f"import runpy, sys; runpy.run_path({str(READER)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

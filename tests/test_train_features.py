@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on features made elsewhere, as a user runs it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from msa_online import MSAConfig, MSAModel
+from msa_online.errors import INPUT_ERRORS
+from msa_online.hub import load_checkpoint
+from msa_online.training.arguments import ConfigurationError, parse_arguments
+
+WIDTHS = {"text": 6, "audio": 4, "vision": 8}
+LIMIT = 240  # seconds a launch may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """Forty samples whose vision says what the label is, in units far from 1."""
+    random = np.random.default_rng(0)
+    labels = random.uniform(-3, 3, size=40)
+    pattern = np.array([1, -1, 1, 1, -1, -1, 1, -1])
+    vision = 1000 + 100 * (labels[:, None] * pattern + random.normal(size=(40, 8)))
+    text = random.normal(5, 2, size=(40, 5, 6))
+    text[np.arange(40) % 7 == 0] = 0  # no words
+    path = tmp_path_factory.mktemp("features") / "features.npz"
+    np.savez(
+        path,
+        id=np.array([f"s{number}" for number in range(40)]),
+        label=labels.round(3),
+        mood=np.where(labels < -1, "low", np.where(labels > 1, "high", "even")),
+        split=np.array((["train"] * 3 + ["valid", "test"]) * 8),
+        text=text,
+        audio=random.normal(size=(40, 9, 4)),
+        vision=vision,
+    )
+    return path
+
+
+@pytest.fixture
+def document(archive, tmp_path) -> dict:
+    """A configuration that trains on the archive."""
+    return {
+        "model": {"feature_widths": WIDTHS, "head_kwargs": {"hidden_size": 16}},
+        "data": {"path": str(archive)},
+        "training": {"output_dir": str(tmp_path / "run"), "epochs": 1, "batch_size": 4, "log_with": None},
+    }
+
+
+@pytest.fixture
+def train(repository):
+    """A function that carries out a configuration as train.py does, in this process."""
+    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return lambda document: script.train(parse_arguments(document), "none")
+
+
+def test_a_run_on_features_learns_and_is_a_checkpoint_that_scales_as_it_did(
+    repository, document, archive, tmp_path
+):
+    changes = {"epochs": 20, "learning_rate": 0.01, "modality_dropout": {"text": 0.5, "audio": 0.5}}
+    document["training"] |= changes
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    done = subprocess.run(
+        [*launcher, "train.py", str(tmp_path / "run.yaml")],
+        cwd=repository,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 samples (24 train, 8 valid, 8 test)" in done.stdout and "6 (15.0%)" in done.stdout
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    with np.load(archive) as arrays:
+        training = arrays["vision"][arrays["split"] == "train"]
+    np.testing.assert_allclose(weights["encoders.vision.mean"], training.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(weights["encoders.vision.deviation"], training.std(axis=0), rtol=1e-4)
+    model, processor = load_checkpoint(tmp_path / "run")
+    assert processor is None and not (tmp_path / "run" / "tokenizer.json").exists()
+    assert model.config.trained_on["results"]["test"]["vision"]["corr"] > 0.8
+
+
+def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(document, train, tmp_path):
+    document["data"] |= {"task": "classification", "label_column": "mood", "standardize": False}
+    train(document)
+    model, _ = load_checkpoint(tmp_path / "run")
+    assert set(model.config.label2id) == {"low", "even", "high"}
+    assert torch.equal(model.encoders["vision"].mean, torch.zeros(8))  # as said
+    document["data"]["standardize"] = True
+    second = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
+    document["training"] |= second
+    train(document)
+    model, _ = load_checkpoint(tmp_path / "second")
+    assert torch.equal(model.encoders["vision"].mean, torch.zeros(8))  # what the weights are used to
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"feature_widths": {**WIDTHS, "audio": 74}}, "audio is 4 wide in the data and 74 in the model"),
+        ({"path": "{clips}"}, "means raw clips, but the model reads features.*extract-features"),
+        (
+            {"feature_widths": None, "text_encoder": "{encoder}"},
+            "features made elsewhere, but the model",
+        ),
+        ({"label_range": [-1, 1]}, r"is outside \[-1, 1\]"),
+        ({"split_column": "mood"}, "split 'low' is unknown"),
+        ({"path": "{clips}/features.pkl"}, "msa-online convert-features"),
+        ({"path": "{clips}", "split_column": "fold"}, "data.split_column=fold chooses among columns of feat"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_are_refused_before_anything_is_written(
+    document, train, tiny_corpus, tiny_text_encoder, tmp_path, changes, expected
+):
+    places = {"{clips}": str(tiny_corpus), "{encoder}": str(tiny_text_encoder)}
+    document["model"] = {"feature_widths": WIDTHS}
+    for key, value in changes.items():
+        for place, path in places.items():
+            value = value.replace(place, path) if isinstance(value, str) else value
+        document["model" if key in ("feature_widths", "text_encoder") else "data"][key] = value
+    with pytest.raises(INPUT_ERRORS, match=expected):
+        train(document)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_keeps_to_the_widths_of_its_checkpoint(document, train, tmp_path):
+    MSAModel(MSAConfig(feature_widths=WIDTHS)).save_pretrained(tmp_path / "first")
+    document["model"]["feature_widths"] = {**WIDTHS, "text": 768}
+    document["training"]["init_from"] = str(tmp_path / "first")
+    with pytest.raises(ConfigurationError, match="has feature_widths .* but model.feature_widths says"):
+        train(document)
