@@ -150,7 +150,9 @@ def description_tables(description: Description, source: str) -> list[Table]:
     shapes.add_column("shape")
     for name, shape in description.shapes.items():
         shapes.add_row(name, " x ".join(map(str, shape)))
-    record = {name: value for name, value in description.trained_on.items() if name not in ("results", "shares")}
+    record = {
+        name: value for name, value in description.trained_on.items() if name not in ("results", "shares")
+    }
     if not record:
         return [parts, shapes]
     trained = Table(title="trained on", title_justify="left", show_header=False)

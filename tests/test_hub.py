@@ -29,6 +29,7 @@ TRAINED_ON = {
     "seed": 1111,
     "mixed_precision": "bf16",
     "modulator": "identity",
+    "protocol": "single_model",
     "selection": "validation MAE",
     "epoch": 7,
     "skipped_steps": 0,

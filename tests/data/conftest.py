@@ -18,7 +18,7 @@ def feature_arrays() -> dict[str, np.ndarray]:
         "label": np.linspace(-3, 3, 12).astype(np.float32),
         "split": np.array(["train"] * 6 + ["valid"] * 3 + ["test"] * 3),
         "text": random.normal(size=(12, 4, 5)).astype(np.float32),
-        "lengths": lengths,
+        "text_lengths": lengths,
         "audio": random.normal(2, 3, size=(12, 6, 3)),
         "vision": random.normal(size=(12, 2)).astype(np.float32),
     }

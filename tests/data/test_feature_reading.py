@@ -91,7 +91,7 @@ def test_labels_become_numbers_of_classes(feature_arrays, write_archive):
 
 
 def test_a_corpus_without_a_modality_gives_samples_that_lack_it(feature_arrays, write_archive):
-    del feature_arrays["text"], feature_arrays["lengths"]
+    del feature_arrays["text"], feature_arrays["text_lengths"]
     corpus = read_features(write_archive(feature_arrays), label_range=RANGE)
     sample = FeatureDataset(corpus, corpus.samples, WIDTHS, None)[0]
     assert sample["modality_present"].tolist() == [False, True, True]
@@ -104,7 +104,7 @@ def test_a_corpus_without_a_modality_gives_samples_that_lack_it(feature_arrays, 
 def test_statistics_are_those_of_the_training_steps_alone(feature_folder, feature_arrays):
     corpus = read_features(feature_folder, label_range=RANGE)
     mean, deviation = corpus.steps["text"].statistics([sample.row for sample in corpus.split("train")])
-    lengths = feature_arrays["lengths"][:6]
+    lengths = feature_arrays["text_lengths"][:6]
     valid = np.concatenate([feature_arrays["text"][row, :length] for row, length in enumerate(lengths)])
     np.testing.assert_allclose(mean, valid.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(deviation, valid.std(axis=0), rtol=1e-5)
@@ -197,12 +197,12 @@ def test_an_archive_without_ids_is_refused(feature_arrays, write_archive):
     ("key", "value", "expected"),
     [
         ("label", np.zeros(11), "11 label for 12 ids"),
-        ("text", np.zeros((11, 4, 5)), "12 lengths|12 samples"),
+        ("text", np.zeros((11, 4, 5)), "text has 11 samples"),
         ("vision", np.zeros((11, 2)), "vision has 11 samples"),
         ("vision", np.zeros((12, 2, 2, 2)), r"\(12, 2, 2, 2\) of float64"),
         ("vision", np.full((12, 2), "x"), "of <U1"),
-        ("lengths", np.full(12, 5), "says 5 steps in row 1, but text has 4"),
-        ("lengths", np.full(12, 0.5), "must be whole numbers"),
+        ("text_lengths", np.full(12, 5), "says 5 steps in row 1, but text has 4"),
+        ("text_lengths", np.full(12, 0.5), "must be whole numbers"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(feature_arrays, write_archive, key, value, expected):

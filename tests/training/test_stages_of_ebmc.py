@@ -224,7 +224,7 @@ def test_a_run_for_one_condition_trains_and_is_judged_under_it_alone(runs):
     assert balanced["losses"]["energy/vision"] == 0 == balanced["losses"]["trust/vision"]
     assert balanced["losses"]["energy/text"] > 0 and balanced["losses"]["energy/audio"] > 0
     record = MSAConfig.from_pretrained(path).trained_on
-    assert record["protocol"] == "per_condition: text+audio"
+    assert record["protocol"] == "per_condition (text+audio)"
     assert {split: list(scores) for split, scores in record["results"].items()} == {
         "valid": ["text+audio"],
         "test": ["text+audio"],
