@@ -17,12 +17,12 @@ from feature_extractors.assets import ASSETS, AssetError, get_asset
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
-from msa_online.data.feature_conversion import convert_features
-from msa_online.data.feature_corpus import FeatureCorpus, features_table, require_feature_splits
-from msa_online.data.feature_dataset import FeatureDataset
-from msa_online.data.feature_extraction import extract_features
-from msa_online.data.feature_files import means_features, require_new_folder
-from msa_online.data.feature_reading import read_features
+from msa_online.data.features.conversion import convert_features
+from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
+from msa_online.data.features.dataset import FeatureDataset
+from msa_online.data.features.extraction import extract_features
+from msa_online.data.features.files import means_features, require_new_folder
+from msa_online.data.features.reading import read_features
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.describe import describe, description_tables
 from msa_online.errors import run_command

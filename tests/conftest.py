@@ -267,3 +267,28 @@ def tiny_corpus(make_clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 [name, words, round(float(random.uniform(-3, 3)), 2), split, f"speaker_{number % 4}"]
             )
     return folder
+
+
+@pytest.fixture
+def mmsa_content() -> dict:
+    """What MMSA pickles: for each split text aligned to 4 steps, audio and vision with their lengths."""
+
+    def part(count: int, seed: int) -> dict:
+        random = np.random.default_rng(seed)
+        text = random.normal(size=(count, 4, 5)).astype(np.float32)
+        text[0, 2:] = 0
+        return {
+            "id": [f"video{seed}$_${number}" for number in range(count)],
+            "raw_text": np.array([f"line {number}, said" for number in range(count)]),
+            "text": text,
+            "text_bert": random.normal(size=(count, 3, 4)),
+            "audio": random.normal(size=(count, 6, 3)),
+            "vision": random.normal(size=(count, 6, 2)),
+            "audio_lengths": [6, 0, *[5] * (count - 2)],
+            "vision_lengths": np.full(count, 3),
+            "regression_labels": random.uniform(-3, 3, size=count).astype(np.float32),
+            "annotations": ["Positive"] * count,
+            "classification_labels": np.arange(count),
+        }
+
+    return {"train": part(4, 0), "valid": part(3, 1), "test": part(2, 2)}

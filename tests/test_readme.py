@@ -2,6 +2,7 @@
 """What the README tells people to type works as it stands there."""
 
 import ast
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -42,6 +43,13 @@ def checkpoint(tmp_path_factory, tiny_text_config, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture
+def mmsa_pickle(mmsa_content, tmp_path) -> Path:
+    path = tmp_path / "unaligned_50.pkl"
+    path.write_bytes(pickle.dumps(mmsa_content))
+    return path
+
+
 def test_the_two_commands_are_scripts_of_this_repository():
     scripts = commands("bash")
     assert [words[1] for words in scripts[:2]] == ["scripts/demo.sh", "scripts/test.sh"]
@@ -57,11 +65,17 @@ def test_launch_commands_name_files_and_keys_that_exist(words):
 
 
 @pytest.mark.parametrize("words", commands("msa-online"), ids=" ".join)
-def test_msa_online_commands_run(words, checkpoint, tiny_corpus, cache_dir):
+def test_msa_online_commands_run(
+    words, checkpoint, tiny_corpus, tiny_text_encoder, mmsa_pickle, cache_dir, tmp_path
+):
     stand_ins = {
         "runs/mine": str(checkpoint),
         "PATH/TO/CLIPS": str(tiny_corpus),
         "clip.mp4": str(tiny_corpus / "clip_00.mp4"),
+        "sentence-transformers/all-MiniLM-L6-v2": str(tiny_text_encoder),
+        "unaligned_50.pkl": str(mmsa_pickle),
+        "features/mosi": str(tmp_path / "mosi"),
+        "features/mine": str(tmp_path / "mine"),
     }
     assert msa_online_cli.main([stand_ins.get(word, word) for word in words[1:]]) == 0
 

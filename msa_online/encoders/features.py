@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from msa_online.modalities import ModalitySequence
 
+LIMIT = 10.0  # deviations
+
 
 class FeatureEncoder(nn.Module):
     """Features of one modality to states of the same width, standardised by what the training split shows.
@@ -41,6 +43,10 @@ class FeatureEncoder(nn.Module):
             self.deviation.copy_(deviation)
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
-        """Standardise `<name>_values` `(batch, time, width)` under `<name>_mask` `(batch, time)` bool."""
-        values = (inputs[f"{self.name}_values"] - self.mean) / self.deviation
+        """Standardise `<name>_values` `(batch, time, width)` under `<name>_mask` `(batch, time)` bool.
+
+        What lies further out than `LIMIT` deviations is cut there: a feature that hardly ever moved in
+        training would else drown all others on the one sample where it does.
+        """
+        values = ((inputs[f"{self.name}_values"] - self.mean) / self.deviation).clamp(-LIMIT, LIMIT)
         return ModalitySequence.of(values, inputs[f"{self.name}_mask"])

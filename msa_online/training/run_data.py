@@ -9,8 +9,8 @@ from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import ClipDataset
 from msa_online.data.corpus import Sample
-from msa_online.data.feature_corpus import FeatureCorpus, FeatureSample, require_widths
-from msa_online.data.feature_dataset import FeatureDataset
+from msa_online.data.features.corpus import FeatureCorpus, FeatureSample, require_widths
+from msa_online.data.features.dataset import FeatureDataset
 from msa_online.data.preparation import Preparation
 from msa_online.data.splits import SPLITS
 from msa_online.processing_msa import MSAProcessor

@@ -17,9 +17,9 @@ from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, make_loader
 from msa_online.data.datasets import Corpus, read_corpus, require_splits
-from msa_online.data.feature_corpus import FeatureCorpus, features_table, require_feature_splits
-from msa_online.data.feature_files import means_features
-from msa_online.data.feature_reading import read_features
+from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
+from msa_online.data.features.files import means_features
+from msa_online.data.features.reading import read_features
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning

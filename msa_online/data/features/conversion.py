@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_corpus import FeatureSample, FeatureSteps
-from msa_online.data.feature_files import (
+from msa_online.data.features.corpus import FeatureSample, FeatureSteps
+from msa_online.data.features.files import (
     COLUMNS,
     PICKLES,
     FeatureTable,
@@ -20,10 +20,10 @@ from msa_online.data.feature_files import (
     require_new_folder,
     write_feature_folder,
 )
-from msa_online.data.feature_reading import check_features
+from msa_online.data.features.mmsa import read_mmsa_features
+from msa_online.data.features.pooling import pool
+from msa_online.data.features.reading import check_features
 from msa_online.data.metadata import CsvTable, read_csv, require_columns
-from msa_online.data.mmsa_features import read_mmsa_features
-from msa_online.data.pooling import pool
 
 LABELS = ("label", "regression_labels", "annotations", "classification_labels")
 """Where a label is looked for if nobody says; the first that is there."""

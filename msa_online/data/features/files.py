@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_corpus import FeatureSteps
+from msa_online.data.features.corpus import FeatureSteps
 from msa_online.data.metadata import CsvTable, read_csv
 from msa_online.modalities import MODALITIES
 

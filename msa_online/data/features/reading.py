@@ -6,8 +6,8 @@ from pathlib import Path
 
 from msa_online.data.checks import attempt, checked_label, checked_split
 from msa_online.data.corpus import BrokenRow, CorpusError, place
-from msa_online.data.feature_corpus import FeatureCorpus, FeatureSample
-from msa_online.data.feature_files import (
+from msa_online.data.features.corpus import FeatureCorpus, FeatureSample
+from msa_online.data.features.files import (
     FEATURES,
     PICKLES,
     FeatureTable,

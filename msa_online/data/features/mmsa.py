@@ -13,9 +13,9 @@ import torch
 from safetensors.numpy import load_file
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_corpus import FeatureSteps
-from msa_online.data.feature_files import FeatureTable, fitting, table_of, unpadded
-from msa_online.data.mmsa_pickle import COLUMNS, TENSORS
+from msa_online.data.features.corpus import FeatureSteps
+from msa_online.data.features.files import FeatureTable, fitting, table_of, unpadded
+from msa_online.data.features.mmsa_pickle import COLUMNS, TENSORS
 from msa_online.data.splits import split_of
 from msa_online.modalities import MODALITIES
 

@@ -8,14 +8,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_corpus import (
+from msa_online.data.features.corpus import (
     FeatureSteps,
     features_table,
     require_feature_splits,
     require_widths,
 )
-from msa_online.data.feature_dataset import FeatureDataset
-from msa_online.data.feature_reading import read_features
+from msa_online.data.features.dataset import FeatureDataset
+from msa_online.data.features.reading import read_features
 
 RANGE = (-3.0, 3.0)
 WIDTHS = {"text": 5, "audio": 3, "vision": 2}
@@ -197,7 +197,7 @@ def test_an_archive_without_ids_is_refused(feature_arrays, write_archive):
     ("key", "value", "expected"),
     [
         ("label", np.zeros(11), "11 label for 12 ids"),
-        ("text", np.zeros((11, 4, 5)), "text has 11 samples"),
+        ("text", np.zeros((11, 4, 5)), "12 text_lengths|12 samples"),
         ("vision", np.zeros((11, 2)), "vision has 11 samples"),
         ("vision", np.zeros((12, 2, 2, 2)), r"\(12, 2, 2, 2\) of float64"),
         ("vision", np.full((12, 2), "x"), "of <U1"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from msa_online.data.feature_corpus import FeatureCorpus, FeatureSample, require_widths
+from msa_online.data.features.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import at_least_one
 

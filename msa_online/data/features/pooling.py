@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from msa_online.data.feature_corpus import FeatureSteps
+from msa_online.data.features.corpus import FeatureSteps
 
 LEVELS = ("sequence", "utterance")
 """What features are kept as: their steps, or one vector for each sample."""

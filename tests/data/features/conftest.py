@@ -42,7 +42,7 @@ def write_archive(tmp_path):
 @pytest.fixture
 def feature_folder(feature_arrays, write_archive, tmp_path) -> Path:
     """The same as a folder with metadata.csv and features.safetensors."""
-    from msa_online.data.feature_conversion import convert_features
+    from msa_online.data.features.conversion import convert_features
 
     convert_features(write_archive(feature_arrays), tmp_path / "corpus")
     return tmp_path / "corpus"

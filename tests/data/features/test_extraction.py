@@ -7,11 +7,11 @@ import torch
 
 from feature_extractors import ExtractionSettings, FeatureCache
 from feature_extractors.audio import log_mel
-from msa_online.data.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.data.corpus import CorpusError
 from msa_online.data.datasets import read_corpus
-from msa_online.data.feature_extraction import encode_texts, extract_features
-from msa_online.data.feature_reading import read_features
+from msa_online.data.features.audio_descriptors import DESCRIPTORS, audio_descriptors
+from msa_online.data.features.extraction import encode_texts, extract_features
+from msa_online.data.features.reading import read_features
 from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from feature_extractors import CacheError, ExtractionSettings, FeatureCache
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
-from msa_online.data.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.data.corpus import Corpus
-from msa_online.data.feature_corpus import FeatureSteps
-from msa_online.data.feature_files import require_new_folder, write_feature_folder
-from msa_online.data.pooling import pool
+from msa_online.data.features.audio_descriptors import DESCRIPTORS, audio_descriptors
+from msa_online.data.features.corpus import FeatureSteps
+from msa_online.data.features.files import require_new_folder, write_feature_folder
+from msa_online.data.features.pooling import pool
 from msa_online.data.prepare import Preparation, prepare
 from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
 from msa_online.modalities import MODALITIES

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_conversion import convert_features
-from msa_online.data.feature_corpus import FeatureSteps
-from msa_online.data.feature_files import write_feature_folder
-from msa_online.data.feature_reading import read_features
-from msa_online.data.pooling import pool
+from msa_online.data.features.conversion import convert_features
+from msa_online.data.features.corpus import FeatureSteps
+from msa_online.data.features.files import write_feature_folder
+from msa_online.data.features.pooling import pool
+from msa_online.data.features.reading import read_features
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from msa_online.data.corpus import CorpusError
-from msa_online.data.feature_conversion import convert_features
-from msa_online.data.feature_reading import read_features
-from msa_online.data.mmsa_features import READER, read_mmsa_features
+from msa_online.data.features.conversion import convert_features
+from msa_online.data.features.mmsa import READER, read_mmsa_features
+from msa_online.data.features.reading import read_features
 
 
 class Trap:
@@ -26,29 +26,9 @@ class Trap:
         return self.call
 
 
-def part(count: int, seed: int) -> dict:
-    """One split as MMSA pickles it: text aligned to 4 steps, audio and vision with their lengths."""
-    random = np.random.default_rng(seed)
-    text = random.normal(size=(count, 4, 5)).astype(np.float32)
-    text[0, 2:] = 0
-    return {
-        "id": [f"video{seed}$_${number}" for number in range(count)],
-        "raw_text": np.array([f"line {number}, said" for number in range(count)]),
-        "text": text,
-        "text_bert": random.normal(size=(count, 3, 4)),
-        "audio": random.normal(size=(count, 6, 3)),
-        "vision": random.normal(size=(count, 6, 2)),
-        "audio_lengths": [6, 0, *[5] * (count - 2)],
-        "vision_lengths": np.full(count, 3),
-        "regression_labels": random.uniform(-3, 3, size=count).astype(np.float32),
-        "annotations": ["Positive"] * count,
-        "classification_labels": np.arange(count),
-    }
-
-
 @pytest.fixture
-def content() -> dict:
-    return {"train": part(4, 0), "valid": part(3, 1), "test": part(2, 2)}
+def content(mmsa_content) -> dict:
+    return mmsa_content
 
 
 @pytest.fixture
