@@ -29,6 +29,7 @@ from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions
 from msa_online.hub import load_checkpoint
+from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.run_data import label2id_of
@@ -149,7 +150,10 @@ def run_extract_features(options: Namespace, console: Console) -> None:
 def _show_features(folder: str, console: Console) -> None:
     corpus = read_features(folder)
     console.print(features_table(corpus))
-    widths = ", ".join(f"{name}: {steps.width}" for name, steps in corpus.steps.items())
+    known = {name: steps.width for name, steps in corpus.steps.items()}
+    widths = ", ".join(
+        f"{name}: {known.get(name, 1)}" for name in MODALITIES
+    )  # any width for what is not there
     console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)
 
 
