@@ -151,9 +151,8 @@ def _show_features(folder: str, console: Console) -> None:
     corpus = read_features(folder)
     console.print(features_table(corpus))
     known = {name: steps.width for name, steps in corpus.steps.items()}
-    widths = ", ".join(
-        f"{name}: {known.get(name, 1)}" for name in MODALITIES
-    )  # any width for what is not there
+    # where a modality is not in the data, any width will do
+    widths = ", ".join(f"{name}: {known.get(name, 1)}" for name in MODALITIES)
     console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)
 
 

@@ -208,7 +208,7 @@ class EBMCHead(BalancingHead):
             cce = self._cce(states, rebuilt, filled, labels, present)
             if self.balancing:
                 terms = {"task": task_loss(logits, labels), "unimodal": alone}
-                terms |= {**msd, **cce, **self._emc(states, predicted, labels, present)}
+                terms |= {**msd, **cce, **self._emc(states, labels, present)}
                 terms |= {} if teacher is None else self._imtd(logits, teacher, present)
             else:
                 terms = {"task": alone, **msd, **cce}
@@ -321,7 +321,7 @@ class EBMCHead(BalancingHead):
         task = mean_where(sample_losses(predicted, labels), present).mean()
         return {"cce": reconstruction + task, "cce/rec": reconstruction, "cce/task": task}
 
-    def _emc(self, states: Tensor, predicted: Tensor, labels: Tensor, present: Tensor) -> dict[str, Tensor]:
+    def _emc(self, states: Tensor, labels: Tensor, present: Tensor) -> dict[str, Tensor]:
         """L_EMC = L_gap + delta sum_m G(m) (1.9), the predictors inside the energy held fixed."""
         weights = torch.stack([self.predictors[name].weight.detach() for name in MODALITIES])
         biases = torch.stack([self.predictors[name].bias.detach() for name in MODALITIES])
