@@ -43,13 +43,21 @@ from msa_online.training.teacher import appoint_teacher
 
 
 def train(arguments: RunArguments, command: str) -> None:
-    """Carry out the run that `arguments` describe; `command` is how it was called, for the record.
+    """Carry out the run that `arguments` describe; `command` is how it was called, for the record."""
+    accelerator = start_accelerator(arguments.training)
+    carry_out(arguments, command, accelerator)
+    # the wrapped model goes first: as the last to hold the process group it may wait for its threads for ever
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -> None:
+    """The story itself, from the data to the model card.
 
     Everything that can be wrong with the input is found before the first step, the quick checks before the
     slow extraction of features, and before anything of an earlier run is touched.
     """
     training = arguments.training
-    accelerator = start_accelerator(training)
     console = Console(quiet=not accelerator.is_main_process)
     console.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
@@ -147,7 +155,6 @@ def train(arguments: RunArguments, command: str) -> None:
     loop.bare_model.head.start_stage(loop.bare_model.head.stages[-1])  # the one it predicts in
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
     finish(loop.bare_model, folder, loaders, accelerator, record, conditions, console)
-    accelerator.end_training()
 
 
 def finish(
