@@ -130,7 +130,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         if best and last_stage:
             folder.publish(loop.bare_model, processor)
-        elif best:
+        elif best and stage.name in loop.bare_model.head.teachers.values():
             folder.keep_stage(stage.name, loop.bare_model)
         folder.save_state()
         folder.write_history(loop.progress.history)

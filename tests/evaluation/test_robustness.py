@@ -2,8 +2,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.evaluation.robustness import (
@@ -27,20 +25,6 @@ SEVEN = {  # condition: which of text, audio, vision may be seen
     "audio+vision": (False, True, True),
     "text+audio+vision": (True, True, True),
 }
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture
-def model(tiny_model) -> MSAModel:
-    """The tiny model with random missing tokens, so that every hidden modality makes a difference."""
-    torch.manual_seed(1)
-    torch.nn.init.normal_(tiny_model.head.missing.tokens)
-    return tiny_model
 
 
 def in_batches(batch: dict, rows: list[list[int]]) -> list[dict]:
