@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from msa_online.balancing import MODULATORS
 from msa_online.data.collate import in_order
 from msa_online.data.missing import FixedCondition, ModalityDropout
 from msa_online.errors import run_command
@@ -33,6 +32,7 @@ from msa_online.training.setup import (
     class_names,
     fit_encoders,
     make_loaders,
+    make_modulator,
     prepare_data,
     read_data,
     seed_everything,
@@ -69,6 +69,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     seed_everything(training.seed)
     model, processor = build_model(arguments, class_names(corpus, arguments.data))
     schedule = make_schedule(training, model.head.stages)
+    modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, accelerator, console)
     fit_encoders(model, data, arguments)
@@ -94,7 +95,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
-        modulator=MODULATORS[training.modulator](**training.modulator_kwargs),
+        modulator=modulator,
         hiding=ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed),
         clip_norm=training.clip_norm,
         seed=training.seed,

@@ -12,11 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from msa_online.balancing import CALIBRATORS, HEADS
-from msa_online.balancing.blocks import LearnedScalar, MissingTokens, StackedLinear
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
-from msa_online.encoders.affine import InputAffine
-from msa_online.encoders.features import FeatureEncoder
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 
@@ -33,6 +30,7 @@ class MSAOutput(ModelOutput):
         losses: Loss terms by name, unweighted scalars.
         fused_valid: False in a stage that does not train the fused prediction yet.
         diagnostics: Detached tensors worth logging, by name.
+        present: Which samples each modality was seen of, `(batch,)` bool each.
     """
 
     loss: Tensor | None = None
@@ -43,6 +41,7 @@ class MSAOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
     fused_valid: bool | None = None
     diagnostics: dict[str, Tensor] | None = None
+    present: dict[str, Tensor] | None = None
 
 
 class MSAModel(PreTrainedModel):
@@ -93,7 +92,8 @@ class MSAModel(PreTrainedModel):
         output = self.head(self.calibrator(dict(sequences)), labels, teacher)
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
-        return MSAOutput(loss=torch.stack(terms).sum() if terms else None, **vars(output))
+        present = {name: sequence.present for name, sequence in sequences.items()}
+        return MSAOutput(loss=torch.stack(terms).sum() if terms else None, **vars(output), present=present)
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""
@@ -136,7 +136,8 @@ class MSAModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # from_pretrained builds on the meta device: every raw parameter needs a start of its own here
-        if isinstance(module, FeatureEncoder | InputAffine | LearnedScalar | MissingTokens | StackedLinear):
+        of_a_library = type(module).__module__.startswith(("torch.", "transformers."))
+        if not of_a_library and hasattr(module, "reset_parameters"):
             module.reset_parameters()
         elif not isinstance(module, PreTrainedModel):
             super()._init_weights(module)

@@ -151,6 +151,7 @@ def tiny_text_config():
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
+        dtype="float32",  # as a saved model says it; else who asks first decides
     )
 
 

@@ -9,18 +9,24 @@ from msa_online.balancing.base import (
     Calibrator,
     GradientModulator,
     HeadOutput,
+    Modulation,
     ModulationContext,
 )
+from msa_online.balancing.cpsl import ConflictModulator, CPSLHead
 from msa_online.balancing.ebmc import EBMCHead
 from msa_online.balancing.late_fusion import LateFusionHead
+from msa_online.balancing.ogm import OGMModulator
 
 HEADS: dict[str, type[BalancingHead]] = {
     "late_fusion": LateFusionHead,
     "ebmc": EBMCHead,
+    "cpsl": CPSLHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
     "identity": GradientModulator,
+    "ogm": OGMModulator,
+    "conflict": ConflictModulator,
 }
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
@@ -32,10 +38,14 @@ __all__ = [
     "HEADS",
     "MODULATORS",
     "BalancingHead",
+    "CPSLHead",
     "Calibrator",
+    "ConflictModulator",
     "EBMCHead",
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",
+    "Modulation",
     "ModulationContext",
+    "OGMModulator",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every balancing method is made of: a head, a gradient modulator, a calibrator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -84,7 +84,11 @@ class BalancingHead(nn.Module):
         """
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Parameters of the head that serve one modality alone, disjoint; the rest is shared."""
+        """Parameters of the head that bring one modality alone to the fusion, disjoint; the rest is shared.
+
+        With the encoder of the modality they are what gradient modulators act on. Predictors that only judge
+        a modality are not among them: damped, they would judge it worse than it is.
+        """
         return {name: [] for name in MODALITIES}
 
 
@@ -109,38 +113,71 @@ class ModulationContext:
 
     Attributes:
         modality_parameters: Parameters that belong to each modality, disjoint; shared ones are in none.
+        statistics: What `observe` saw, averaged over the micro-batches of the step and over the ranks, and
+            what `measure` found, by name: the same numbers on every rank.
         stage: Name of the training stage.
         epoch: Epochs finished since the start of the run.
         step: Optimizer steps taken since the start of the run.
         seed: Seed of the run: noise must come from a generator seeded by (seed, step), the same on all ranks.
-        reduce: Mean of a tensor over the ranks; whatever is derived from data goes through it.
     """
 
     modality_parameters: Mapping[str, list[Parameter]]
+    statistics: Mapping[str, float]
     stage: str
     epoch: int
     step: int
     seed: int
-    reduce: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What a modulator did to a step.
+
+    Attributes:
+        rates: Factor on the learning rate of each modality's parameters in this step; 1 where not named.
+        log: Numbers worth recording, by names like "coefficient/audio".
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    log: Mapping[str, float] = field(default_factory=dict)
 
 
 class GradientModulator:
     """Changes gradients once per optimizer step; this base changes none ("identity").
 
-    Called after backward, synchronisation and unscaling, and before clipping and the step (METHODS 8.1). A
-    step whose gradients are not finite is skipped whole and never reaches `modulate`.
+    `observe` sees every forward pass and `measure` the whole gradients; both answer with scalars and change
+    nothing, and the loop brings all of them to the host at once. `modulate` then acts: after backward,
+    synchronisation and unscaling, before clipping and the step (METHODS 8.1). A step whose gradients are not
+    finite is skipped whole and never reaches it.
+
+    Attributes:
+        modalities: Modalities whose parameters it acts on.
+        epochs: First and last epoch in which it acts, from 0; None for all.
+        needs_modality_logits: It compares the modalities by their own predictions.
     """
 
-    def observe(self, output: Any, labels: Tensor) -> None:
-        """See the `MSAOutput` and the labels `(batch,)` of a micro-batch; keep detached statistics only."""
+    modalities: tuple[str, ...] = ()
+    epochs: tuple[int, int] | None = None
+    needs_modality_logits: bool = False
+
+    def acts_in(self, epoch: int) -> bool:
+        """Epoch number `epoch`, from 0, lies in its window; first and last are in."""
+        return self.epochs is None or self.epochs[0] <= epoch <= self.epochs[1]
+
+    def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name."""
+        return {}
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         """Loss terms to add to the head's, by name, already weighted."""
         return {}
 
-    def modulate(self, context: ModulationContext) -> dict[str, Tensor]:
-        """Scale `p.grad` in place; return the coefficient of each modality for the log."""
+    def measure(self, modality_parameters: Mapping[str, list[Parameter]]) -> dict[str, Tensor]:
+        """Scalars of the whole, unscaled gradients, by name."""
         return {}
+
+    def modulate(self, context: ModulationContext) -> Modulation | None:
+        """Change `p.grad` in place, or the learning rates of the step; None changes nothing."""
 
     def on_validation(self, metrics: Mapping[str, float]) -> None:
         """See the validation metrics of an epoch."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +18,13 @@ class MissingTokens(nn.Module):
 
     Args:
         hidden_size: Width of the states.
+        names: Modalities that have one.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, names: Sequence[str] = MODALITIES) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(len(MODALITIES), hidden_size))
+        self.names = tuple(names)
+        self.tokens = nn.Parameter(torch.empty(len(self.names), hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -29,8 +32,8 @@ class MissingTokens(nn.Module):
         nn.init.normal_(self.tokens, std=0.02)
 
     def forward(self, name: str, states: Tensor, present: Tensor) -> Tensor:
-        """Put the token of `name` into states `(batch, hidden)` where `present` `(batch,)` is False."""
-        return torch.where(present.unsqueeze(-1), states, self.tokens[MODALITIES.index(name)])
+        """Put the token of `name` into states `(..., hidden)` where `present` `(...)` is False."""
+        return torch.where(present.unsqueeze(-1), states, self.tokens[self.names.index(name)])
 
     def stand_in(self, name: str, sequence: ModalitySequence) -> ModalitySequence:
         """Make absent samples of a sequence, states `(batch, time, hidden)`, one step that holds the token.
@@ -40,7 +43,7 @@ class MissingTokens(nn.Module):
         absent = ~sequence.present.unsqueeze(-1)
         first = torch.arange(sequence.mask.shape[1], device=sequence.mask.device) == 0
         step = absent & first  # (batch, time)
-        token = self.tokens[MODALITIES.index(name)].to(sequence.values.dtype)
+        token = self.tokens[self.names.index(name)].to(sequence.values.dtype)
         values = torch.where(step.unsqueeze(-1), token, sequence.values)
         return ModalitySequence(values, sequence.mask | step, sequence.present)
 
@@ -234,6 +237,13 @@ def masked_mean(sequence: ModalitySequence) -> Tensor:
 def in_fp32(values: Tensor) -> Tensor:
     """Half precision raised to fp32, for losses that need it (METHODS 8.5); fp64 stays as it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def across_ranks_minimum(values: Tensor) -> Tensor:
+    """Smallest of each value over all processes, the same on every one of them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
 
 
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:

@@ -228,10 +228,8 @@ class EBMCHead(BalancingHead):
         return torch.cat([means, log_variance], dim=-1).transpose(0, 1)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Projection, router, MSD and predictors of each modality, and its generator where it has one."""
+        """Projection, router and MSD of each modality; stacks and generators read the others as well."""
         of_each = [self.projections, self.routers, self.shared, self.private, self.norms]
-        of_each += [self.predictors, self.private_predictors]
-        of_each += [self.generators] if self.cce == "paper" else []
         return {
             name: [parameter for modules in of_each for parameter in modules[name].parameters()]
             for name in MODALITIES

@@ -97,8 +97,5 @@ class LateFusionHead(BalancingHead):
         }
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Projection and unimodal predictor of each modality."""
-        return {
-            name: [*self.projections[name].parameters(), *self.unimodal[name].parameters()]
-            for name in MODALITIES
-        }
+        """Projection of each modality."""
+        return {name: list(self.projections[name].parameters()) for name in MODALITIES}

@@ -329,6 +329,7 @@ def _check(arguments: RunArguments, origin: str) -> None:
             (MODULATORS, "modulator", arguments.training.modulator, (), arguments.training.modulator_kwargs),
         ):
             inspect.signature(look_up(table, kind, name)).bind(*given, **keywords)
+        MODULATORS[arguments.training.modulator](**arguments.training.modulator_kwargs)  # validates itself
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
     _refuse_unknown(config.loss_weights, HEADS[config.head].loss_names, origin, "model.loss_weights")

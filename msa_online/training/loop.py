@@ -3,22 +3,26 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from msa_online.balancing import GradientModulator, ModulationContext
+from msa_online.balancing import GradientModulator, Modulation, ModulationContext
 from msa_online.data.missing import Hiding
 from msa_online.modeling_msa import MSAModel
+from msa_online.training.optimizer import scaled_rates
 from msa_online.training.teacher import Teacher
 
 
@@ -91,44 +95,42 @@ class TrainingLoop:
 
         Returns:
             Mean of every loss and diagnostic over the epoch's finite steps, by name; `loss` is the weighted
-            sum of the losses, names with a slash are diagnostics.
+            sum of the losses, names with a slash are diagnostics of the head or the modulator.
         """
         self.model.train()
         self.hiding.start_epoch(epoch)
-        sums: dict[str, float] = defaultdict(float)
-        taken = 0
+        steps: dict[str, list[float]] = defaultdict(list)
         self._gradient_norms: dict[str, float] = {}
         bar = tqdm(
             total=len(loader), desc=title, leave=False, disable=not self.accelerator.is_local_main_process
         )
-        window: list[dict[str, Tensor]] = []
+        window: list[MicroBatch] = []
         for number, batch in enumerate(loader):
             with self.accelerator.accumulate(self.model):
                 seen = self.teacher.join(self.hiding.hide(batch))
                 window.append(self._forward_backward(seen, self.measure_gradients and number == 0))
                 if self.accelerator.sync_gradients:
-                    losses = self._step(window, stage, epoch)
+                    record = self._step(window, stage, epoch)
                     window = []
-                    taken += bool(losses)
-                    for name, value in losses.items():
-                        sums[name] += value
-                    shown = {name: f"{value:.3f}" for name, value in losses.items() if "/" not in name}
+                    for name, value in record.items():
+                        steps[name].append(value)
+                    shown = {name: f"{value:.3f}" for name, value in record.items() if "/" not in name}
                     bar.set_postfix(shown, refresh=False)
             bar.update()
         bar.close()
-        return {name: total / taken for name, total in sums.items()} | self._gradient_norms
+        return {name: fmean(values) for name, values in steps.items()} | self._gradient_norms
 
-    def _forward_backward(self, batch: Mapping[str, Tensor], measure: bool) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Mapping[str, Tensor], measure: bool) -> "MicroBatch":
         """Losses and diagnostics of a micro-batch, detached; gradients are left on the parameters."""
         output = self.model(**batch)
         if measure:
             self._measure(output.losses)
-        self.modulator.observe(output, batch["labels"])
+        observed = self.modulator.observe(output, batch["labels"])
         extra = self.modulator.extra_losses(output, batch["labels"])
         loss = output.loss + sum(extra.values())
         self.accelerator.backward(loss)
-        named = {"loss": loss, **output.losses, **extra, **output.diagnostics}
-        return {name: value.detach().float() for name, value in named.items()}
+        reported = {"loss": loss, **output.losses, **extra, **output.diagnostics}
+        return MicroBatch(_detached(reported), _detached(observed))
 
     def _measure(self, losses: Mapping[str, Tensor]) -> None:
         """Note the norm of the gradient that each loss alone, unweighted, would give."""
@@ -138,33 +140,58 @@ class TrainingLoop:
             norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
             self._gradient_norms[f"gradient/{name}"] = norm.item()
 
-    def _step(self, window: list[dict[str, Tensor]], stage: str, epoch: int) -> dict[str, float]:
+    def _step(self, window: Sequence["MicroBatch"], stage: str, epoch: int) -> dict[str, float]:
         """Unscale once, modulate, clip, step (METHODS 8.1); skip everything on a non-finite gradient.
 
         Returns:
-            Losses averaged over the accumulation window and the ranks; empty for a skipped step.
+            Losses and diagnostics averaged over the accumulation window and the ranks, and what the modulator
+            did; empty for a skipped step.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.bare_model.parameters() if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters])
-        names = list(window[0])
-        losses = torch.stack([torch.stack([micro[name] for name in names]) for micro in window]).mean(dim=0)
-        losses = self.accelerator.reduce(losses, reduction="mean")
-        # the step's one host sync
-        norm_value, *values = torch.cat([norm.reshape(1).to(losses), losses]).tolist()
-        if not math.isfinite(norm_value):
+        whole = {"gradient_norm": norm, **self.modulator.measure(self._owned)}
+        values = self._fetch(window, whole)
+        record = {name: values[name] for name in window[0].reported}
+        if not math.isfinite(values["gradient_norm"]):
             self._skip()
             return {}
-        if coefficients := self.modulator.modulate(self._context(stage, epoch)):
+        modulation = self.modulator.modulate(
+            ModulationContext(
+                modality_parameters=self._owned,
+                statistics=values,
+                stage=stage,
+                epoch=epoch,
+                step=self.progress.step,
+                seed=self.seed,
+            )
+        )
+        if modulation is None:
+            modulation = Modulation()
+        else:
             norm = get_total_norm([parameter.grad for parameter in parameters])
         clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        self.optimizer.step()
+        with scaled_rates(self.optimizer, modulation.rates):
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
-        record = dict(zip(names, values, strict=True))
-        self._log({**record, "gradient_norm": norm_value}, coefficients)
+        record |= modulation.log
+        self._log({**record, "gradient_norm": values["gradient_norm"]})
         return record
+
+    def _fetch(self, window: Sequence["MicroBatch"], whole: Mapping[str, Tensor]) -> dict[str, float]:
+        """What a step has to know on the host, in its one sync.
+
+        Args:
+            window: Scalars of its micro-batches, to be averaged over them and over the ranks.
+            whole: Scalars of its whole gradients, the same on every rank.
+        """
+        names = [*window[0].reported, *window[0].observed]
+        means = torch.stack([micro.values() for micro in window]).mean(dim=0)
+        means = self.accelerator.reduce(means, reduction="mean")
+        of_gradients = torch.stack([value.to(means) for value in whole.values()])
+        return dict(zip([*names, *whole], torch.cat([means, of_gradients]).tolist(), strict=True))
 
     def _skip(self) -> None:
         """Drop the gradients; GradScaler lowers its scale in the step it is asked to skip."""
@@ -173,19 +200,33 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         self.progress.skipped += 1
 
-    def _context(self, stage: str, epoch: int) -> ModulationContext:
-        return ModulationContext(
-            modality_parameters=self.bare_model.modality_parameters(),
-            stage=stage,
-            epoch=epoch,
-            step=self.progress.step,
-            seed=self.seed,
-            reduce=lambda values: self.accelerator.reduce(values, reduction="mean"),
-        )
+    @cached_property
+    def _owned(self) -> dict[str, list[Parameter]]:
+        return self.bare_model.modality_parameters()
 
-    def _log(self, record: Mapping[str, float], coefficients: Mapping[str, Tensor]) -> None:
-        rates = self.scheduler.get_last_lr()
+    def _log(self, record: Mapping[str, float]) -> None:
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         values = {f"train/{name}": value for name, value in record.items()}
-        values |= {f"learning_rate/{number}": rate for number, rate in enumerate(rates)}
-        values |= {f"coefficient/{name}": float(value) for name, value in coefficients.items()}
+        values |= {f"learning_rate/{name}": rate for name, rate in rates.items()}
         self.accelerator.log(values, step=self.progress.step)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Detached scalars of one forward pass.
+
+    Attributes:
+        reported: Losses and diagnostics.
+        observed: What the modulator wants to know at the step.
+    """
+
+    reported: dict[str, Tensor]
+    observed: dict[str, Tensor]
+
+    def values(self) -> Tensor:
+        """All of them, those reported first."""
+        return torch.stack([*self.reported.values(), *self.observed.values()])
+
+
+def _detached(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().float() for name, value in scalars.items()}

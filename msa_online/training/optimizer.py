@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW with a learning rate for the text encoder and one for the rest; linear warm-up and decay."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -12,22 +15,48 @@ from msa_online.modeling_msa import MSAModel
 def make_optimizer(
     model: MSAModel, *, learning_rate: float, text_learning_rate: float, weight_decay: float
 ) -> AdamW:
-    """AdamW over the trainable parameters in four groups: {text encoder, rest} x {matrices, vectors}.
+    """AdamW over the trainable parameters, in groups that share learning rate, decay and modality.
 
-    Vectors (biases, norms, scalings) are not decayed. A frozen text encoder contributes no group.
+    A group says what it holds: `name` is "text_encoder" or "rest", `modality` whose parameters they are, None
+    for shared ones. Vectors (biases, norms, scalings) are not decayed. A frozen text encoder contributes no
+    group.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    rates = {"text_encoder": text_learning_rate, "rest": learning_rate}
+    owners = {
+        id(parameter): modality
+        for modality, owned in model.modality_parameters().items()
+        for parameter in owned
+    }
+    groups: dict[tuple[str, str | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = text_learning_rate if name.startswith("encoders.text.") else learning_rate
+            part = "text_encoder" if name.startswith("encoders.text.") else "rest"
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
-            groups.setdefault((rate, 0.0 if is_vector else weight_decay), []).append(parameter)
+            key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
+            groups.setdefault(key, []).append(parameter)
     return AdamW(
         [
-            {"params": parameters, "lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
+            {
+                "params": parameters,
+                "lr": rates[part],
+                "weight_decay": decay,
+                "name": part,
+                "modality": modality,
+            }
+            for (part, modality, decay), parameters in groups.items()
         ]
     )
+
+
+@contextmanager
+def scaled_rates(optimizer: Optimizer, factors: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the learning rate of each modality's parameters by its factor, for as long as this lasts."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= factors.get(group["modality"], 1.0)
+    yield
+    for group, rate in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = rate
 
 
 def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LRScheduler:

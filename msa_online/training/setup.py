@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from feature_extractors import FeatureCache
+from msa_online.balancing import MODULATORS, GradientModulator
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, make_loader
 from msa_online.data.datasets import Corpus, read_corpus, require_splits
@@ -23,11 +24,13 @@ from msa_online.data.features.reading import read_features
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
+from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
 from msa_online.training.run_data import ClipData, FeatureData
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
 
@@ -198,6 +201,65 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     if inherited["head"] != config.head:
         inherited["head_kwargs"] = arguments.model.get("head_kwargs")
     return MSAConfig(**inherited, **arguments.output_fields(classes))
+
+
+def make_modulator(
+    training: TrainingArguments, model: MSAModel, epochs: int, accelerator: Accelerator
+) -> GradientModulator:
+    """The modulator of a run, which has to fit the model and the schedule.
+
+    Args:
+        training: Names it.
+        model: Whose gradients it is to change.
+        epochs: Epochs of the run.
+        accelerator: Says how gradients are spread over processes.
+
+    Raises:
+        ConfigurationError: The model has nothing of a modality that the modulator acts on, or no unimodal
+            predictions that it needs; its window lies behind the last epoch; or gradients are sharded.
+    """
+    modulator = MODULATORS[training.modulator](**training.modulator_kwargs)
+    name = f"training.modulator={training.modulator}"
+    if modulator.modalities and accelerator.distributed_type in SHARDED:
+        raise ConfigurationError(
+            f"{name} needs whole gradients, but {accelerator.distributed_type.value} keeps shards of them: "
+            "launch without FSDP and DeepSpeed (--multi_gpu), or train with training.modulator=identity"
+        )
+    owned = model.modality_parameters()
+    for modality in modulator.modalities:
+        if not any(parameter.requires_grad for parameter in owned[modality]):
+            able = [other for other in MODALITIES if any(value.requires_grad for value in owned[other])]
+            raise ConfigurationError(
+                f"{name} acts on {modality}, but model.head={model.config.head} has no trained parameters of "
+                f"its own for {modality}: say training.modulator_kwargs.modalities={able}".replace("'", "")
+            )
+    if modulator.needs_modality_logits:
+        lacking = set(modulator.modalities) - set(_unimodal_predictions(model))
+        if lacking:
+            raise ConfigurationError(
+                f"{name} compares modalities by their own predictions, but model.head={model.config.head} "
+                f"predicts nothing from {', '.join(sorted(lacking))} alone: take a head with unimodal "
+                "predictors, like late_fusion, or training.modulator=identity"
+            )
+    if modulator.epochs is not None and modulator.epochs[0] >= epochs:
+        raise ConfigurationError(
+            f"{name} acts from epoch {modulator.epochs[0]} on, but the run has {epochs} epochs, counted from "
+            "0: lower training.modulator_kwargs.epochs, or say null for all epochs"
+        )
+    return modulator
+
+
+@torch.no_grad()
+def _unimodal_predictions(model: MSAModel) -> list[str]:
+    """Modalities that a model's head predicts from alone, found by asking it about one empty sample."""
+    nothing = {
+        name: ModalitySequence.of(torch.zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.bool))
+        for name, width in model.config.widths.items()
+    }
+    training = model.training
+    answer = model.eval().decide(nothing)
+    model.train(training)
+    return list(answer.modality_logits)
 
 
 def make_loaders(

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import GradientModulator
+from msa_online.balancing import GradientModulator, Modulation
 from msa_online.data.collate import BucketBatchSampler
 from msa_online.data.missing import ModalityDropout
 from msa_online.training.loop import TrainingLoop
@@ -138,7 +138,6 @@ class CountingModulator(GradientModulator):
         self.calls += 1
         owned = [value.grad for value in context.modality_parameters["text"] if value.grad is not None]
         self.norms.append(torch.nn.utils.get_total_norm(owned).item())
-        return {}
 
 
 def test_the_modulator_sees_whole_unscaled_gradients_once_a_step(still_config, rows):
@@ -158,7 +157,7 @@ class MutingModulator(GradientModulator):
         for parameter in context.modality_parameters["audio"]:
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        return {"audio": torch.tensor(0.0)}
+        return Modulation(log={"coefficient/audio": 0.0})
 
 
 def test_what_the_modulator_scales_is_what_the_optimizer_takes(still_config, rows):

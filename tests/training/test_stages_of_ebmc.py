@@ -36,7 +36,6 @@ class Watching(GradientModulator):
         if context.step == self.stop_before:
             raise KeyboardInterrupt
         self.stages.append(context.stage)
-        return {}
 
     def on_validation(self, metrics):
         if self.errors:
