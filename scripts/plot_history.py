@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what a run recorded of every epoch: losses, their gradients, energies and whatever else has a name.
+"""Draw what a run recorded of every epoch: losses, gradients, energies, coefficients, whatever has a name.
 
     python scripts/plot_history.py runs/mine/history.json history.png
 
@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 PANEL = (4.2, 3.2)  # inches
 COLUMNS = 3
-LOGARITHMIC = ("losses", "gradient")
+LOGARITHMIC = ("losses", "gradient", "encoder_gradient")
 
 
 def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
@@ -56,7 +56,8 @@ def draw(history: list[dict], target: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epoch")
         if title in LOGARITHMIC:
-            axis.set_yscale("log")
+            positive = all(value > 0 for points in lines.values() for value in points.values())
+            axis.set_yscale("log" if positive else "symlog")
         axis.legend(fontsize="x-small")
     figure.savefig(target, dpi=110)
 

@@ -280,12 +280,15 @@ class RunningMinMax(nn.Module):
 
     @torch.no_grad()
     def _follow(self, sequence: ModalitySequence) -> None:
-        """Move the extremes towards those of a batch; the first batch that has any sets them."""
+        """Move the extremes towards those of a batch; the first batch that has any sets them.
+
+        A batch that overflowed leaves them alone.
+        """
         observed, values = sequence.mask.unsqueeze(-1), in_fp32(sequence.values)
         low = values.masked_fill(~observed, math.inf).amin(dim=(0, 1))
         negated_high = (-values).masked_fill(~observed, math.inf).amin(dim=(0, 1))
         low, negated_high = across_ranks_minimum(torch.stack([low, negated_high]))
-        seen = low.isfinite().all()
+        seen = (low.isfinite() & negated_high.isfinite()).all()
         share = torch.where(self.batches == 0, 1.0, MOMENTUM)
         for extreme, of_batch in ((self.low, low), (self.high, -negated_high)):
             extreme.copy_(torch.where(seen, extreme + share * (of_batch - extreme), extreme))
@@ -320,7 +323,8 @@ def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
     covered = (steps >= start.unsqueeze(-1)) & (steps < stop.unsqueeze(-1))
     covered &= sequence.mask.unsqueeze(1) & grid.unsqueeze(-1)  # (batch, tokens, time)
     observed = covered.sum(dim=-1, keepdim=True)
-    values = covered.to(sequence.values.dtype) @ sequence.values / observed.clamp(min=1)
+    weights = covered.to(sequence.values.dtype) / observed.clamp(min=1)  # sums would overflow in fp16
+    values = weights @ sequence.values
     return ModalitySequence(values, observed.squeeze(-1) > 0, sequence.present)
 
 

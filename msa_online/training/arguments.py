@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of a run: typed dataclasses read from YAML, with `key=value` changes to it."""
 
+import collections.abc
 import dataclasses
 import difflib
 import inspect
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 import yaml
 from accelerate.utils import LoggerType
 from huggingface_hub.errors import StrictDataclassError
@@ -272,9 +274,10 @@ def _is_needed(item: dataclasses.Field) -> bool:
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], origin: str, section: str) -> None:
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
             key = f"{section}.{name}".lstrip(".")
-            raise ConfigurationError(f"{origin}: unknown key {key!r}; did you mean {near!r}?")
+            hint = f"did you mean {near[0]!r}?" if near else "nothing can be set here"
+            raise ConfigurationError(f"{origin}: unknown key {key!r}; {hint}")
 
 
 def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
@@ -289,11 +292,17 @@ def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
                 name: _typed(item, get_args(option)[1], origin, f"{key}.{name}")
                 for name, item in value.items()
             }
+        if bare is collections.abc.Sequence and isinstance(value, list):
+            return [_typed(item, get_args(option)[0], origin, key) for item in value]
         if bare is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
             return tuple(
                 _typed(item, kind, origin, key) for item, kind in zip(value, get_args(option), strict=True)
             )
-        if bare is not float and isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
+        if (
+            bare not in (float, collections.abc.Sequence)
+            and isinstance(value, bare)
+            and not (bare is int and isinstance(value, bool))
+        ):
             return value
     names = " or ".join(_name_of(option) for option in options)
     raise ConfigurationError(f"{origin}: {key} is {value!r}, but must be {names}")
@@ -302,6 +311,8 @@ def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
 def _name_of(option: Any) -> str:
     if get_args(option) and option.__origin__ is tuple:
         return f"a list of {len(get_args(option))} numbers"
+    if getattr(option, "__origin__", None) is collections.abc.Sequence:
+        return f"a list of {get_args(option)[0].__name__}"
     return "null" if option is type(None) else option.__name__
 
 
@@ -323,16 +334,35 @@ def _check(arguments: RunArguments, origin: str) -> None:
     try:
         arguments.data.extraction  # noqa: B018  validates itself
         config = MSAConfig(**arguments.model)
-        for table, kind, name, given, keywords in (
-            (HEADS, "head", config.head, ({}, 1), config.head_kwargs),
-            (CALIBRATORS, "calibrator", config.calibrator, ({},), config.calibrator_kwargs),
-            (MODULATORS, "modulator", arguments.training.modulator, (), arguments.training.modulator_kwargs),
-        ):
-            inspect.signature(look_up(table, kind, name)).bind(*given, **keywords)
-        MODULATORS[arguments.training.modulator](**arguments.training.modulator_kwargs)  # validates itself
+        head = look_up(HEADS, "head", config.head)
+        calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)
+        modulator = look_up(MODULATORS, "modulator", arguments.training.modulator)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
+    _check_part(head, (config.widths, 1), config.head_kwargs, origin, "model.head_kwargs")
+    _check_part(calibrator, (config.widths,), config.calibrator_kwargs, origin, "model.calibrator_kwargs")
+    _check_part(modulator, (), arguments.training.modulator_kwargs, origin, "training.modulator_kwargs")
     _refuse_unknown(config.loss_weights, HEADS[config.head].loss_names, origin, "model.loss_weights")
+
+
+def _check_part(
+    part: type, given: tuple[Any, ...], keywords: dict[str, Any], origin: str, section: str
+) -> None:
+    """Build a part of the run once, without memory for its weights, so that it checks its own settings.
+
+    Numbers that YAML takes for strings (1e-5) become numbers in `keywords`.
+    """
+    hints = get_type_hints(part.__init__)
+    known = list(inspect.signature(part).parameters)[len(given) :]
+    _refuse_unknown(keywords, known, origin, section)
+    for name, value in keywords.items():
+        if name in hints:
+            keywords[name] = _typed(value, hints[name], origin, f"{section}.{name}")
+    try:
+        with torch.device("meta"):
+            part(*given, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{origin}: {section}: {error}") from error
 
 
 def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:

@@ -54,9 +54,11 @@ def scaled_rates(optimizer: Optimizer, factors: Mapping[str, float]) -> Iterator
     before = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= factors.get(group["modality"], 1.0)
-    yield
-    for group, rate in zip(optimizer.param_groups, before, strict=True):
-        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
 
 
 def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LRScheduler:

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.balancing import HEADS
+from msa_online.training.optimizer import make_optimizer, make_scheduler, scaled_rates
 
 RATES = {"learning_rate": 1e-3, "text_learning_rate": 2e-5, "weight_decay": 0.1}
 
@@ -109,3 +110,84 @@ def test_biases_side_by_side_and_learned_scalars_are_not_decayed_either(tiny_con
     stacked = {name for name in settings if name.startswith("head.stacks.")}
     assert stacked & decayed == {name for name in stacked if name.endswith(".weight")} != set()
     assert not decayed & {"head.temperature.value", "head.gain.value"}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_group_holds_parameters_of_one_modality_or_shared_ones(head, tiny_config):
+    model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "head": head, "head_kwargs": {"hidden_size": 8}}))
+    owners = {id(value): name for name, values in model.modality_parameters().items() for value in values}
+    groups = make_optimizer(model, **RATES).param_groups
+    for group in groups:
+        assert {owners.get(id(value)) for value in group["params"]} == {group["modality"]}
+    assert {group["modality"] for group in groups} == {"text", "audio", "vision", None}
+
+
+def with_gradients(model: MSAModel) -> MSAModel:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.0, 1.0])
+def test_a_scaled_rate_makes_the_update_of_that_modality_as_many_times_as_long(factor, tiny_config):
+    torch.manual_seed(0)
+    model = MSAModel(tiny_config).double()
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    owned = {id(value) for value in model.modality_parameters()["audio"]}
+    names = {name for name, value in model.named_parameters() if id(value) in owned}
+    updates = []
+    for factors in ({}, {"audio": factor}):
+        model.load_state_dict(start, strict=False)
+        optimizer = make_optimizer(with_gradients(model), **RATES)
+        with scaled_rates(optimizer, factors):
+            optimizer.step()
+        updates.append({name: value.detach() - start[name] for name, value in model.named_parameters()})
+    plain, scaled = updates
+    assert names and all(update.any() for update in plain.values())
+    for name, update in plain.items():
+        if name in names:
+            torch.testing.assert_close(scaled[name], factor * update, rtol=1e-9, atol=1e-15)
+        else:
+            assert torch.equal(scaled[name], update), name
+
+
+def test_scaled_rates_are_whole_again_afterwards_and_the_schedule_does_not_notice(tiny_model):
+    histories = []
+    for factors in ({}, {"text": 0.5, "vision": 0.0}):
+        optimizer = make_optimizer(tiny_model, **RATES)
+        scheduler = make_scheduler(optimizer, steps=6, warmup=0.5)
+        history = []
+        for _ in range(6):
+            before = [group["lr"] for group in optimizer.param_groups]
+            with scaled_rates(optimizer, factors):
+                for group, rate in zip(optimizer.param_groups, before, strict=True):
+                    assert group["lr"] == rate * factors.get(group["modality"], 1.0)
+                optimizer.step()
+            assert [group["lr"] for group in optimizer.param_groups] == before
+            scheduler.step()
+            history.append(before)
+        histories.append(history)
+    assert histories[0] == histories[1] and any(max(rates) == 1e-3 for rates in histories[0])
+
+
+def test_adam_divides_a_factor_on_gradients_out_and_keeps_one_on_the_rate(tiny_model):
+    """A coefficient that stays the same slows nothing after some 1 / (1 - beta2) steps (METHODS P13)."""
+    gradient = torch.tensor([0.7, -0.2, 1.3])
+    paces = {}
+    for apply, steps in (("gradient", 6000), ("lr", 1000)):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        group = {"params": [weight], "modality": "audio"}
+        optimizer = torch.optim.AdamW([group], lr=1e-3, weight_decay=0.0)
+        pace = []
+        for step in range(steps):
+            coefficient = 1.0 if step < 100 else 0.2
+            before = weight.detach().clone()
+            weight.grad = gradient * (coefficient if apply == "gradient" else 1.0)
+            with scaled_rates(optimizer, {"audio": coefficient} if apply == "lr" else {}):
+                optimizer.step()
+            pace.append((weight.detach() - before).norm().item())
+        paces[apply] = [pace[number] / pace[99] for number in (150, -1)]
+    assert paces["lr"] == pytest.approx([0.2, 0.2], rel=1e-3)
+    assert paces["gradient"][0] < 0.3  # at first it seems to work
+    assert paces["gradient"][1] == pytest.approx(1.0, abs=0.05)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402  the path has to know the repository before its modules are imported
+"""Time whole training steps under each gradient modulator beside those that change no gradient.
+
+    python scripts/benchmark_modulators.py              online: CP/SL's model from raw inputs
+    python scripts/benchmark_modulators.py --offline    the same head on features made elsewhere
+
+A step is what a run does: forward, backward, the numbers a modulator needs, the change of gradients, clipping
+and AdamW, through the loop that training uses. The modulators share one model and take turns in one process.
+Weights and inputs are random, nothing is downloaded. Figures are medians over the rounds.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import torch
+from accelerate import Accelerator
+from benchmark_heads import CONFIGS, TYPES, Clock, Step, _machine, _table, random_clips, time_in_turns
+from rich.console import Console
+from torch import Tensor
+
+from msa_online import MSAConfig, MSAModel
+from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator
+from msa_online.data.missing import Hiding
+from msa_online.encoders.text import load_text_config
+from msa_online.errors import run_command
+from msa_online.modalities import MODALITIES
+from msa_online.training.arguments import read_arguments
+from msa_online.training.loop import TrainingLoop
+from msa_online.training.optimizer import make_optimizer, make_scheduler
+
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """One model under each modulator, and a table of what a step takes."""
+    precision = "no" if options.precision == "fp32" else options.precision
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
+    config = offline_config() if options.offline else online_config(options.text_encoder)
+    torch.manual_seed(0)
+    model = MSAModel(config)
+    owned = [name for name, parameters in model.modality_parameters().items() if parameters]
+    modulators = {
+        "identity": GradientModulator(),
+        "ogm without noise": OGMModulator(modalities=owned, noise=0.0),
+        "ogm": OGMModulator(modalities=owned),
+        "conflict": ConflictModulator(),
+    }
+    if options.offline:
+        batch = random_features(config.feature_widths, options.batch, options.tokens, accelerator.device)
+        inputs = f"features of {options.tokens} steps a modality"
+    else:
+        batch = random_clips(options, accelerator.device)
+        inputs = f"{options.tokens} tokens, {options.mel_steps} mel steps, {options.frames} face crops"
+    loops = make_loops(model, modulators, accelerator)
+    steps = {name: training_step(loop, batch) for name, loop in loops.items()}
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        medians = time_in_turns(steps, options.rounds)  # each step is an epoch, with a progress bar
+    console.print(
+        f"{_machine(accelerator.device)}; {'features' if options.offline else options.text_encoder}, CP/SL "
+        f"head, {options.precision}, batch {options.batch}, {inputs}; ogm acts on {', '.join(owned)}, "
+        f"conflict on {', '.join(modulators['conflict'].modalities)}; medians of {options.rounds} rounds, ms"
+    )
+    console.print(_table(medians, against="identity"))
+    if skipped := sum(loop.progress.skipped for loop in loops.values()):
+        console.print(f"{skipped} steps were skipped over gradients that were not finite: they count as fast")
+
+
+def online_config(text_encoder: str) -> MSAConfig:
+    """The model of configs/cpsl.yaml with a text encoder of the shape of `text_encoder`.
+
+    Raises:
+        TextEncoderError: The configuration of the text encoder is not to be had.
+    """
+    settings = read_arguments(CONFIGS / "cpsl.yaml").model
+    text_config = load_text_config(text_encoder)
+    return MSAConfig(**{**settings, "text_encoder": text_encoder, "text_config": text_config})
+
+
+def offline_config() -> MSAConfig:
+    """The model of configs/cpsl_offline.yaml."""
+    return MSAConfig(**read_arguments(CONFIGS / "cpsl_offline.yaml").model)
+
+
+def random_features(
+    widths: Mapping[str, int], size: int, steps: int, device: torch.device
+) -> dict[str, Tensor]:
+    """A batch of features `(size, steps, width)` of each modality, none shorter than another, with labels."""
+    inputs = {"modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool)}
+    inputs["labels"] = torch.rand(size) * 6 - 3
+    for name, width in widths.items():
+        inputs[f"{name}_values"] = torch.randn(size, steps, width)
+        inputs[f"{name}_mask"] = torch.ones(size, steps, dtype=torch.bool)
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def make_loops(
+    model: MSAModel, modulators: Mapping[str, GradientModulator], accelerator: Accelerator
+) -> dict[str, TrainingLoop]:
+    """A training loop for each modulator around one model and one optimizer."""
+    optimizer = make_optimizer(model, learning_rate=1e-5, text_learning_rate=1e-5, weight_decay=0.01)
+    scheduler = make_scheduler(optimizer, steps=1, warmup=0.0, decay="constant")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return {
+        name: TrainingLoop(
+            accelerator, model, optimizer, scheduler, modulator, hiding=Hiding(), clip_norm=1.0, seed=0
+        )
+        for name, modulator in modulators.items()
+    }
+
+
+def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
+    """An epoch of one batch, marked when the device is done with it."""
+
+    def step() -> dict[str, float]:
+        clock = Clock(loop.accelerator.device)
+        loop.train_epoch([batch], stage="train", epoch=0, title="")
+        return {"step": clock.read()}
+
+    return step
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if found is None else [found.type, "cpu"]
+    parser.add_argument("--offline", action="store_true", help="on features in place of raw inputs")
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--precision", choices=TYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=32, help="samples in a batch")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens; offline steps of each modality")
+    online = parser.add_argument_group("online")
+    online.add_argument(
+        "--text-encoder", default="bert-base-uncased", help="whose shape the text encoder has"
+    )
+    online.add_argument("--mel-steps", type=int, default=400)
+    online.add_argument("--frames", type=int, default=8, help="face crops, 96 x 96")
+    options = parser.parse_args(argv)
+    for name in ("rounds", "batch", "tokens", "mel_steps", "frames"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.precision == "fp16" and options.device == "cpu":
+        parser.error("--precision fp16 needs a GPU: on a CPU say bf16")
+    return run_command(lambda: compare(options, Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A modulator that does not fit its settings, the model, the schedule or the launch is refused at once."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from msa_online import MSAConfig, MSAModel
+from msa_online.balancing import HEADS, MODULATORS, BalancingHead, GradientModulator, HeadOutput
+from msa_online.balancing.blocks import masked_mean, task_loss
+from msa_online.modalities import MODALITIES
+from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
+from msa_online.training.setup import make_modulator
+
+WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+REAL = [name for name in MODULATORS if name != "identity"]
+
+
+def document(modulator: str, **settings) -> dict:
+    return {
+        "model": {"feature_widths": WIDTHS},
+        "data": {"path": "features.npz"},
+        "training": {"modulator": modulator, "modulator_kwargs": settings},
+    }
+
+
+IMPOSSIBLE = [
+    ({"modalities": ["audio", "video"]}, "modalities name 'video': choose among text, audio, vision"),
+    ({"modalities": ["audio"]}, r"modalities=\['audio'\]: at least two to compare"),
+    ({"modalities": []}, r"modalities=\[\]: at least two to compare"),
+    ({"modalities": ["audio", "audio"]}, r"modalities=\['audio', 'audio'\]: .*each once"),
+    ({"modalities": ["audio", "vision", "audio"]}, "modalities=.*each once"),
+    ({"epochs": [5, 3]}, r"epochs=\[5, 3\] is no window: give the first and the last epoch"),
+    ({"epochs": [-1, 3]}, r"epochs=\[-1, 3\] is no window"),
+    ({"epochs": [3]}, r"epochs=\[3\] is no window"),
+    ({"epochs": [1, 2, 3]}, r"epochs=\[1, 2, 3\] is no window"),
+    ({"apply": "both"}, "apply='both': one of gradient, lr"),
+    ({"noise": -0.1}, "noise=-0.1: at least 0"),
+    ({"strength": 0.0}, "strength=0.0: above 0"),
+    ({"strength": -1.5}, "strength=-1.5: above 0"),
+]
+OF_CONFLICT = [
+    ({"penalty": 0.0}, "penalty=0.0: above 0 and at most 1"),
+    ({"penalty": 1.1}, "penalty=1.1: above 0 and at most 1"),
+    ({"shift": 0.5}, "shift=0.5: 0 as printed, or 1"),
+    ({"norm": "max"}, "norm='max': one of mean, rms"),
+]
+CASES = [(modulator, *case) for modulator in REAL for case in IMPOSSIBLE]
+CASES += [("conflict", *case) for case in OF_CONFLICT]
+
+
+@pytest.mark.parametrize(("modulator", "settings", "named"), CASES)
+def test_a_setting_that_cannot_work_is_refused_naming_it_and_what_is_allowed(modulator, settings, named):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: training\.modulator_kwargs.*{named}"):
+        parse_arguments(document(modulator, **settings), origin="run.yaml")
+
+
+NOT_IN_YAML = [
+    ({"modalities": "audio"}, "modalities='audio': give a list, like"),
+    ({"epochs": 25}, "epochs=25 is no window"),
+    ({"epochs": (float("nan"), 3)}, "epochs=.*is no window"),
+    ({"noise": float("nan")}, "noise=nan: at least 0"),
+    ({"noise": float("inf")}, "noise=inf: at least 0"),
+    ({"strength": float("inf")}, "strength=inf: above 0"),
+]
+
+
+@pytest.mark.parametrize("modulator", REAL)
+@pytest.mark.parametrize(("settings", "named"), IMPOSSIBLE + NOT_IN_YAML)
+def test_a_modulator_made_in_code_refuses_it_too(modulator, settings, named):
+    with pytest.raises(ValueError, match=named):
+        MODULATORS[modulator](**settings)
+
+
+@pytest.mark.parametrize("modulator", REAL)
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({"noise": "high"}, "'high'.*float"),
+        ({"noise": float("nan")}, "nan"),
+        ({"noise": float("inf")}, "inf"),
+        ({"strength": True}, "True.*float"),
+        ({"strength": None}, "None.*float"),
+        ({"epochs": ["first", "last"]}, "'first'.*int"),
+        ({"epochs": [0.5, 3]}, "0.5.*int"),
+        ({"epochs": [float("nan"), 3]}, "nan.*int"),
+        ({"epochs": "03"}, "'03'.*list"),
+        ({"epochs": 25}, "25.*list"),
+        ({"modalities": 3}, "3.*list"),
+        ({"modalities": "audio"}, "'audio'.*list"),
+        ({"modalities": None}, "None.*list"),
+        ({"modalities": [["audio"], ["vision"]]}, "audio.*str"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_wrong_kind_is_refused_naming_it_and_its_value(modulator, settings, value):
+    (name,) = settings
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: training\.modulator_kwargs\.{name}.*{value}"):
+        parse_arguments(document(modulator, **settings), origin="run.yaml")
+
+
+@pytest.mark.parametrize("modulator", REAL)
+def test_a_keyword_that_no_modulator_has_is_refused_naming_the_nearest(modulator):
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: .*'training\.modulator_kwargs.nois'.*'noise'"):
+        parse_arguments(document(modulator, nois=1.0), origin="run.yaml")
+
+
+@pytest.mark.parametrize("modulator", REAL)
+def test_what_is_allowed_is_taken(modulator):
+    for epochs, inside, outside in ((None, 1000, None), ([0, 0], 0, 1), ([2, 4], 4, 5)):
+        settings = document(modulator, epochs=epochs, strength="1e-1", noise=0)["training"]
+        arguments = parse_arguments(document(modulator, **settings["modulator_kwargs"]))
+        made = MODULATORS[modulator](**arguments.training.modulator_kwargs)
+        assert made.acts_in(inside) and (outside is None or not made.acts_in(outside))
+        assert (made.strength, made.noise) == (0.1, 0.0)  # YAML takes 1e-1 for a word
+    two = MODULATORS[modulator](modalities=["vision", "text"], apply="lr")
+    assert (two.modalities, two.apply) == (("vision", "text"), "lr")
+
+
+class Halving(GradientModulator):
+    """A modulator of a user's own, who annotates nothing."""
+
+    def __init__(self, factor=0.5):
+        self.factor = factor
+
+
+def test_a_modulator_of_ones_own_needs_no_annotations(monkeypatch):
+    monkeypatch.setitem(MODULATORS, "halving", Halving)
+    assert parse_arguments(document("halving", factor=0.25)).training.modulator_kwargs == {"factor": 0.25}
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def features_model(head: str) -> MSAModel:
+    return MSAModel(MSAConfig(feature_widths=WIDTHS, head=head, head_kwargs={"hidden_size": 8}))
+
+
+def training(modulator: str, **settings) -> TrainingArguments:
+    return TrainingArguments(modulator=modulator, modulator_kwargs=settings)
+
+
+def test_a_modality_without_parameters_of_its_own_is_refused_naming_those_that_have_some(accelerator):
+    model = features_model("cpsl")  # its text is not encoded, and features have no encoder
+    expected = (
+        r"training.modulator=ogm acts on text, but model.head=cpsl has no trained parameters of its own for "
+        r"text: say training.modulator_kwargs.modalities=\[audio, vision\]"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        make_modulator(training("ogm"), model, 10, accelerator)
+    assert make_modulator(training("conflict"), model, 10, accelerator).modalities == ("audio", "vision")
+    chosen = training("ogm", modalities=["audio", "vision"])  # the remedy
+    assert make_modulator(chosen, model, 10, accelerator).modalities == ("audio", "vision")
+
+
+def test_a_frozen_text_encoder_without_a_projection_of_the_head_has_nothing_to_modulate(
+    accelerator, tiny_config
+):
+    clips = {**tiny_config.to_dict(), "head_kwargs": {"hidden_size": 8}}
+    models = {head: MSAModel(MSAConfig(**{**clips, "head": head})) for head in ("cpsl", "late_fusion")}
+    assert make_modulator(training("ogm"), models["cpsl"], 10, accelerator)
+    for model in models.values():
+        model.encoders["text"].freeze()
+    with pytest.raises(ConfigurationError, match=r"acts on text, .*modalities=\[audio, vision\]"):
+        make_modulator(training("ogm"), models["cpsl"], 10, accelerator)
+    assert make_modulator(training("ogm"), models["late_fusion"], 10, accelerator)  # has one
+
+
+class FusedOnlyHead(BalancingHead):
+    """A head that predicts from all modalities together alone."""
+
+    def __init__(self, widths, num_labels, *, hidden_size=8):
+        super().__init__()
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, hidden_size) for name, width in widths.items()}
+        )
+        self.classifier = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, sequences, labels=None, teacher=None):
+        features = {name: self.projections[name](masked_mean(each)) for name, each in sequences.items()}
+        fused = sum(features.values())
+        output = HeadOutput(self.classifier(fused), {}, features, fused)
+        if labels is not None:
+            output.losses = {"task": task_loss(output.logits, labels)}
+        return output
+
+    def modality_parameters(self):
+        return {name: list(self.projections[name].parameters()) for name in MODALITIES}
+
+
+@pytest.mark.parametrize("modulator", REAL)
+def test_a_head_without_unimodal_predictions_is_refused_naming_one_that_has_them(
+    modulator, accelerator, monkeypatch
+):
+    monkeypatch.setitem(HEADS, "fused_only", FusedOnlyHead)
+    model = features_model("fused_only")
+    expected = (
+        f"training.modulator={modulator} compares modalities by their own predictions, but "
+        "model.head=fused_only predicts nothing from audio, .*like late_fusion, or training.modulator=identi"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        make_modulator(training(modulator), model, 10, accelerator)
+    assert type(make_modulator(training("identity"), model, 10, accelerator)) is GradientModulator
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_asking_what_a_head_predicts_leaves_the_model_as_it_was(head, accelerator):
+    model = features_model(head).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    make_modulator(training("conflict"), model, 10, accelerator)
+    assert model.training and all(module.training for module in model.modules())
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("modulator", REAL)
+def test_a_window_behind_the_last_epoch_is_refused(modulator, accelerator):
+    model = features_model("late_fusion")
+    for first in (10, 12):
+        expected = f"acts from epoch {first} on, but the run has 10 epochs, counted from 0: lower"
+        with pytest.raises(ConfigurationError, match=expected):
+            make_modulator(training(modulator, epochs=[first, 25]), model, 10, accelerator)
+    assert make_modulator(training(modulator, epochs=[9, 25]), model, 10, accelerator).acts_in(9)
+
+
+@pytest.mark.parametrize(
+    "kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM]
+)
+@pytest.mark.parametrize("modulator", REAL)
+def test_gradients_in_shards_are_refused_naming_a_launch_that_works(kind, modulator, accelerator):
+    """Accelerate shards on GPUs only: here its state alone says that it does."""
+    accelerator.state.distributed_type = kind
+    expected = (
+        f"training.modulator={modulator} needs whole gradients, but {kind.value} keeps shards of them: "
+        r"launch without FSDP and DeepSpeed \(--multi_gpu\), or train with training.modulator=identity"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        make_modulator(training(modulator), features_model("late_fusion"), 10, accelerator)
+    identity = make_modulator(training("identity"), features_model("late_fusion"), 10, accelerator)
+    assert type(identity) is GradientModulator
+    assert PartialState().distributed_type == DistributedType.NO  # nothing else was changed
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    random = np.random.default_rng(0)
+    path = tmp_path / "features.npz"
+    np.savez(
+        path,
+        id=np.array([f"s{number}" for number in range(12)]),
+        label=random.uniform(-3, 3, size=12).round(3),
+        split=np.array(["train"] * 8 + ["valid"] * 2 + ["test"] * 2),
+        **{name: random.normal(size=(12, 3, width)) for name, width in WIDTHS.items()},
+    )
+    return path
+
+
+def test_nothing_is_written_before_a_modulator_that_does_not_fit_is_refused(archive, repository, tmp_path):
+    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = document("conflict", epochs=[4, 9])
+    settings["data"]["path"] = str(archive)
+    settings["training"] |= {"output_dir": str(tmp_path / "run"), "epochs": 4, "log_with": None}
+    with pytest.raises(ConfigurationError, match="acts from epoch 4 on, but the run has 4 epochs"):
+        script.train(parse_arguments(settings), "a test")
+    assert not (tmp_path / "run").exists()

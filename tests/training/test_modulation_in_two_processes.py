@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of train.py under modulation, on features: on two processes, and over an interruption."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from msa_online.balancing import MODULATORS, ConflictModulator, Modulation, ModulationContext
+from msa_online.training.arguments import parse_arguments
+
+WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+STEPS = 20  # 64 samples in batches of 16 altogether, five epochs
+LINEAR = {"recon": 0.0, "unimodal": 0.0, "div": 0.0, "stat": 0.0}
+
+
+def write_archive(path: Path, complete: bool) -> Path:
+    """Features of 80 samples; either all of one length, or of several and some modalities missing."""
+    random = np.random.default_rng(0)
+    labels = random.uniform(-3, 3, size=80)
+    arrays = {}
+    for number, (name, width) in enumerate(WIDTHS.items()):
+        values = random.normal(size=(80, 5, width)) + 0.3 * labels[:, None, None]
+        if not complete:
+            for row in range(80):
+                values[row, random.integers(1, 6) :] = 0
+            values[number::5] = 0
+        arrays[name] = values
+    split = np.array(["train"] * 64 + ["valid"] * 8 + ["test"] * 8)
+    names = np.array([f"s{number}" for number in range(80)])
+    np.savez(path, id=names, label=labels.round(3), split=split, **arrays)
+    return path
+
+
+def configure(folder: Path, archive: Path, *, head=None, weights=None, **training) -> dict:
+    """A run into a folder; keys of its `training:` section may be added."""
+    return {
+        "model": {
+            "feature_widths": WIDTHS,
+            "head": "cpsl",
+            "head_kwargs": {"hidden_size": 8, "fusion_size": 8, **(head or {})},
+            "loss_weights": weights or {},
+        },
+        "data": {"path": str(archive)},
+        "training": {
+            "output_dir": str(folder),
+            "epochs": 5,
+            "modulator": "conflict",
+            "modulator_kwargs": {"epochs": [0, 3], "noise": 1.0},
+            "log_with": None,
+            **training,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def train(repository):
+    """A function that carries out a configuration as train.py does, in this process."""
+    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def carry_out(document: dict) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()  # an interrupted run leaves its loaders there
+        script.train(parse_arguments(document), "a test")
+        return Path(document["training"]["output_dir"])
+
+    return carry_out
+
+
+def history(run: Path) -> list[dict]:
+    return json.loads((run / "history.json").read_text())
+
+
+def lowest_coefficients(run: Path) -> list[float]:
+    """The smaller coefficient of audio and vision, averaged over the steps of each epoch."""
+    losses = [epoch["losses"] for epoch in history(run)]
+    return [min(each["coefficient/audio"], each["coefficient/vision"]) for each in losses]
+
+
+RANK = """
+import os, sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from msa_online.training.arguments import read_arguments
+from msa_online.training.setup import start_accelerator
+from train import carry_out
+
+seen = {}
+
+def keep(optimizer, *_):
+    assert dist.get_world_size() == 2 and dist.get_backend() == "gloo"
+    assert dist.get_rank() == int(os.environ["RANK"])
+    for number, group in enumerate(optimizer.param_groups):
+        for place, value in enumerate(group["params"]):
+            seen[f"{number}.{place}"] = value.detach().clone()
+    seen["steps"] = seen.get("steps", torch.zeros(1)) + 1
+
+register_optimizer_step_post_hook(keep)
+accelerator = None
+for path in sys.argv[1:]:
+    arguments = read_arguments(path)
+    accelerator = accelerator or start_accelerator(arguments.training)
+    carry_out(arguments, "a test", accelerator)
+    accelerator.free_memory()
+    save_file(seen, f"{arguments.training.output_dir}.rank{os.environ['RANK']}")
+    seen.clear()
+accelerator.end_training()
+"""
+
+
+def on_two_processes(documents: Sequence[dict], folder: Path, repository: Path) -> None:
+    """Carry out runs on two processes; the parameters after the last step of each lie beside its folder."""
+    program = folder / "rank.py"
+    program.write_text(RANK)
+    settings = []
+    for document in documents:
+        settings.append(f"{document['training']['output_dir']}.yaml")
+        Path(settings[-1]).write_text(yaml.safe_dump(document))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    together = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), *settings],
+            cwd=repository,
+            env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(printed)
+
+
+KINDS = {"all losses on complete samples": (True, {}), "modalities missing, the task loss": (False, LINEAR)}
+
+
+@pytest.fixture(scope="module")
+def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """The same runs on one process and on two; a pair of folders for each kind."""
+    folder = tmp_path_factory.mktemp("pairs")
+    still = {"dropout": 0.0, "classifier_dropout": 0.0, "ame": False}
+    runs, launched = {}, []
+    for number, (kind, (complete, weights)) in enumerate(KINDS.items()):
+        archive = write_archive(folder / f"features{number}.npz", complete)
+        settings = {"head": still, "weights": weights}
+        one = train(configure(folder / f"one{number}", archive, **settings, batch_size=16))
+        launched.append(configure(folder / f"two{number}", archive, **settings, batch_size=8))
+        runs[kind] = one, folder / f"two{number}"
+    on_two_processes(launched, folder, repository)
+    return runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_hold_the_same_weights_bit_for_bit(kind, pairs):
+    _, two = pairs[kind]
+    ranks = [load_file(f"{two}.rank{number}") for number in range(2)]
+    assert ranks[0]["steps"] == ranks[1]["steps"] == STEPS
+    assert ranks[0].keys() == ranks[1].keys()
+    assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_modulate_as_one_does(kind, pairs):
+    """A loss that is a mean over what not all samples have is no mean of its halves: those weigh nothing."""
+    one, two = pairs[kind]
+    lowest = lowest_coefficients(one)
+    assert max(lowest[:4]) < 1.0 and lowest[4] == 1.0  # the window is over
+    for alone, together in zip(history(one), history(two), strict=True):
+        for name, value in alone["losses"].items():
+            if "/" in name and not name.startswith("variance/"):
+                assert together["losses"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    ends = [load_file(run / "model.safetensors") for run in (one, two)]
+    for name, value in ends[0].items():
+        torch.testing.assert_close(
+            ends[1][name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+class Stopping(ConflictModulator):
+    """The conflict penalty, in a run that is interrupted before a step."""
+
+    stop_before: int | None = None
+
+    def modulate(self, context: ModulationContext) -> Modulation:
+        if context.step == self.stop_before:
+            raise KeyboardInterrupt
+        return super().modulate(context)
+
+
+def test_a_stopped_run_goes_on_with_the_same_noise(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODULATORS, "stopping", Stopping)
+    archive = write_archive(tmp_path / "features.npz", complete=False)
+    settings = {
+        "epochs": 3,
+        "accumulation": 2,
+        "batch_size": 8,
+        "modality_dropout": {"audio": 0.3},
+        "modulator": "stopping",
+        "modulator_kwargs": {"epochs": [0, 1]},
+    }
+    whole = train(configure(tmp_path / "whole", archive, **settings))
+    monkeypatch.setattr(Stopping, "stop_before", 6)  # in the third of four steps of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(tmp_path / "stopped", archive, **settings))
+    monkeypatch.setattr(Stopping, "stop_before", None)
+    stopped = train(configure(tmp_path / "stopped", archive, **settings, resume=True))
+    ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert history(whole) == history(stopped)
+    lowest = lowest_coefficients(whole)
+    assert max(lowest[:2]) < 1.0 and lowest[2] == 1.0  # the window is over
