@@ -8,6 +8,7 @@ epoch, keep the best, and finish with the test split and a model card.
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,18 +16,20 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from msa_online.data.collate import in_order
-from msa_online.data.missing import FixedCondition, ModalityDropout
+from msa_online.data.missing import FixedCondition, Hiding, ModalityDropout
+from msa_online.data.missing_rates import SplitMask, rates_table
 from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
 from msa_online.evaluation.shares import modality_shares
 from msa_online.hub import write_model_card
-from msa_online.modalities import COMPLETE, CONDITIONS
+from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.run_data import draw_masks
 from msa_online.training.setup import (
     build_model,
     class_names,
@@ -72,12 +75,15 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, accelerator, console)
-    fit_encoders(model, data, arguments)
+    masks = draw_masks(data, arguments.data.missing)
+    if masks:
+        console.print(rates_table(masks))
+    fit_encoders(model, data, arguments, masks)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
-    for_teacher = accelerator.prepare(in_order(loaders["train"]))
+    for_teacher = masks.get("train", Hiding()).over(accelerator.prepare(in_order(loaders["train"])))
     steps = len(loaders["train"]) // (training.accumulation * accelerator.num_processes)
     optimizer = make_optimizer(
         model,
@@ -90,13 +96,15 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
+    for_validation = masks.get("valid", Hiding()).over(loaders["valid"])
+    dropout = ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed)
     loop = TrainingLoop(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         modulator=modulator,
-        hiding=ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed),
+        hiding=masks.get("train", dropout),
         clip_norm=training.clip_norm,
         seed=training.seed,
         measure_gradients=training.measure_gradients,
@@ -122,7 +130,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
-        metrics = validate(loop.bare_model, loaders["valid"], accelerator, condition)
+        metrics = validate(loop.bare_model, for_validation, accelerator, condition)
         loop.modulator.on_validation(metrics)
         best = schedule.advance(selection_score(metrics, loop.bare_model.config.is_regression))
         loop.progress.history.append(
@@ -146,16 +154,28 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         "seed": training.seed,
         "mixed_precision": str(accelerator.mixed_precision),
         "modulator": training.modulator,
-        "protocol": f"per_condition ({training.condition})" if training.condition else "single_model",
+        "protocol": protocol_of(arguments),
         "epoch": schedule.best_epoch,
         "skipped_steps": loop.progress.skipped,
         "command": command,
     }
+    if masks:
+        drawn = {split: mask.record for split, mask in masks.items()}
+        record["missing"] = {**asdict(arguments.data.missing), "splits": drawn}
     accelerator.wait_for_everyone()  # the main process has published the best epoch
     folder.load_best(loop.bare_model)
     loop.bare_model.head.start_stage(loop.bare_model.head.stages[-1])  # the one it predicts in
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
-    finish(loop.bare_model, folder, loaders, accelerator, record, conditions, console)
+    finish(loop.bare_model, folder, loaders, accelerator, record, conditions, masks, console)
+
+
+def protocol_of(arguments: RunArguments) -> str:
+    """How the run treats missing modalities, for its record."""
+    if arguments.data.missing.rates is not None:
+        rates = ", ".join(f"{name} {rate}" for name, rate in arguments.data.missing.by_name.items())
+        return f"{MISSING_RATES} ({rates})"
+    condition = arguments.training.condition
+    return f"per_condition ({condition})" if condition else "single_model"
 
 
 def finish(
@@ -165,6 +185,7 @@ def finish(
     accelerator: Accelerator,
     record: dict[str, Any],
     conditions: Iterable[str],
+    masks: Mapping[str, SplitMask],
     console: Console,
 ) -> None:
     """Score the best epoch and write its card; the test split is looked at here and nowhere before.
@@ -175,7 +196,8 @@ def finish(
         loaders: Prepared loader of each split.
         accelerator: Gives precision and gathers over ranks.
         record: What the checkpoint is to remember of its training; the results join it.
-        conditions: Modality conditions to score under.
+        conditions: Modality conditions to score under, on splits of which nothing is hidden.
+        masks: What a run with missing rates hides of each split; it is scored under that as well.
         console: Where the tables go.
     """
     results = {
@@ -183,6 +205,10 @@ def finish(
         for split in ("valid", "test")
         if split in loaders
     }
+    if masks:
+        for split, scores in results.items():
+            incomplete = masks[split].over(loaders[split])
+            scores[MISSING_RATES] = evaluate_conditions(model, incomplete, accelerator, (COMPLETE,))[COMPLETE]
     shares = {}
     if set(conditions) == set(CONDITIONS):  # else it never learned to do without a modality
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in results}

@@ -22,6 +22,10 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 
 COMPLETE = "text+audio+vision"
 
+MISSING_RATES = "imr"
+"""Name of the results of a run that hides modalities at given rates, each sample under its fixed mask; they
+stand beside those under the seven conditions."""
+
 
 @dataclass(frozen=True)
 class ModalitySequence:

@@ -2,6 +2,7 @@
 """Training on features made elsewhere, as a user runs it."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.data.missing_rates import SplitMask
 from msa_online.errors import INPUT_ERRORS
 from msa_online.hub import load_checkpoint
+from msa_online.modalities import CONDITIONS
 from msa_online.training.arguments import ConfigurationError, parse_arguments
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 8}
@@ -107,6 +110,53 @@ def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(documen
     train(document)
     model, _ = load_checkpoint(tmp_path / "second")
     assert torch.equal(model.encoders["vision"].mean, torch.zeros(8))  # what the weights are used to
+
+
+def test_at_missing_rates_nothing_hidden_reaches_training_and_the_incomplete_splits_are_scored(
+    document, train, archive, tmp_path, capsys
+):
+    document["data"]["missing"] = {"rates": {"audio": 0.5, "text": 0.3, "vision": 0.4}, "seed": 3}
+    document["training"]["epochs"] = 3
+    train(document)
+    record = load_checkpoint(tmp_path / "run")[0].config.trained_on
+    assert record["protocol"] == "imr (audio 0.5, text 0.3, vision 0.4)"
+    drawn = record["missing"]["splits"]
+    assert [sum(drawn[split]["patterns"].values()) for split in ("train", "valid", "test")] == [24, 8, 8]
+    realised = drawn["train"]["realised"]
+    printed = capsys.readouterr().out
+    assert all(f"{100 * rate:.1f}" in printed for rate in (0.4, *realised.values()))
+    assert set(record["results"]["test"]) == {*CONDITIONS, "imr"}
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    chosen = min(history, key=lambda epoch: epoch["valid"]["mae"])
+    assert chosen["epoch"] == record["epoch"]
+    assert chosen["valid"]["mae"] == pytest.approx(record["results"]["valid"]["imr"]["mae"], rel=1e-5)
+
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    with np.load(archive) as arrays:
+        arrays = dict(arrays)
+    mask = SplitMask(
+        [str(name) for name in arrays["id"][arrays["split"] == "train"]],
+        torch.ones(24, 3, dtype=torch.bool),
+        document["data"]["missing"]["rates"],
+        split="train",
+        seed=3,
+    )
+    hidden = np.flatnonzero(arrays["split"] == "train")[~mask.kept[:, 2].numpy()]
+    hidden = hidden[hidden % 7 != 0]  # one without words may keep its face although the mask says otherwise
+    arrays["vision"][hidden] = 1e6  # another corpus, that differs in what was hidden from training
+    np.savez(tmp_path / "other.npz", **arrays)
+    document["data"]["path"] = str(tmp_path / "other.npz")
+    document["training"]["output_dir"] = str(tmp_path / "other")
+    train(document)
+    others = load_file(tmp_path / "other" / "model.safetensors")
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def test_a_split_too_small_for_its_rates_is_refused_before_anything_is_written(document, train, tmp_path):
+    document["data"]["missing"] = {"rates": {"audio": 0.01}}
+    with pytest.raises(INPUT_ERRORS, match="the train split has 24 samples, too few"):
+        train(document)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hiding modalities of training samples on purpose."""
+"""Hiding modalities of samples on purpose."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from msa_online.modalities import MODALITIES
 
 
 class Hiding:
-    """Decides what is hidden from which training sample; this base hides nothing."""
+    """Decides what is hidden from which sample; this base hides nothing."""
 
     def start_epoch(self, epoch: int) -> None:
         """Get ready for epoch number `epoch`."""
@@ -19,6 +20,35 @@ class Hiding:
     def hide(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden."""
         return dict(batch)
+
+    def over(self, batches: Iterable[Mapping[str, Tensor]]) -> "HiddenBatches":
+        """The batches of a loader with everything hidden that is to be; can be gone through many times."""
+        return HiddenBatches(batches, self)
+
+
+@dataclass(frozen=True)
+class HiddenBatches:
+    """Batches of which something is hidden, whoever reads them.
+
+    Attributes:
+        batches: The batches as they are.
+        hiding: Says what is hidden from which sample.
+    """
+
+    batches: Iterable[Mapping[str, Tensor]]
+    hiding: Hiding
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self.hiding.hide, self.batches)
+
+
+def left_of(present: Tensor, kept: Tensor) -> Tensor:
+    """What a mask `kept` leaves of what is `present`, `(samples, 3)` bool each.
+
+    A sample that would be left with nothing, because it lacks the others, keeps what it has.
+    """
+    left = present & kept
+    return torch.where(left.any(dim=1, keepdim=True), left, present)
 
 
 class FixedCondition(Hiding):
@@ -68,6 +98,5 @@ class ModalityDropout(Hiding):
         A sample that would be left with nothing, because it lacks the others, keeps what it has.
         """
         self.kept = self.kept.to(batch["index"].device)
-        present = batch["modality_present"]
-        left = present & self.kept[batch["index"]]
-        return {**batch, "modality_present": torch.where(left.any(dim=1, keepdim=True), left, present)}
+        kept = self.kept[batch["index"]]
+        return {**batch, "modality_present": left_of(batch["modality_present"], kept)}

@@ -4,12 +4,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
+from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
 from msa_online.data.corpus import BrokenRow, Corpus, Sample, place
+from msa_online.modalities import MODALITIES
 
 EMPTY_TEXT = "empty text"
+LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
+"""The findings that leave a sample without a modality."""
 LEFT_OUT = "left out: broken"
 SHOWN_LINES = 8  # of the rows with a finding, in the table
 
@@ -57,6 +63,14 @@ class Preparation:
     def findings(self) -> dict[str, list[int]]:
         """The lines of the rows with each finding."""
         return {finding: [sample.line for sample in samples] for finding, samples in self.found.items()}
+
+    def present(self, samples: Sequence[Sample]) -> Tensor:
+        """Which modalities each of `samples` has, `(samples, 3)` bool."""
+        without = {
+            name: {sample.id for finding in LACKS[name] for sample in self.found.get(finding, ())}
+            for name in MODALITIES
+        }
+        return torch.tensor([[sample.id not in without[name] for name in MODALITIES] for sample in samples])
 
 
 def findings_table(preparation: Preparation) -> Table:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msa_online.evaluation.report import HEADLINES, Results, as_markdown, format_metric, format_share
-from msa_online.modalities import COMPLETE, MODALITIES
+from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, MODALITIES
 
 COMPARED = ("mae", "corr", "acc2_non0", "accuracy", "f1_weighted")
 """The metrics a comparison shows, of those the task has."""
@@ -25,10 +25,11 @@ GROUPS = {
     "all": "{}",
     "incomplete": "{} incomplete",
     "only": "{} in its condition",
+    "imr": "{} at its missing rates",
     "shares": "{} %",
 }
 """Headings of what is compared: metrics with all modalities, as a mean over the six incomplete conditions,
-and under the one condition a model was made for; shares of the modalities."""
+under the one condition or at the missing rates a model was made for; shares of the modalities."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,16 @@ class RunScore:
         """All that is compared, by group (see `GROUPS`) and name; groups that were not measured are empty."""
         only = next(iter(self.conditions.values())) if len(self.conditions) == 1 else {}
         complete = {} if only else self.conditions[COMPLETE]
-        incomplete = [metrics for name, metrics in self.conditions.items() if name != COMPLETE]
+        incomplete = [
+            self.conditions[name] for name in CONDITIONS if name != COMPLETE and name in self.conditions
+        ]
         return {
             "all": dict(complete),
             "incomplete": {
                 name: float(np.mean([metrics[name] for metrics in incomplete])) for name in complete
             },
             "only": dict(only),
+            "imr": dict(self.conditions.get(MISSING_RATES, {})),
             "shares": {name: self.shares[name] for name in MODALITIES if name in self.shares},
         }
 

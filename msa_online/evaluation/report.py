@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.modalities import CONDITIONS, MISSING_RATES, MODALITIES
 
 HEADLINES = {
     "mae": "MAE",
@@ -98,7 +98,7 @@ def format_share(value: float) -> str:
 
 def _in_order(results: Results) -> list[str]:
     """The conditions from one modality to all; a configuration saved as JSON sorts them by letter."""
-    return [condition for condition in CONDITIONS if condition in results]
+    return [condition for condition in (*CONDITIONS, MISSING_RATES) if condition in results]
 
 
 def _headlines(results: Results) -> list[str]:

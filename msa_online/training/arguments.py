@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from feature_extractors import ExtractionSettings
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.configuration_msa import MSAConfig
+from msa_online.data.missing_rates import ROUNDINGS, rate_problems
 from msa_online.encoders.text import load_text_config
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import look_up
@@ -34,6 +36,29 @@ EXAMPLE_WIDTHS = "{text: 768, audio: 74, vision: 35}"
 
 class ConfigurationError(ValueError):
     """A run is configured in a way that cannot work; the message names the key, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class MissingArguments:
+    """Modalities missing at given rates from all splits, for the whole run: the `data.missing:` section.
+
+    Attributes:
+        rates: Share of samples that lack each modality, by name, in [0, 1), or one rate for all three; None
+            leaves the data as they are.
+        rounding: Rounding of the counts: "largest_remainder", or "official" as in BALM's code (METHODS A15).
+        seed: Seed of who lacks what; the same for all seeds of a study.
+    """
+
+    rates: dict[str, float] | float | None = None
+    rounding: str = "largest_remainder"
+    seed: int = 1111
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The rate of each modality that has one."""
+        if isinstance(self.rates, float):
+            return dict.fromkeys(MODALITIES, self.rates)
+        return self.rates or {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,7 @@ class DataArguments:
         max_audio_seconds: Longest sound.
         prepare_workers: Processes that extract features; all cores by default.
         loader_workers: Processes that load batches; 0 loads them in the training process.
+        missing: Modalities hidden on purpose from training, validation and test samples.
     """
 
     path: str = ""
@@ -72,6 +98,7 @@ class DataArguments:
     max_audio_seconds: float = MAX_AUDIO_SECONDS
     prepare_workers: int | None = None
     loader_workers: int = 0
+    missing: MissingArguments = field(default_factory=MissingArguments)
 
     @property
     def extraction(self) -> ExtractionSettings:
@@ -282,7 +309,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], origin: str
 
 def _typed(value: Any, hint: Any, origin: str, key: str) -> Any:
     """`value` if it is what the annotation `hint` says; whole numbers pass for floats, lists for tuples."""
-    options = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for option in options:
         bare = getattr(option, "__origin__", option)
         if bare is float and _is_number(value):
@@ -391,10 +418,26 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
         yield "training.freeze_text_encoder needs a text encoder, and model.feature_widths has none"
 
 
+def _problems_of_missing(missing: MissingArguments, training: TrainingArguments) -> Iterator[str]:
+    """What is wrong with the missing rates, or with hiding something else beside them."""
+    yield from (f"data.missing: {problem}" for problem in rate_problems(missing.by_name))
+    if missing.rounding not in ROUNDINGS:
+        yield f"data.missing.rounding is {missing.rounding!r}: one of {', '.join(ROUNDINGS)}"
+    if missing.seed < 0:
+        yield f"data.missing.seed is {missing.seed}: at least 0"
+    for key in ("modality_dropout", "condition"):
+        if missing.rates is not None and getattr(training, key):
+            yield (
+                f"data.missing.rates and training.{key} exclude each other: what is missing is fixed for the "
+                "whole run"
+            )
+
+
 def _problems(arguments: RunArguments) -> Iterator[str]:
     """What is wrong with the values, each with its key, the value and what is allowed."""
     data, training = arguments.data, arguments.training
     yield from _problems_of_inputs(arguments.model, training)
+    yield from _problems_of_missing(data.missing, training)
     if not data.split_column:
         yield "data.split_column is empty: name the column that holds the split"
     if data.task not in TASKS:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run: raw clips or features made elsewhere, which training tells apart nowhere else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,9 +12,12 @@ from msa_online.data.collate import ClipDataset
 from msa_online.data.corpus import Sample
 from msa_online.data.features.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.data.features.dataset import FeatureDataset
+from msa_online.data.missing_rates import SplitMask
 from msa_online.data.preparation import Preparation
 from msa_online.data.splits import SPLITS
+from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MSAProcessor
+from msa_online.training.arguments import MissingArguments
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,13 @@ class ClipData:
             self.split(name), self.preparation.keys, self.cache, processor, label2id_of(config)
         )
 
-    def statistics(self, config: MSAConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    def present(self, name: str) -> Tensor:
+        """Which modalities each sample of a split has, `(samples, 3)` bool."""
+        return self.preparation.present(self.split(name))
+
+    def statistics(
+        self, config: MSAConfig, masks: Mapping[str, SplitMask]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Nothing: the front-ends of raw clips learn their scaling."""
         return {}
 
@@ -75,15 +85,49 @@ class FeatureData:
         """
         return FeatureDataset(self.corpus, self.split(name), config.widths, label2id_of(config))
 
-    def statistics(self, config: MSAConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    def present(self, name: str) -> Tensor:
+        """Which modalities each sample of a split has, `(samples, 3)` bool."""
+        return self.corpus.present(self.split(name))
+
+    def statistics(
+        self, config: MSAConfig, masks: Mapping[str, SplitMask]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and deviation of each feature over the training split, `(width,)` each, by modality.
+
+        What `masks` hide from training is not counted.
 
         Raises:
             CorpusError: The features have other widths than the model.
         """
         require_widths(self.corpus, config.widths)
+        seen = masks["train"].seen if masks else self.present("train")
         rows = [sample.row for sample in self.split("train")]
-        return {name: steps.statistics(rows) for name, steps in self.corpus.steps.items()}
+        return {
+            name: steps.statistics([row for row, has in zip(rows, seen[:, column], strict=True) if has])
+            for column, name in enumerate(MODALITIES)
+            if (steps := self.corpus.steps.get(name))
+        }
+
+
+def draw_masks(data: ClipData | FeatureData, missing: MissingArguments) -> dict[str, SplitMask]:
+    """The mask of each split that has samples; none at all where no missing rates are asked for.
+
+    Raises:
+        CorpusError: A split is too small for the rates.
+    """
+    if missing.rates is None:
+        return {}
+    return {
+        name: SplitMask(
+            [sample.id for sample in data.split(name)],
+            data.present(name),
+            missing.by_name,
+            split=name,
+            rounding=missing.rounding,
+            seed=missing.seed,
+        )
+        for name in data.sizes
+    }
 
 
 def label2id_of(config: MSAConfig) -> dict[str, int] | None:

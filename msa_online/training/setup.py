@@ -21,6 +21,7 @@ from msa_online.data.datasets import Corpus, read_corpus, require_splits
 from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
 from msa_online.data.features.files import means_features
 from msa_online.data.features.reading import read_features
+from msa_online.data.missing_rates import SplitMask
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
@@ -126,16 +127,19 @@ def prepare_data(
     return ClipData(preparation, cache)
 
 
-def fit_encoders(model: MSAModel, data: ClipData | FeatureData, arguments: RunArguments) -> None:
+def fit_encoders(
+    model: MSAModel, data: ClipData | FeatureData, arguments: RunArguments, masks: Mapping[str, SplitMask]
+) -> None:
     """Have encoders of features standardise by the training split; those of clips learn their scaling.
 
-    Fine-tuning goes on with the statistics of `init_from`, which its weights are used to.
+    Fine-tuning goes on with the statistics of `init_from`, which its weights are used to. What `masks` hide
+    from training counts nowhere.
 
     Raises:
         CorpusError: The features have other widths than the model.
     """
     if arguments.data.standardize and not arguments.training.init_from:
-        for name, (mean, deviation) in data.statistics(model.config).items():
+        for name, (mean, deviation) in data.statistics(model.config, masks).items():
             model.encoders[name].standardize_by(mean, deviation)
 
 

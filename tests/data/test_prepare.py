@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import ExtractionSettings
+from msa_online import MSAProcessor
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus
 from msa_online.data.prepare import Preparation, WorkerError, findings_table, prepare
 
@@ -105,6 +107,17 @@ def test_findings_name_the_lines_that_lack_a_modality(preparation):
         "silent audio": [7],
         "empty text": [4],
     }
+
+
+def test_what_samples_are_said_to_lack_is_what_a_batch_lacks(preparation, cache, tiny_tokenizer):
+    processor = MSAProcessor(tiny_tokenizer, {"num_frames": 2})
+    inputs = [
+        processor.encode(cache.load(preparation.keys[sample.id]), sample.text)
+        for sample in preparation.samples
+    ]
+    in_batches = torch.stack([one["modality_present"] for one in inputs])
+    assert torch.equal(preparation.present(preparation.samples), in_batches)
+    assert in_batches.sum(dim=0).tolist() == [6, 5, 5]
 
 
 def test_table_shows_counts_shares_and_lines(preparation):

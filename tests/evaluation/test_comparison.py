@@ -71,6 +71,15 @@ def test_a_model_for_one_condition_is_compared_under_that_condition():
     assert dict(zip(header, full, strict=True))["MAE in its condition"] == "-"
 
 
+def test_missing_rates_are_compared_apart_from_the_conditions():
+    plain = score("full", 1, 0.70)
+    at_rates = RunScore("at rates", 1, {"imr": {"mae": 0.95, "corr": 0.1}, **plain.conditions})
+    header, _, full, rated = cells(comparison_page(compare([plain, at_rates]), "title", []))
+    shown = dict(zip(header, rated, strict=True))
+    assert shown["MAE at its missing rates"] == "0.950" and shown["MAE incomplete"] == "1.050"
+    assert dict(zip(header, full, strict=True))["MAE at its missing rates"] == "-"
+
+
 def test_the_terminal_shows_what_the_page_shows_and_prints_names_as_they_are():
     compared = compare([score("[red] one", 1, 0.7)])
     console = Console(width=250, force_terminal=False)

@@ -62,6 +62,11 @@ def test_a_markdown_table_has_a_row_for_each_condition_and_a_column_for_each_hea
     assert all(set(mark) <= set(":-") for mark in ruler)
 
 
+def test_scores_at_missing_rates_stand_below_those_of_the_conditions():
+    *_, last = cells(markdown_table({"imr": REGRESSION["text"], **REGRESSION}))
+    assert last[:2] == ["imr", "0.760"]
+
+
 def test_a_classification_shows_its_own_metrics():
     header, _, row = cells(markdown_table(CLASSIFICATION))
     assert dict(zip(header, row, strict=True))[HEADLINES["accuracy"]] == "66.67"

@@ -54,6 +54,10 @@ def test_what_the_data_decide_cannot_be_set_as_part_of_the_model(read, key):
         ("training: {modality_dropout: 0.3}", "training.modality_dropout", "0.3", "dict"),
         ("training: {stages: [{name: a, epochs: x}]}", "training.stages.epochs", "'x'", "int"),
         ("data: {path: 3}", "data.path", "3", "str"),
+        ("data: {missing: {rates: often}}", "data.missing.rates", "'often'", "dict or float or null"),
+        ("data: {missing: {rates: [0.5]}}", "data.missing.rates", r"\[0.5\]", "dict or float or null"),
+        ("data: {missing: {rates: {text: often}}}", "data.missing.rates.text", "'often'", "float"),
+        ("data: {missing: {seed: 1.5}}", "data.missing.seed", "1.5", "int"),
         ("data: {label_range: 3}", "data.label_range", "3", ""),
         ("data: {label_range: [1]}", "data.label_range", r"\[1\]", ""),
         ("data: {label_range: [-1, high]}", "data.label_range", "'high'", "float"),
@@ -105,6 +109,15 @@ def test_changes_on_the_command_line_win_over_the_file(read):
     assert arguments.data.label_range == (0.0, 4.0)
     assert arguments.data.path == "clips/with=sign"
     assert arguments.training.log_with is None
+
+
+def test_missing_rates_are_given_by_name_or_as_one_for_all(read):
+    assert read(MODEL).data.missing.rates is None
+    by_name = read(MODEL + "data: {missing: {rates: {audio: .5, text: .7}}}", "data.missing.rates.vision=0.3")
+    assert by_name.data.missing.by_name == {"audio": 0.5, "text": 0.7, "vision": 0.3}
+    assert by_name.data.missing.rounding == "largest_remainder"
+    shared = read(MODEL, "data.missing.rates=0.5", "data.missing.rounding=official").data.missing
+    assert shared.by_name == {"text": 0.5, "audio": 0.5, "vision": 0.5} and shared.rounding == "official"
 
 
 def test_stages_can_be_given_in_the_file_and_on_the_command_line(read):
@@ -189,6 +202,23 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ("data: {max_text_tokens: 0}", "data.max_text_tokens is 0"),
         ("data: {max_audio_seconds: 0}", "data.max_audio_seconds is 0"),
         ("data: {loader_workers: -1}", "data.loader_workers is -1"),
+        ("data: {missing: {rates: {sound: 0.5}}}", "data.missing: rates name 'sound': one of text, audio"),
+        (
+            "data: {missing: {rates: {text: 1}}}",
+            "data.missing: the rate of text is 1.0: .*training.condition",
+        ),
+        ("data: {missing: {rates: {text: -0.1}}}", "data.missing: the rate of text is -0.1: at least 0"),
+        ("data: {missing: {rates: 1}}", "data.missing: the rate of text is 1.0: at least 0 and below 1"),
+        ("data: {missing: {rounding: up}}", "rounding is 'up': one of largest_remainder, official"),
+        ("data: {missing: {seed: -1}}", "data.missing.seed is -1"),
+        (
+            "data: {missing: {rates: 0}}\ntraining: {modality_dropout: {text: 0.1}}",
+            "data.missing.rates and training.modality_dropout exclude",
+        ),
+        (
+            "data: {missing: {rates: 0.5}}\ntraining: {condition: text}",
+            "data.missing.rates and training.condition exclude",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_anything_is_loaded(read, text, named):
@@ -264,6 +294,7 @@ def test_widths_of_features_that_cannot_work_are_refused(read, text, named):
 def test_the_record_of_a_run_configures_the_same_run(read):
     arguments = read(
         MODEL + "data: {label_range: [-1, 1], prepare_workers: 2}",
+        "data.missing={rounding: official, seed: 3}",
         "training.stages=[{name: a, epochs: 2}, {name: b, epochs: 1, patience: 1}]",
         "training.modality_dropout={text: 0.25}",
     )

@@ -152,6 +152,11 @@ class FeatureCorpus:
         rows = [sample.row for sample in samples]
         return self.steps[name].lengths[rows] if name in self.steps else np.zeros(len(rows), np.int64)
 
+    def present(self, samples: Sequence[FeatureSample]) -> Tensor:
+        """Which modalities each of `samples` has, `(samples, 3)` bool."""
+        lengths = [self.lengths(name, samples) for name in MODALITIES]
+        return torch.from_numpy(np.stack(lengths, axis=1) > 0)
+
 
 def require_feature_splits(corpus: FeatureCorpus, names: Iterable[str]) -> None:
     """Check that the splits a command works on are not empty.

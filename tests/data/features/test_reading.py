@@ -50,6 +50,15 @@ def test_rows_of_zeros_at_the_end_are_padding_unless_lengths_are_given(feature_a
     assert corpus.steps["audio"].lengths.tolist() == [5] * 12
 
 
+def test_what_samples_are_said_to_lack_is_what_a_batch_lacks(feature_arrays, write_archive):
+    del feature_arrays["vision"]
+    corpus = read_features(write_archive(feature_arrays), label_range=RANGE)
+    dataset = FeatureDataset(corpus, corpus.samples, WIDTHS, None)
+    in_batches = torch.stack([dataset[number]["modality_present"] for number in range(12)])
+    assert torch.equal(corpus.present(corpus.samples), in_batches)
+    assert in_batches.sum(dim=0).tolist() == [12, 11, 0]
+
+
 def test_class_names_and_another_column_of_splits_can_be_chosen(feature_arrays, write_archive):
     feature_arrays["emotion"] = np.array(["calm", "angry", "sad"] * 4)
     feature_arrays["fold"] = np.array(["dev", "train", "test"] * 4)
