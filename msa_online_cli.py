@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
     )
 
-    evaluate = commands.add_parser("evaluate", help="score a checkpoint under the seven modality conditions")
+    evaluate = commands.add_parser(
+        "evaluate", help="score a checkpoint under the seven modality conditions, or with frames missing"
+    )
     evaluate.add_argument("checkpoint", help="folder of a run, or Hub repository")
     evaluate.add_argument("data", help="as for prepare; for a model of features, a folder of them or an .npz")
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
@@ -40,6 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mixed-precision", default="no", choices=("no", "fp16", "bf16"))
     evaluate.add_argument(
         "--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table"
+    )
+    evaluate.add_argument(
+        "--frame-rates",
+        choices=("input", "feature"),
+        help="score with 0, 10, ... 90%% of words, sound steps and faces missing, before the encoders "
+        "(input) or after them (feature), in place of the conditions",
+    )
+    evaluate.add_argument(
+        "--frame-seed", type=int, default=1111, help="with --frame-rates: seed of the draw (default 1111)"
+    )
+    evaluate.add_argument(
+        "--nested", action="store_true", help="with --frame-rates: a higher rate drops what a lower one does"
     )
     _add_extraction(evaluate)
     evaluate.set_defaults(refuse=evaluate.error)

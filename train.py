@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from msa_online.data.collate import in_order
-from msa_online.data.missing import FixedCondition, Hiding, ModalityDropout
+from msa_online.data.missing import FixedCondition
 from msa_online.data.missing_rates import SplitMask, rates_table
 from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line, shares_table
@@ -25,11 +25,11 @@ from msa_online.evaluation.shares import modality_shares
 from msa_online.hub import write_model_card
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.modeling_msa import MSAModel
-from msa_online.training.arguments import RunArguments, read_arguments
+from msa_online.training.arguments import RunArguments, TrainingArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.hiding import draw_masks, make_hidings
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
-from msa_online.training.run_data import draw_masks
 from msa_online.training.setup import (
     build_model,
     class_names,
@@ -79,11 +79,12 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     if masks:
         console.print(rates_table(masks))
     fit_encoders(model, data, arguments, masks)
+    hidings = make_hidings(data, training, masks, model, processor)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
-    for_teacher = masks.get("train", Hiding()).over(accelerator.prepare(in_order(loaders["train"])))
+    for_teacher = hidings["teacher"].over(accelerator.prepare(in_order(loaders["train"])))
     steps = len(loaders["train"]) // (training.accumulation * accelerator.num_processes)
     optimizer = make_optimizer(
         model,
@@ -96,15 +97,14 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
-    for_validation = masks.get("valid", Hiding()).over(loaders["valid"])
-    dropout = ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed)
+    for_validation = hidings["valid"].over(loaders["valid"])
     loop = TrainingLoop(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         modulator=modulator,
-        hiding=masks.get("train", dropout),
+        hiding=hidings["train"],
         clip_norm=training.clip_norm,
         seed=training.seed,
         measure_gradients=training.measure_gradients,
@@ -154,7 +154,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         "seed": training.seed,
         "mixed_precision": str(accelerator.mixed_precision),
         "modulator": training.modulator,
-        "protocol": protocol_of(arguments),
+        "protocol": protocol_of(training, masks),
         "epoch": schedule.best_epoch,
         "skipped_steps": loop.progress.skipped,
         "command": command,
@@ -169,13 +169,15 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     finish(loop.bare_model, folder, loaders, accelerator, record, conditions, masks, console)
 
 
-def protocol_of(arguments: RunArguments) -> str:
-    """How the run treats missing modalities, for its record."""
-    if arguments.data.missing.rates is not None:
-        rates = ", ".join(f"{name} {rate}" for name, rate in arguments.data.missing.by_name.items())
-        return f"{MISSING_RATES} ({rates})"
-    condition = arguments.training.condition
-    return f"per_condition ({condition})" if condition else "single_model"
+def protocol_of(training: TrainingArguments, masks: Mapping[str, SplitMask]) -> str:
+    """What the run may see in training, for its record."""
+    if masks:
+        realised = masks["train"].realised
+        rates = (f"{name} {rate} ({realised[name]:.3f})" for name, rate in masks["train"].rates.items())
+        return f"{MISSING_RATES}: missing rates, in brackets realised in training: {', '.join(rates)}"
+    if training.condition:
+        return f"per_condition ({training.condition})"
+    return "single_model, frames dropped in training" if training.frame_dropout else "single_model"
 
 
 def finish(

@@ -23,11 +23,12 @@ from msa_online.data.features.dataset import FeatureDataset
 from msa_online.data.features.extraction import extract_features
 from msa_online.data.features.files import means_features, require_new_folder
 from msa_online.data.features.reading import read_features
+from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.describe import describe, description_tables
 from msa_online.errors import run_command
-from msa_online.evaluation.report import conditions_table, shares_table
-from msa_online.evaluation.robustness import evaluate_conditions
+from msa_online.evaluation.report import conditions_table, frame_rates_table, shares_table
+from msa_online.evaluation.robustness import evaluate_conditions, evaluate_frame_rates
 from msa_online.hub import load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
@@ -49,7 +50,7 @@ def run_prepare(options: Namespace, console: Console) -> None:
 
 
 def run_evaluate(options: Namespace, console: Console) -> None:
-    """Score a checkpoint on a split under the seven modality conditions."""
+    """Score a checkpoint on a split under the seven modality conditions, or at rates of missing frames."""
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         options.refuse(f"--json {options.json}: there is no such folder")
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -60,14 +61,26 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     dataset = make_dataset(options, model.config, processor)
     sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
-    results = evaluate_conditions(model.to(accelerator.device), loader, accelerator)
+    model.to(accelerator.device)
+    report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
+    report["samples"] = len(dataset)
+    title = f"{options.checkpoint} on {options.split} ({len(dataset)} samples)"
+    if level := options.frame_rates:
+        stand_ins = stand_ins_of(model, processor) if level == "input" else {}
+        ids = [sample.id for sample in dataset.samples]
+        choices = {"seed": options.frame_seed, "nested": options.nested}
+        drop = FrameDrop(ids, stand_ins, split=options.split, **choices)
+        results = evaluate_frame_rates(model, loader, accelerator, drop, level=level)
+        report |= {"level": level, **choices, "frame_rates": results}
+        table = frame_rates_table(results, f"{title}, at {level} level")
+    else:
+        results = evaluate_conditions(model, loader, accelerator)
+        report["conditions"] = results
+        table = conditions_table(results, title)
     if options.json:
-        report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
-        _write_json({**report, "samples": len(dataset), "conditions": results}, options.json, console)
+        _write_json(report, options.json, console)
     if options.json != "-":
-        console.print(
-            conditions_table(results, f"{options.checkpoint} on {options.split} ({len(dataset)} samples)")
-        )
+        console.print(table)
 
 
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> ClipDataset:

@@ -151,7 +151,9 @@ def description_tables(description: Description, source: str) -> list[Table]:
     for name, shape in description.shapes.items():
         shapes.add_row(name, " x ".join(map(str, shape)))
     record = {
-        name: value for name, value in description.trained_on.items() if name not in ("results", "shares")
+        name: value
+        for name, value in description.trained_on.items()
+        if name not in ("results", "shares", "missing")  # the protocol says the rates
     }
     if not record:
         return [parts, shapes]

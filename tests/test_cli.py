@@ -299,6 +299,18 @@ def test_a_model_of_features_is_scored_on_features(capsys, archive, feature_chec
     assert "test (4 samples)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("level", ["input", "feature"])
+def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_checkpoint, level):
+    words = ["evaluate", feature_checkpoint, archive, "--frame-rates", level]
+    assert main([*words, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["level"] == level and "conditions" not in report
+    assert list(report["frame_rates"])[-1] == "mean" and len(report["frame_rates"]) == 11
+    assert main([*words, "--frame-seed", "2", "--nested"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.9" in printed and "mean" in printed and "4 samples" in printed
+
+
 def test_features_and_clips_are_not_mistaken_for_each_other(
     capsys, archive, checkpoint, feature_checkpoint, tiny_corpus
 ):

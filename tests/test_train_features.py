@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.data.collate import BucketBatchSampler, make_loader
+from msa_online.data.features.dataset import FeatureDataset
+from msa_online.data.features.reading import read_features
+from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.missing_rates import SplitMask
 from msa_online.errors import INPUT_ERRORS
+from msa_online.evaluation.robustness import evaluate_frame_rates
 from msa_online.hub import load_checkpoint
 from msa_online.modalities import CONDITIONS
 from msa_online.training.arguments import ConfigurationError, parse_arguments
@@ -112,17 +118,18 @@ def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(documen
     assert torch.equal(model.encoders["vision"].mean, torch.zeros(8))  # what the weights are used to
 
 
-def test_at_missing_rates_nothing_hidden_reaches_training_and_the_incomplete_splits_are_scored(
-    document, train, archive, tmp_path, capsys
-):
-    document["data"]["missing"] = {"rates": {"audio": 0.5, "text": 0.3, "vision": 0.4}, "seed": 3}
+MISSING = {"rates": {"audio": 0.5, "text": 0.3, "vision": 0.4}, "seed": 3}
+
+
+def test_a_run_at_missing_rates_is_judged_and_scored_on_incomplete_splits(document, train, tmp_path, capsys):
+    document["data"]["missing"] = MISSING
     document["training"]["epochs"] = 3
     train(document)
     record = load_checkpoint(tmp_path / "run")[0].config.trained_on
-    assert record["protocol"] == "imr (audio 0.5, text 0.3, vision 0.4)"
     drawn = record["missing"]["splits"]
     assert [sum(drawn[split]["patterns"].values()) for split in ("train", "valid", "test")] == [24, 8, 8]
     realised = drawn["train"]["realised"]
+    assert record["protocol"].startswith("imr") and f"text 0.3 ({realised['text']:.3f})" in record["protocol"]
     printed = capsys.readouterr().out
     assert all(f"{100 * rate:.1f}" in printed for rate in (0.4, *realised.values()))
     assert set(record["results"]["test"]) == {*CONDITIONS, "imr"}
@@ -131,15 +138,25 @@ def test_at_missing_rates_nothing_hidden_reaches_training_and_the_incomplete_spl
     assert chosen["epoch"] == record["epoch"]
     assert chosen["valid"]["mae"] == pytest.approx(record["results"]["valid"]["imr"]["mae"], rel=1e-5)
 
+
+@pytest.mark.parametrize("head", ["late_fusion", "ebmc"])
+def test_what_a_mask_hides_reaches_neither_training_nor_a_teacher_nor_the_scaling(
+    head, document, train, archive, tmp_path
+):
+    document["data"]["missing"] = MISSING
+    if head == "ebmc":
+        document["model"] |= {"head": "ebmc", "head_kwargs": {"hidden_size": 8, "depth": 1}}
+        stages = [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 1}]
+        document["training"] |= {"stages": stages}
+    train(document)
     weights = load_file(tmp_path / "run" / "model.safetensors")
     with np.load(archive) as arrays:
         arrays = dict(arrays)
     mask = SplitMask(
         [str(name) for name in arrays["id"][arrays["split"] == "train"]],
         torch.ones(24, 3, dtype=torch.bool),
-        document["data"]["missing"]["rates"],
+        **MISSING,
         split="train",
-        seed=3,
     )
     hidden = np.flatnonzero(arrays["split"] == "train")[~mask.kept[:, 2].numpy()]
     hidden = hidden[hidden % 7 != 0]  # one without words may keep its face although the mask says otherwise
@@ -150,6 +167,29 @@ def test_at_missing_rates_nothing_hidden_reaches_training_and_the_incomplete_spl
     train(document)
     others = load_file(tmp_path / "other" / "model.safetensors")
     assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def test_training_with_dropped_frames_is_repeatable_and_judged_with_half_of_them_missing(
+    document, train, archive, tmp_path
+):
+    document["training"] |= {"frame_dropout": True, "epochs": 2}
+    runs = []
+    for name in ("run", "again"):
+        document["training"]["output_dir"] = str(tmp_path / name)
+        train(document)
+        runs.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    model, _ = load_checkpoint(tmp_path / "run")
+    assert "frames dropped" in model.config.trained_on["protocol"]
+    corpus = read_features(archive, label_range=(-3, 3))
+    dataset = FeatureDataset(corpus, corpus.split("valid"), WIDTHS, None)
+    loader = make_loader(dataset, BucketBatchSampler(dataset.lengths, 4))
+    ids = [sample.id for sample in dataset.samples]
+    drop = FrameDrop(ids, stand_ins_of(model, None), split="valid", seed=1111)
+    scores = evaluate_frame_rates(model, loader, Accelerator(cpu=True), drop, rates=(0.5,))
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    judged = min(epoch["valid"]["mae"] for epoch in history)
+    assert judged == pytest.approx(scores["0.5"]["mae"], rel=1e-5)
 
 
 def test_a_split_too_small_for_its_rates_is_refused_before_anything_is_written(document, train, tmp_path):

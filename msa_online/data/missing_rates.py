@@ -18,8 +18,10 @@ from msa_online.modalities import CONDITIONS, MODALITIES
 ROUNDINGS = ("largest_remainder", "official")
 
 
-def rate_problems(rates: Mapping[str, float]) -> Iterator[str]:
-    """What is wrong with missing rates by modality, each with the value and what is allowed."""
+def rate_problems(rates: Mapping[str, float], rounding: str) -> Iterator[str]:
+    """What is wrong with missing rates by modality or their rounding, with the value and what is allowed."""
+    if rounding not in ROUNDINGS:
+        yield f"rounding is {rounding!r}: one of {', '.join(ROUNDINGS)}"
     for name, rate in rates.items():
         if name not in MODALITIES:
             yield f"rates name {name!r}: one of {', '.join(MODALITIES)}"
@@ -50,7 +52,12 @@ def pattern_counts(
 
     Returns:
         The count of each pattern under its name in `CONDITIONS`; they add up to `samples`.
+
+    Raises:
+        ValueError: A rate lies outside [0, 1) or is of no modality, or no such rounding.
     """
+    if problem := next(rate_problems(rates, rounding), None):
+        raise ValueError(problem)
     missing = {name: Fraction(str(rates.get(name, 0))) for name in MODALITIES}
     expected = {
         pattern: samples

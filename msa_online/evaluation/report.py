@@ -30,15 +30,24 @@ Results = Mapping[str, Mapping[str, float]]
 
 def conditions_table(results: Results, title: str) -> Table:
     """Results under each modality condition as a table for the terminal."""
+    return _table({condition: results[condition] for condition in _in_order(results)}, "modalities", title)
+
+
+def frame_rates_table(results: Results, title: str) -> Table:
+    """Results at each rate of missing frames, as `evaluate_frame_rates` gives them, for the terminal."""
+    return _table(results, "missing", title)
+
+
+def _table(results: Results, heading: str, title: str) -> Table:
     columns = _headlines(results)
     caption = LEGEND if "acc2_has0" in columns else None
     # Text: brackets in a path are no markup
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("modalities", no_wrap=True)
+    table.add_column(heading, no_wrap=True)
     for name in columns:
         table.add_column(HEADLINES[name], justify="right")
-    for condition in _in_order(results):
-        table.add_row(condition, *(format_metric(name, results[condition][name]) for name in columns))
+    for case, metrics in results.items():
+        table.add_row(case, *(format_metric(name, metrics[name]) for name in columns))
     return table
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model does when it may see only some of the modalities."""
+"""How well a model does when it may see only some of the modalities, or only a part of each."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from msa_online.configuration_msa import MSAConfig
+from msa_online.data.missing_frames import FRAME_RATES, LEVELS, FrameDrop
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
@@ -72,6 +73,55 @@ def predict_conditions(
     )
 
 
+def evaluate_frame_rates(
+    model: MSAModel,
+    batches: Batches,
+    accelerator: Accelerator,
+    drop: FrameDrop,
+    *,
+    level: str = "input",
+    rates: Sequence[float] = FRAME_RATES,
+) -> dict[str, dict[str, float]]:
+    """Metrics of one model at each rate of missing words, sounds and faces, and their mean (METHODS 7.4).
+
+    Args:
+        model: The model, not wrapped.
+        batches: Batches of the split.
+        accelerator: Gives precision and gathers over ranks.
+        drop: Decides what is dropped from which sample.
+        level: "input" drops before the encoders, which run once for each rate; "feature" behind them, where
+            states become zero.
+        rates: Shares of positions to be dropped, in [0, 1).
+
+    Returns:
+        The metrics of `metrics_of` under each rate as text ("0.1"), and their means under "mean".
+
+    Raises:
+        ValueError: No such level, or a rate outside [0, 1).
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: one of {', '.join(LEVELS)}")
+    if strange := [rate for rate in rates if not 0 <= rate < 1]:
+        raise ValueError(f"rate {strange[0]}: at least 0 and below 1")
+
+    def logits_at_each(batch: Mapping[str, Tensor]) -> Tensor:
+        if level == "input":
+            return torch.stack([model(**drop.from_inputs(batch, rate)).logits for rate in rates], dim=1)
+        sequences, index = model.encode(**batch), batch["index"]
+        dropped = (drop.from_states(sequences, index, rate) for rate in rates)
+        return torch.stack([model.decide(states).logits for states in dropped], dim=1)
+
+    logits, labels = over_split(model, batches, accelerator, logits_at_each)
+    results = {
+        str(rate): metrics_of(logits[:, column], labels, model.config) for column, rate in enumerate(rates)
+    }
+    means = {
+        name: float(np.mean([metrics[name] for metrics in results.values()]))
+        for name in results[str(rates[0])]
+    }
+    return {**results, "mean": means}
+
+
 def validate(
     model: MSAModel, batches: Batches, accelerator: Accelerator, condition: str = COMPLETE
 ) -> dict[str, float]:
@@ -115,7 +165,7 @@ def over_split(
         model: The model, not wrapped.
         batches: Batches of the split.
         accelerator: Gives precision and gathers over ranks.
-        answer: Takes the inputs of a batch and returns `(batch, ...)`.
+        answer: Takes the inputs of a batch and its `index`, and returns `(batch, ...)`.
 
     Returns:
         The answers `(samples, ...)` float64 and the labels `(samples,)`, from all ranks, in dataset order,
@@ -125,7 +175,7 @@ def over_split(
     model.eval()
     answers, labels, index = [], [], []
     for batch in batches:
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         with accelerator.autocast():
             answers.append(answer(inputs).float())
         labels.append(batch["labels"])

@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from feature_extractors import ExtractionSettings
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.configuration_msa import MSAConfig
-from msa_online.data.missing_rates import ROUNDINGS, rate_problems
+from msa_online.data.missing_rates import rate_problems
 from msa_online.encoders.text import load_text_config
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import look_up
@@ -146,6 +146,8 @@ class TrainingArguments:
         decay: "linear": the learning rate then falls to zero; "constant": it stays.
         clip_norm: Largest gradient norm; larger gradients are scaled down to it.
         modality_dropout: Share of training samples from which each modality is hidden, by name.
+        frame_dropout: Drop words, sound steps and faces of training samples at random rates; epochs are then
+            judged with half of them missing.
         condition: The modalities, like "text+audio", that the last stage may see in training and in
             evaluation (protocol per_condition); None trains one model for all seven (single_model).
         freeze_text_encoder: Leave the text encoder's weights as they are.
@@ -173,6 +175,7 @@ class TrainingArguments:
     decay: str = "linear"
     clip_norm: float = 1.0
     modality_dropout: dict[str, float] = field(default_factory=dict)
+    frame_dropout: bool = False
     condition: str | None = None
     freeze_text_encoder: bool = False
     modulator: str = "identity"
@@ -420,12 +423,11 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
 
 def _problems_of_missing(missing: MissingArguments, training: TrainingArguments) -> Iterator[str]:
     """What is wrong with the missing rates, or with hiding something else beside them."""
-    yield from (f"data.missing: {problem}" for problem in rate_problems(missing.by_name))
-    if missing.rounding not in ROUNDINGS:
-        yield f"data.missing.rounding is {missing.rounding!r}: one of {', '.join(ROUNDINGS)}"
+    problems = rate_problems(missing.by_name, missing.rounding)
+    yield from (f"data.missing: {problem}" for problem in problems)
     if missing.seed < 0:
         yield f"data.missing.seed is {missing.seed}: at least 0"
-    for key in ("modality_dropout", "condition"):
+    for key in ("modality_dropout", "frame_dropout", "condition"):
         if missing.rates is not None and getattr(training, key):
             yield (
                 f"data.missing.rates and training.{key} exclude each other: what is missing is fixed for the "
@@ -463,8 +465,9 @@ def _problems(arguments: RunArguments) -> Iterator[str]:
         yield f"training.decay is {training.decay!r}: one of {', '.join(DECAYS)}"
     if training.condition not in (None, *CONDITIONS):
         yield f"training.condition is {training.condition!r}: one of {', '.join(CONDITIONS)}, or null for all"
-    if training.condition and training.modality_dropout:
-        yield "training.condition and training.modality_dropout exclude each other"
+    hiding = [key for key in ("condition", "modality_dropout", "frame_dropout") if getattr(training, key)]
+    if len(hiding) > 1:
+        yield f"training.{hiding[0]} and training.{hiding[1]} exclude each other"
     if training.seed < 0:
         yield f"training.seed is {training.seed}: at least 0"
     if not 0 <= training.weight_decay < math.inf:

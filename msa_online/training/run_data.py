@@ -17,7 +17,6 @@ from msa_online.data.preparation import Preparation
 from msa_online.data.splits import SPLITS
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.arguments import MissingArguments
 
 
 @dataclass(frozen=True)
@@ -107,27 +106,6 @@ class FeatureData:
             for column, name in enumerate(MODALITIES)
             if (steps := self.corpus.steps.get(name))
         }
-
-
-def draw_masks(data: ClipData | FeatureData, missing: MissingArguments) -> dict[str, SplitMask]:
-    """The mask of each split that has samples; none at all where no missing rates are asked for.
-
-    Raises:
-        CorpusError: A split is too small for the rates.
-    """
-    if missing.rates is None:
-        return {}
-    return {
-        name: SplitMask(
-            [sample.id for sample in data.split(name)],
-            data.present(name),
-            missing.by_name,
-            split=name,
-            rounding=missing.rounding,
-            seed=missing.seed,
-        )
-        for name in data.sizes
-    }
 
 
 def label2id_of(config: MSAConfig) -> dict[str, int] | None:

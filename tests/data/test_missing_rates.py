@@ -97,6 +97,21 @@ def test_no_pattern_is_off_by_one_sample_or_more():
         assert abs(counts[pattern] - 229 * share) < 1
 
 
+@pytest.mark.parametrize(
+    ("rates", "rounding", "named"),
+    [
+        ({"text": 1.0}, "official", "the rate of text is 1.0"),
+        ({"text": -0.1}, "official", "the rate of text is -0.1"),
+        ({"text": math.nan}, "official", "the rate of text is nan"),
+        ({"sound": 0.5}, "official", "rates name 'sound': one of text, audio, vision"),
+        ({}, "nearest", "rounding is 'nearest': one of largest_remainder, official"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused_naming_the_value(rates, rounding, named):
+    with pytest.raises(ValueError, match=named):
+        pattern_counts(100, rates, rounding)
+
+
 # --- who ---
 
 

@@ -11,6 +11,7 @@ from msa_online.evaluation.report import (
     conditions_table,
     epoch_line,
     format_metric,
+    frame_rates_table,
     markdown_table,
     shares_table,
 )
@@ -85,6 +86,12 @@ def test_a_table_can_be_read_on_a_terminal_of_eighty_columns():
     assert "0.760" in text and "80.00" in text and "40.00" in text
     assert "text+audio+vision" in text  # on one line, not broken
     assert len(text.splitlines()) <= 12
+
+
+def test_a_sweep_is_shown_rate_by_rate_with_its_mean_last():
+    sweep = {"0.0": REGRESSION["text+audio+vision"], "0.1": REGRESSION["text"], "mean": REGRESSION["text"]}
+    lines = [line for line in rendered(frame_rates_table(sweep, "test")).splitlines() if "0.760" in line]
+    assert ["0.1" in lines[0], "mean" in lines[1]] == [True, True]
 
 
 def test_a_title_is_printed_as_it_is():

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.data.missing_frames import FrameDrop
 from msa_online.evaluation.robustness import (
     evaluate_conditions,
+    evaluate_frame_rates,
     predict_conditions,
     selection_score,
     validate,
@@ -148,6 +150,46 @@ def test_the_best_epoch_has_the_smallest_error_or_the_highest_f1():
     assert selection_score({"mae": 0.7, "corr": 0.1}, True) > selection_score({"mae": 0.9, "corr": 0.9}, True)
     better, worse = {"f1_weighted": 0.6, "accuracy": 0.5}, {"f1_weighted": 0.5, "accuracy": 0.9}
     assert selection_score(better, False) > selection_score(worse, False)
+
+
+@pytest.fixture
+def drop(tiny_processor) -> FrameDrop:
+    stand_ins = {"text": torch.tensor(tiny_processor.tokenizer.unk_token_id), "audio": torch.tensor(-11.0)}
+    return FrameDrop([f"clip_{number}" for number in range(6)], stand_ins, split="test")
+
+
+@pytest.mark.parametrize("level", ["input", "feature"])
+def test_a_sweep_goes_from_everything_to_a_tenth_and_ends_with_the_mean_of_ten(
+    level, model, make_batch, accelerator, drop
+):
+    batches = in_batches(make_batch(6), [[0, 1, 2, 3], [4, 5]])
+    sweep = evaluate_frame_rates(model, batches, accelerator, drop, level=level)
+    assert list(sweep) == [*(f"0.{tenths}" for tenths in range(10)), "mean"]
+    complete = evaluate_conditions(model, batches, accelerator, ("text+audio+vision",))
+    assert sweep["0.0"] == pytest.approx(complete["text+audio+vision"], abs=1e-6)
+    errors = [sweep[f"0.{tenths}"]["mae"] for tenths in range(10)]
+    assert len(set(errors)) == 10
+    assert sweep["mean"]["mae"] == pytest.approx(np.mean(errors))
+
+
+@pytest.mark.parametrize("level", ["input", "feature"])
+def test_a_sweep_gives_the_same_whatever_the_batches(level, model, make_batch, accelerator, drop):
+    batch = make_batch(6)
+    whole = evaluate_frame_rates(model, [batch], accelerator, drop, level=level, rates=(0.3, 0.7))
+    mixed = in_batches(batch, [[4, 1], [5, 0, 3], [2, 4]])
+    parts = evaluate_frame_rates(model, mixed, accelerator, drop, level=level, rates=(0.3, 0.7))
+    assert all(parts[rate] == pytest.approx(whole[rate], abs=1e-6) for rate in ("0.3", "0.7", "mean"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "named"),
+    [({"level": "inputs"}, "level is 'inputs': one of input, feature"), ({"rates": (0.5, 1.0)}, "rate 1.0")],
+)
+def test_a_sweep_that_cannot_be_is_refused_naming_the_value(
+    choice, named, model, make_batch, accelerator, drop
+):
+    with pytest.raises(ValueError, match=named):
+        evaluate_frame_rates(model, [make_batch(6)], accelerator, drop, **choice)
 
 
 @pytest.fixture

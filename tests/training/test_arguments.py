@@ -219,6 +219,14 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
             "data: {missing: {rates: 0.5}}\ntraining: {condition: text}",
             "data.missing.rates and training.condition exclude",
         ),
+        (
+            "data: {missing: {rates: 0.5}}\ntraining: {frame_dropout: true}",
+            "data.missing.rates and training.frame_dropout exclude",
+        ),
+        (
+            "training: {frame_dropout: true, modality_dropout: {text: 0.1}}",
+            "training.modality_dropout and training.frame_dropout exclude each other",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_anything_is_loaded(read, text, named):
