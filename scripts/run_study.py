@@ -11,6 +11,8 @@ A study is a YAML file:
     variants:
       EBMC: {}                                changes of each variant; they win over those of all
       without MSD: {model.loss_weights.msd: 0}
+    settings:                                 where there are any, every variant runs in each; curves.png
+      rate 0.3: {data.missing.rates: 0.3}
     keep_checkpoints: false                   weights are deleted once a run has been scored
 
 `key=value` on the command line changes all variants (data.path=features), or, without a dot, the study itself
@@ -23,24 +25,34 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TQDM_DISABLE", "1")  # a study shows its own progress
 
+import matplotlib
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import clear_device_cache
+from matplotlib import pyplot as plt
 from rich.console import Console
 
 from msa_online.errors import INPUT_ERRORS, run_command
-from msa_online.evaluation.comparison import RunScore, compare, comparison_page, comparison_table
+from msa_online.evaluation.comparison import (
+    RunScore,
+    compare,
+    comparison_page,
+    comparison_table,
+)
+from msa_online.evaluation.report import HEADLINES
 from msa_online.training.arguments import ConfigurationError
-from msa_online.training.study import Study, StudyRun, read_study
+from msa_online.training.study import Study, StudyRun, name_in, read_study
 from train import train
 
+matplotlib.use("Agg")
 WIDTH = 180  # of the table where it goes to a file or a pipe
 
 
@@ -50,9 +62,9 @@ def run_study(options: argparse.Namespace, console: Console) -> None:
         raise ConfigurationError("a study runs in one process: start it with python, not accelerate launch")
     study = read_study(options.study, options.changes)
     runs = study.runs()
-    if strange := set(options.only) - set(study.variants):
+    if strange := set(options.only) - set(study.combinations):
         raise ConfigurationError(
-            f"--only {strange.pop()!r} is no variant: one of {', '.join(map(repr, study.variants))}"
+            f"--only {strange.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
         )
     if not options.table:
         carry_out([run for run in runs if not options.only or run.variant in options.only], study, console)
@@ -132,7 +144,8 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
         )
         for run in finished
     ]
-    compared = compare(sorted(scores, key=lambda score: list(study.variants).index(score.variant)))
+    order = list(study.combinations)
+    compared = compare(sorted(scores, key=lambda score: order.index(score.variant)))
     tier = (
         "online, from raw clips"
         if finished[0].arguments.model.get("text_encoder")
@@ -146,9 +159,38 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     (folder / "table.md").write_text(page, encoding="utf-8")
     figures = {"study": name, "split": split, "tier": tier, "variants": compared, "runs": details}
     (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if study.settings:
+        draw_curves(compared, study, split, folder / "curves.png")
     console.print(comparison_table(compared, title))
     console.print(*notes)
     console.print(f"written to {folder / 'table.md'} and {folder / 'results.json'}", soft_wrap=True)
+
+
+def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: str, target: Path) -> None:
+    """Draw what each variant scored in each setting, with its deviation over the seeds.
+
+    At missing rates the score is that under the mask, else that with everything to be seen.
+    """
+    metric = next(name for name in ("mae", "f1_weighted") if name in _scored(next(iter(compared.values()))))
+    figure, axis = plt.subplots(figsize=(2 + 0.7 * len(study.settings), 4.2), layout="constrained")
+    for variant in study.variants:
+        points = {
+            setting: _scored(compared[name])[metric]
+            for setting in study.settings
+            if (name := name_in(variant, setting)) in compared
+        }
+        means = [spread["mean"] for spread in points.values()]
+        deviations = [spread["std"] or 0.0 for spread in points.values()]
+        axis.errorbar(list(points), means, deviations, marker="o", markersize=3, capsize=2, label=variant)
+    axis.set_ylabel(f"{HEADLINES[metric]}, {split}")
+    axis.tick_params(axis="x", rotation=45)
+    axis.legend(fontsize="x-small")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def _scored(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(figures[group] for group in ("imr", "all", "only") if figures[group])
 
 
 def _clock(seconds: float) -> str:

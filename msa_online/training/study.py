@@ -31,6 +31,8 @@ class Study:
         seeds: Seeds every variant runs with.
         variants: Changes of each variant by key, by the variant's name; they win over `changes`.
         changes: Changes to the configuration in all variants, by key.
+        settings: Changes by the name of a setting, like "rate 0.3"; where there are any, every variant runs
+            in each, its own changes winning over those of the setting.
         keep_checkpoints: Keep the weights of finished runs.
     """
 
@@ -39,7 +41,19 @@ class Study:
     seeds: list[int]
     variants: dict[str, dict[str, Any]]
     changes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep_checkpoints: bool = False
+
+    @property
+    def combinations(self) -> dict[str, dict[str, Any]]:
+        """Changes of each variant in each setting, by a name that says both."""
+        if not self.settings:
+            return self.variants
+        return {
+            name_in(variant, setting): {**of_setting, **own}
+            for setting, of_setting in self.settings.items()
+            for variant, own in self.variants.items()
+        }
 
     def runs(self) -> list["StudyRun"]:
         """All runs, seed by seed, so that all variants can be compared as early as possible.
@@ -47,12 +61,12 @@ class Study:
         Raises:
             ConfigurationError: The configuration of a variant cannot work; the message names the variant.
         """
-        return [self._run(variant, seed) for seed in self.seeds for variant in self.variants]
+        return [self._run(variant, seed) for seed in self.seeds for variant in self.combinations]
 
     def _run(self, variant: str, seed: int) -> "StudyRun":
         folder = Path(self.output_dir, folder_name(variant), str(seed))
         own = {"training.seed": seed, "training.output_dir": str(folder)}
-        changes = as_options({**self.changes, **self.variants[variant], **own})
+        changes = as_options({**self.changes, **self.combinations[variant], **own})
         try:
             arguments = read_arguments(self.config, changes)
             if head := arguments.model.get("head"):
@@ -139,10 +153,10 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
         (of_runs if "." in key else document)[key] = value
     _check_keys(document, path)
     document["changes"] = document.get("changes") or {}
-    if isinstance(document["variants"], dict):
-        document["variants"] = {
-            name: {} if own is None else own for name, own in document["variants"].items()
-        }
+    document["settings"] = document.get("settings") or {}
+    for section in ("variants", "settings"):
+        if isinstance(document[section], dict):
+            document[section] = {name: {} if own is None else own for name, own in document[section].items()}
     study = Study(**document)
     if problem := next(_problems(study), None):
         raise ConfigurationError(f"{path}: {problem}")
@@ -190,17 +204,25 @@ def _problems(study: Study) -> Iterator[str]:
     if not isinstance(study.variants, dict) or not study.variants:
         yield f"variants is {study.variants!r}: a section with a name and changes for each variant"
         return
+    if not isinstance(study.settings, dict):
+        yield f"settings is {study.settings!r}: a section with a name and changes for each setting"
+        return
     folders: dict[str, str] = {}
-    for name in study.variants:
+    for name in study.variants | study.settings:
         if not isinstance(name, str) or not folder_name(name):
-            yield f"variant {name!r}: name it in letters, in quotes if it looks like a number"
+            yield f"{name!r}: name variants and settings in letters, in quotes if it looks like a number"
         elif (twin := folders.setdefault(folder_name(name), name)) != name:
-            yield f"variants {twin!r} and {name!r} would share the folder {folder_name(name)!r}: rename one"
-    for name, changes in (("changes", study.changes), *study.variants.items()):
+            yield f"{twin!r} and {name!r} would share the folder {folder_name(name)!r}: rename one"
+    for name, changes in (("changes", study.changes), *study.variants.items(), *study.settings.items()):
         if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
             yield f"{name!r} is {changes!r}: a section of changes like {{training.epochs: 3}}"
         elif taken := [key for key in SET_BY_THE_STUDY if key in changes]:
             yield f"{name!r} sets {taken[0]}: the study sets that for every run itself"
+
+
+def name_in(variant: str, setting: str) -> str:
+    """Name of a variant in a setting."""
+    return f"{variant}, {setting}"
 
 
 def folder_name(variant: str) -> str:

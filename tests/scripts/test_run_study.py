@@ -91,6 +91,20 @@ def test_a_study_leaves_a_table_of_runs_that_do_not_touch_each_other(run, tmp_pa
     assert status == 0 and "| plain | 1 |" in (tmp_path / "study" / "table.md").read_text(), output
 
 
+def test_variants_in_settings_are_drawn_over_them(run, tmp_path):
+    settings = "settings={whole: {}, half: {data.missing.rates: 0.5}}"
+    variants = {"plain": {}, "frozen": {"training.freeze_text_encoder": True}}
+    status, output = run(variants, "seeds=[1]", settings)
+    assert status == 0, output
+    page = (tmp_path / "study" / "table.md").read_text()
+    assert all(
+        f"| {name} |" in page for name in ("plain, whole", "frozen, whole", "plain, half", "frozen, half")
+    )
+    figures = json.loads((tmp_path / "study" / "results.json").read_text())["variants"]
+    assert figures["plain, half"]["imr"]["mae"]["mean"] != figures["plain, half"]["all"]["mae"]["mean"]
+    assert (tmp_path / "study" / "curves.png").stat().st_size > 5000
+
+
 def test_a_killed_study_goes_on_where_it_stopped(start, run, tmp_path):
     variants = {"one": {}, "two": {"training.epochs": 8}}
     process = start(variants)

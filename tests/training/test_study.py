@@ -53,6 +53,16 @@ def test_every_variant_runs_with_every_seed_in_a_folder_of_its_own(write, tmp_pa
     assert [run.arguments.model["loss_weights"]["unimodal"] for run in runs] == [0.3, 0, 0.3, 0]
 
 
+def test_every_variant_runs_in_every_setting_and_has_the_last_word(write):
+    settings = {"slow": {"training.learning_rate": 1e-4, "training.warmup": 0.2}, "fast": None}
+    variants = {"plain": {}, "warm": {"training.warmup": 0.5}}
+    runs = read_study(write(settings=settings, variants=variants, seeds=[1])).runs()
+    assert [run.variant for run in runs] == ["plain, slow", "warm, slow", "plain, fast", "warm, fast"]
+    assert [run.arguments.training.learning_rate for run in runs] == [1e-4, 1e-4, 1e-3, 1e-3]
+    assert [run.arguments.training.warmup for run in runs] == [0.2, 0.5, 0.1, 0.5]
+    assert len({run.folder for run in runs}) == 4
+
+
 def test_the_command_line_changes_all_variants_and_the_study_itself(write):
     study = read_study(
         write(), ["training.epochs=1", "training.batch_size=4", "seeds=[7]", "keep_checkpoints=true"]
@@ -110,7 +120,7 @@ def test_the_recorded_changes_make_the_same_run_with_train_py(write, config):
         ({"variants": {}}, "variants is {}"),
         ({"variants": ["plain"]}, "a section with a name and changes"),
         ({"variants": {"plain": 3}}, "'plain' is 3: a section of changes"),
-        ({"variants": {0.1: {}}}, "variant 0.1: name it in letters"),
+        ({"variants": {0.1: {}}}, "0.1: name variants and settings in letters"),
         ({"variants": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share the folder 'a_b'"),
         ({"variants": {"a": {"training.seed": 3}}}, "'a' sets training.seed: the study sets that"),
         ({"changes": {"training.output_dir": "x"}}, "'changes' sets training.output_dir"),
