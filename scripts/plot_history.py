@@ -3,8 +3,9 @@
 
     python scripts/plot_history.py runs/mine/history.json history.png
 
-One panel for the losses, one for the gradient norm of each (`training.measure_gradients=true`), one for each
-group of diagnostics. Stages are told apart by a line between them.
+One panel for each loss, unweighted, one for the gradient norms of all of them
+(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line between
+them.
 """
 
 import json
@@ -17,18 +18,25 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PANEL = (4.2, 3.2)  # inches
-COLUMNS = 3
-LOGARITHMIC = ("losses", "gradient", "encoder_gradient")
+PANEL = (3.4, 2.6)  # inches
+COLUMNS = 4
+LOGARITHMIC = ("gradient", "encoder gradient")
 
 
 def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
-    """Values by epoch, by name, by panel: names without a slash are losses, others belong to their prefix."""
+    """Values by epoch, by name, by panel: a loss has one, names with a slash share their prefix's."""
     panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in history:
         for name, value in record["losses"].items():
             panel, slash, short = name.partition("/")
-            panels[panel if slash else "losses"][short or name][record["epoch"]] = value
+            title = (
+                panel.replace("_", " ")
+                if slash
+                else "weighted sum of the losses"
+                if name == "loss"
+                else f"loss: {name}"
+            )
+            panels[title][short or name][record["epoch"]] = value
         judged_by = "mae" if "mae" in record["valid"] else "f1_weighted"
         panels[f"validation, {judged_by}"][record["stage"]][record["epoch"]] = record["valid"][judged_by]
     return panels
@@ -56,9 +64,9 @@ def draw(history: list[dict], target: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epoch")
         if title in LOGARITHMIC:
-            positive = all(value > 0 for points in lines.values() for value in points.values())
-            axis.set_yscale("log" if positive else "symlog")
-        axis.legend(fontsize="x-small")
+            axis.set_yscale("log")
+        if len(lines) > 1:
+            axis.legend(fontsize="x-small")
     figure.savefig(target, dpi=110)
 
 
