@@ -4,8 +4,7 @@
     python scripts/plot_history.py runs/mine/history.json history.png
 
 One panel for each loss, unweighted, one for the gradient norms of all of them
-(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line between
-them.
+(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line.
 """
 
 import json
@@ -29,13 +28,8 @@ def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
     for record in history:
         for name, value in record["losses"].items():
             panel, slash, short = name.partition("/")
-            title = (
-                panel.replace("_", " ")
-                if slash
-                else "weighted sum of the losses"
-                if name == "loss"
-                else f"loss: {name}"
-            )
+            of_loss = "weighted sum of the losses" if name == "loss" else f"loss: {name}"
+            title = panel.replace("_", " ") if slash else of_loss
             panels[title][short or name][record["epoch"]] = value
         judged_by = "mae" if "mae" in record["valid"] else "f1_weighted"
         panels[f"validation, {judged_by}"][record["stage"]][record["epoch"]] = record["valid"][judged_by]
