@@ -35,6 +35,11 @@ from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.run_data import label2id_of
 
+LONGEST_BAR = 16
+PERCENT = ".1%"
+LEGEND_OF_SCORES = "prediction = score with nothing seen + the Shapley values"
+LEGEND_OF_CLASSES = "prediction = its probability with nothing seen + the Shapley values"
+
 
 def run(options: Namespace) -> int:
     """Carry out the sub-command in `options.command`; returns the exit status."""
@@ -185,19 +190,38 @@ def run_predict(options: Namespace, console: Console) -> None:
 
 
 def predictions_table(predictions: list[Prediction]) -> Table:
-    """Predictions as a table for the terminal."""
-    table = Table(title="predictions", title_justify="left")
-    for column in ("clip", "prediction", "from", "missing"):
+    """Predictions as a table for the terminal, each as the sum of its baseline and what every modality adds.
+
+    The bars have one scale for all clips.
+    """
+    of_scores = predictions[0].label is None
+    legend = LEGEND_OF_SCORES if of_scores else LEGEND_OF_CLASSES
+    table = Table(title="predictions", title_justify="left", caption=legend, caption_justify="left")
+    for column in ("clip", "prediction"):
         table.add_column(column, overflow="fold")
+    table.add_column("comes from", no_wrap=True)
+    table.add_column("adds", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)  # a bar, or why there is none
+    largest = max(abs(value) for one in predictions for value in one.contributions.values())
     for one in predictions:
         answer = (
-            f"{one.score:+.3f}" if one.label is None else f"{one.label} ({one.probabilities[one.label]:.0%})"
+            f"{one.score:+.3f}" if of_scores else f"{one.label} ({one.probabilities[one.label]:{PERCENT}})"
         )
-        missing = ", ".join(f"{name}: {why}" for name, why in one.missing.items())
-        table.add_row(
-            Text(one.clip or "(text only)"), answer, ", ".join(one.modalities) or "nothing", missing
+        added = {"nothing seen": one.baseline, **one.contributions}
+        amounts = (
+            "0" if name in one.missing else f"{value:+{'.3f' if of_scores else PERCENT}}"
+            for name, value in added.items()
         )
+        bars = (one.missing.get(name) or _bar(value, largest) for name, value in one.contributions.items())
+        lines = ("\n".join(column) for column in (added, amounts, ("", *bars)))
+        table.add_section()
+        table.add_row(Text(one.clip or "(text only)"), Text(answer), *lines)
     return table
+
+
+def _bar(value: float, largest: float) -> str:
+    """A bar of plus or minus signs, as long as the contribution is large beside the largest of all."""
+    return ("+" if value > 0 else "-") * (round(LONGEST_BAR * abs(value) / largest) if largest else 0)
 
 
 def run_describe(options: Namespace, console: Console) -> None:

@@ -30,7 +30,9 @@ Trained with `msa_online`; the checkpoint carries its own processor.
 from msa_online import MSAPipeline
 
 pipeline = MSAPipeline.from_pretrained("{name}")  # this folder, or the repository it was pushed to
-print(pipeline("clip.mp4", text="what is said in it"))
+prediction = pipeline("clip.mp4", text="what is said in it")
+print(prediction)
+print(prediction.baseline, prediction.contributions)  # the answer with nothing seen; what each modality adds
 ```"""
 FEATURE_USAGE = """\
 Trained with `msa_online`; the checkpoint carries the statistics by which it standardises features.

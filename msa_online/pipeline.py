@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from feature_extractors import Clip, ClipFeatures, FaceExtractor, FeatureCache, extract
+from msa_online.evaluation.shares import Attribution, attribute
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
@@ -17,15 +18,24 @@ from msa_online.processing_msa import MSAProcessor
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one clip.
+    """What the model says of one clip, and which modality says how much of it.
+
+    What is shared out is the score, or in classification the probability of `label`. It equals `baseline`
+    plus the sum of `contributions`, up to rounding in fp32. The contributions are Shapley values
+    (METHODS 2.7): what a modality adds, averaged over all orders in which the modalities may come in. They
+    say what moves this prediction, not what makes it right.
 
     Attributes:
         clip: The file, or None for text alone.
-        score: Predicted label of a regression, in the units of the training labels; None in classification.
+        score: Predicted label of a regression, in the units of the training labels and not cut to their
+            range; None in classification.
         label: Most probable class; None in regression.
         probabilities: Probability of each class, summing to one; empty in regression.
         modalities: Modalities the prediction rests on.
         missing: For each modality that was not used, why.
+        baseline: The score, or the probability of `label`, when the model sees nothing.
+        contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for one
+            that is missing.
     """
 
     clip: str | None
@@ -34,6 +44,8 @@ class Prediction:
     probabilities: dict[str, float]
     modalities: tuple[str, ...]
     missing: dict[str, str]
+    baseline: float
+    contributions: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain data, ready for JSON."""
@@ -117,9 +129,12 @@ class MSAPipeline:
     def _predict(self, clips: list[Clip | None], texts: list[str | None]) -> list[Prediction]:
         features = self._extract(clips)
         batch = self.processor(features, texts).to(self.device)
-        logits = self.model(**batch).logits.float().cpu()
-        present = batch["modality_present"].tolist()
-        return [self._prediction(*row) for row in zip(clips, features, texts, logits, present, strict=True)]
+        said = attribute(self.model, batch)
+        present = batch["modality_present"]
+        return [
+            self._prediction(clips[row], features[row], present[row].tolist(), said.of_sample(row))
+            for row in range(len(clips))
+        ]
 
     def _extract(self, clips: list[Clip | None]) -> list[ClipFeatures]:
         settings = self.processor.settings
@@ -135,23 +150,21 @@ class MSAPipeline:
         return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
 
     def _prediction(
-        self,
-        clip: Clip | None,
-        features: ClipFeatures,
-        text: str | None,
-        logits: torch.Tensor,
-        present: list[bool],
+        self, clip: Clip | None, features: ClipFeatures, present: list[bool], said: Attribution
     ) -> Prediction:
         config = self.model.config
-        probabilities = {} if config.is_regression else dict(enumerate(logits.softmax(dim=-1).tolist()))
+        outputs = said.outputs.tolist()
+        classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
         used = tuple(name for name, there in zip(MODALITIES, present, strict=True) if there)
         return Prediction(
             clip=None if clip is None else str(clip.path),
-            score=logits.item() if config.is_regression else None,
-            label=config.id2label[max(probabilities, key=probabilities.get)] if probabilities else None,
-            probabilities={config.id2label[number]: value for number, value in probabilities.items()},
+            score=None if classes else outputs[0],
+            label=classes[said.predicted.item()] if classes else None,
+            probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
             missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
+            baseline=said.baseline.item(),
+            contributions=dict(zip(MODALITIES, said.contributions.tolist(), strict=True)),
         )
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import subprocess
 import sys
@@ -6,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import BertModel
 
-from msa_online import MSAConfig, MSAModel
+from msa_online import MSAConfig, MSAModel, Prediction
 from msa_online_cli import build_parser, main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,6 +161,10 @@ def test_predict_from_text_alone_as_json(capsys, checkpoint):
     assert first["clip"] is None and isinstance(first["score"], float)
     assert first["modalities"] == ["text"] and set(first["missing"]) == {"audio", "vision"}
     assert first["score"] != second["score"]
+    for one in (first, second):
+        assert set(one["contributions"]) == {"text", "audio", "vision"}
+        assert one["baseline"] + sum(one["contributions"].values()) == pytest.approx(one["score"], abs=1e-5)
+        assert one["contributions"]["audio"] == 0 and one["contributions"]["vision"] == 0
 
 
 def test_predict_shows_a_table(capsys, checkpoint, monkeypatch):
@@ -166,6 +172,51 @@ def test_predict_shows_a_table(capsys, checkpoint, monkeypatch):
     assert main(["predict", "--model", checkpoint, "--text", "I loved it"]) == 0
     printed = capsys.readouterr().out
     assert "(text only)" in printed and "no clip given" in printed
+
+
+def table_of(predictions: list[Prediction]) -> list[str]:
+    from msa_online.commands import predictions_table
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(predictions_table(predictions))
+    return console.export_text().splitlines()
+
+
+def test_a_reader_can_add_the_contributions_up_to_the_score():
+    parts = {"text": 1.25, "audio": -0.5, "vision": 0.0}
+    seen = ("text", "audio")
+    one = Prediction("a.mp4", 0.85, None, {}, seen, {"vision": "no face"}, 0.1, parts)
+    lines = table_of([one])
+    nothing, text, audio, vision = (
+        next(line for line in lines if name in line) for name in ("nothing seen", *parts)
+    )
+    assert "+0.850" in nothing and "+0.100" in nothing
+    assert "+1.250" in text and "++++++++" in text and "-0.500" in audio and "------" in audio
+    assert text.count("+") > 2 * audio.count("-") > 0
+    assert vision.split("│")[4:6] == ["      0 ", " no face          "]
+    assert "score with nothing seen" in "\n".join(lines)
+
+
+def test_contributions_to_a_class_are_shown_in_points_of_its_probability():
+    parts = {"text": 0.5, "audio": -0.25, "vision": 0.0625}
+    probabilities = {"calm": 0.5625, "[angry]": 0.4375}
+    one = Prediction("a.mp4", None, "calm", probabilities, tuple(parts), {}, 0.25, parts)
+    printed = "\n".join(table_of([one]))
+    for expected in (
+        "calm (56.2%)",
+        "+25.0%",
+        "+50.0%",
+        "-25.0%",
+        "+6.2%",
+        "its probability with nothing seen",
+    ):
+        assert expected in printed
+
+
+def test_a_prediction_that_nothing_moved_has_no_bars():
+    absent = dict.fromkeys(("text", "audio", "vision"), "no clip given")
+    one = Prediction("a.mp4", 0.1, None, {}, (), absent, 0.1, dict.fromkeys(absent, 0.0))
+    assert not any("++" in line or "--" in line for line in table_of([one]))
 
 
 def test_predict_from_a_clip_that_is_not_there_is_refused_in_one_line(capsys, checkpoint, tmp_path):

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from collections import Counter
 
 import pytest
+import torch
 
 from feature_extractors import ClipError
-from msa_online import MSAConfig, MSAModel, MSAPipeline
+from msa_online import MSAConfig, MSAModel, MSAPipeline, Prediction
+from msa_online.balancing import HEADS
 from msa_online.hub import CheckpointError
 
 
@@ -55,6 +58,78 @@ def test_several_clips_at_once_equal_each_alone(pipeline, make_clip, tmp_path):
     assert [one.score for one in together] == pytest.approx([one.score for one in alone], abs=1e-5)
 
 
+# --- what a prediction comes from ---
+
+
+@pytest.fixture
+def make_pipeline(tiny_config, tiny_processor):
+    """A function that opens a pipeline on a model in which every hidden modality makes a difference."""
+
+    def make(**changes) -> MSAPipeline:
+        torch.manual_seed(4)
+        model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), **changes}))
+        with torch.no_grad():
+            for parameter in model.head.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        return MSAPipeline(model, tiny_processor)
+
+    return make
+
+
+MOODS = {"label_range": None, "label2id": None, "id2label": {0: "calm", 1: "angry", 2: "happy"}}
+
+
+def shared_out(prediction: Prediction) -> float:
+    return prediction.score if prediction.label is None else prediction.probabilities[prediction.label]
+
+
+@pytest.mark.parametrize("task", [{}, MOODS], ids=["regression", "classification"])
+@pytest.mark.parametrize("head", HEADS)
+def test_contributions_add_up_to_the_prediction_less_what_the_model_says_of_nothing(
+    head, task, make_pipeline, make_clip, tmp_path
+):
+    pipeline = make_pipeline(head=head, **task)
+    blind = tmp_path / "blind.wav"
+    make_clip(blind, audio="silent", video=False)
+    clip = make_clip(tmp_path / "a.mp4")
+    seen, heard, nothing = pipeline([clip, clip, blind], text=["a good movie", None, None])
+    for one in (seen, heard, nothing):
+        assert one.baseline + sum(one.contributions.values()) == pytest.approx(shared_out(one), abs=1e-5)
+    assert all(seen.contributions.values())
+    assert heard.contributions["text"] == 0 and heard.contributions["audio"] and heard.contributions["vision"]
+    assert set(nothing.contributions.values()) == {0.0}
+    said_of_nothing = nothing.score if nothing.label is None else nothing.probabilities[seen.label]
+    assert seen.baseline == pytest.approx(said_of_nothing, abs=1e-6)
+
+
+def test_the_encoders_run_once_however_many_subsets_are_asked_about(make_pipeline, make_clip, tmp_path):
+    pipeline, calls = make_pipeline(), Counter()
+    parts = {**pipeline.model.encoders, "head": pipeline.model.head}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    pipeline([make_clip(tmp_path / "a.mp4")] * 2, text=["a good movie", None])
+    assert calls == {"text": 1, "audio": 1, "vision": 1, "head": 8}
+
+
+def test_a_score_beyond_the_range_of_the_labels_is_not_cut_and_its_contributions_still_add_up(make_pipeline):
+    pipeline = make_pipeline()
+    torch.nn.init.constant_(pipeline.model.head.classifier.bias, 50.0)
+    prediction = pipeline(text="a good movie")
+    assert prediction.score > pipeline.model.config.label_range[1]
+    total = prediction.baseline + sum(prediction.contributions.values())
+    assert total == pytest.approx(prediction.score, abs=1e-5) and prediction.contributions["text"] != 0
+
+
+def test_contributions_to_several_clips_at_once_equal_those_to_each_alone(make_pipeline, make_clip, tmp_path):
+    pipeline = make_pipeline()
+    clips = [make_clip(tmp_path / "a.mp4", seconds=0.5), make_clip(tmp_path / "b.wav", video=False)]
+    together = pipeline(clips, text=[None, "a good movie"])
+    alone = [pipeline(clips[0]), pipeline(clips[1], text="a good movie")]
+    for one, other in zip(together, alone, strict=True):
+        assert one.contributions == pytest.approx(other.contributions, abs=1e-5)
+        assert one.baseline == pytest.approx(other.baseline, abs=1e-5)
+
+
 def test_nothing_to_predict_from_and_unequal_lists_are_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="give a clip, a text, or both"):
         pipeline()
@@ -69,6 +144,13 @@ def test_a_model_of_features_is_refused_saying_what_it_takes_and_what_to_do(tmp_
     MSAModel(MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8})).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="text 4, audio 3, vision 2.*not clips.*msa-online evaluate"):
         MSAPipeline.from_pretrained(tmp_path)
+
+
+def test_real_clips_without_sound_or_without_a_face_owe_nothing_to_it(make_pipeline, shared_data):
+    names = ("face_no_audio_stream.mp4", "no_face.mp4")
+    deaf, faceless = make_pipeline()([shared_data / "edge_cases" / name for name in names])
+    assert deaf.contributions["audio"] == 0 and deaf.contributions["vision"] != 0
+    assert faceless.contributions["vision"] == 0 and faceless.contributions["audio"] != 0
 
 
 def test_real_clips_of_other_corpora_are_understood(pipeline, shared_data):
