@@ -16,6 +16,9 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
 
+PROBES = "probes."
+"""What names of parameters begin with that are trained for a modulator alone, and kept in no checkpoint."""
+
 
 @dataclass
 class MSAOutput(ModelOutput):
@@ -31,6 +34,7 @@ class MSAOutput(ModelOutput):
         fused_valid: False in a stage that does not train the fused prediction yet.
         diagnostics: Detached tensors worth logging, by name.
         present: Which samples each modality was seen of, `(batch,)` bool each.
+        probe_logits: Predictions of the probes a modulator trains beside the model, `(batch, outputs)` each.
     """
 
     loss: Tensor | None = None
@@ -42,6 +46,7 @@ class MSAOutput(ModelOutput):
     fused_valid: bool | None = None
     diagnostics: dict[str, Tensor] | None = None
     present: dict[str, Tensor] | None = None
+    probe_logits: dict[str, Tensor] | None = None
 
 
 class MSAModel(PreTrainedModel):
@@ -67,6 +72,7 @@ class MSAModel(PreTrainedModel):
         head = look_up(HEADS, "head", config.head)
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
+        self.probes = nn.ModuleDict()  # of a modulator, in training only
         self.post_init()
 
     def encode(self, modality_present: Tensor, **inputs: Tensor) -> dict[str, ModalitySequence]:
@@ -93,7 +99,9 @@ class MSAModel(PreTrainedModel):
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
         present = {name: sequence.present for name, sequence in sequences.items()}
-        return MSAOutput(loss=torch.stack(terms).sum() if terms else None, **vars(output), present=present)
+        probed = {name: probe(output.features[name].detach()) for name, probe in self.probes.items()}
+        loss = torch.stack(terms).sum() if terms else None
+        return MSAOutput(loss=loss, **vars(output), present=present, probe_logits=probed)
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""

@@ -4,6 +4,7 @@
 A method of one's own joins with `HEADS["mine"] = MyHead`, before the model is built.
 """
 
+from msa_online.balancing.balm import FeatureCalibration, RebalancingModulator
 from msa_online.balancing.base import (
     BalancingHead,
     Calibrator,
@@ -27,10 +28,12 @@ MODULATORS: dict[str, type[GradientModulator]] = {
     "identity": GradientModulator,
     "ogm": OGMModulator,
     "conflict": ConflictModulator,
+    "rebalance": RebalancingModulator,
 }
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
     "identity": Calibrator,
+    "fcm": FeatureCalibration,
 }
 
 __all__ = [
@@ -42,10 +45,12 @@ __all__ = [
     "Calibrator",
     "ConflictModulator",
     "EBMCHead",
+    "FeatureCalibration",
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",
     "Modulation",
     "ModulationContext",
     "OGMModulator",
+    "RebalancingModulator",
 ]

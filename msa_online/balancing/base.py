@@ -20,7 +20,7 @@ class HeadOutput:
         logits: Fused prediction, `(batch, outputs)`.
         modality_logits: Prediction of each modality alone, `(batch, outputs)` each; empty if the head has
             none.
-        features: Pooled state of each modality, `(batch, hidden)` each.
+        features: State of each modality that the fused prediction is computed from, `(batch, hidden)` each.
         fused: State the fused prediction is read from, `(batch, width)`.
         losses: Loss terms by name, unweighted scalars; empty without labels.
         fused_valid: False in a stage that does not train the fused prediction yet.
@@ -163,6 +163,15 @@ class GradientModulator:
     def acts_in(self, epoch: int) -> bool:
         """Epoch number `epoch`, from 0, lies in its window; first and last are in."""
         return self.epochs is None or self.epochs[0] <= epoch <= self.epochs[1]
+
+    def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
+        """Put what is trained for the modulator alone into `model.probes`, by modality.
+
+        Args:
+            model: The model, before it is wrapped and before its optimizer is made.
+            features: Width of what the head reports of each modality.
+            fused: Width of the state its prediction is read from.
+        """
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name."""

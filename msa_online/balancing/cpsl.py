@@ -135,20 +135,22 @@ class CPSLHead(BalancingHead):
         teacher: Tensor | None = None,
     ) -> HeadOutput:
         """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
-        text, grid = sequences["text"].values, token_grid(sequences["text"])
+        grid = token_grid(sequences["text"])
         inputs, means, variances, latents = {}, {}, {}, {}
         for name in ENCODED:
             inputs[name] = self.scaling[name](resample(sequences[name], grid))  # (batch, tokens, width)
             means[name], variances[name] = self.encoders[name](inputs[name].values)
             drawn = self._draw(means[name], variances[name])
             latents[name] = self.missing(name, drawn, inputs[name].mask)  # (batch, tokens, hidden)
+        features = {
+            "text": self._pool(sequences["text"].values, grid),
+            **{name: masked_mean(ModalitySequence.of(latents[name], grid)) for name in ENCODED},
+        }
+        text = through(features["text"], sequences["text"].values)
+        latents = {name: through(features[name], states) for name, states in latents.items()}
         shift = self.fusion(latents["audio"], latents["vision"])  # (batch, tokens, text width)
         fused = self._pool(self.dropout(self.norm(text + self.residual * shift)), grid)
         fused = torch.tanh(self.pooler(fused))
-        features = {
-            "text": self._pool(text, grid),
-            **{name: masked_mean(ModalitySequence.of(latents[name], grid)) for name in ENCODED},
-        }
         output = HeadOutput(
             logits=self.classifier(self.dropout(fused)),
             modality_logits={name: self.predictors[name](state) for name, state in features.items()},
@@ -326,6 +328,16 @@ def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
     weights = covered.to(sequence.values.dtype) / observed.clamp(min=1)  # sums would overflow in fp16
     values = weights @ sequence.values
     return ModalitySequence(values, observed.squeeze(-1) > 0, sequence.present)
+
+
+def through(pooled: Tensor, states: Tensor) -> Tensor:
+    """The same states `(batch, tokens, width)`, as differences from `pooled` `(batch, width)` added to it.
+
+    The prediction is then computed from the pooled state: it has a gradient of its own, which says where the
+    sample as a whole is wanted.
+    """
+    pooled = pooled.unsqueeze(1)
+    return pooled + (states - pooled)
 
 
 def statistical_loss(

@@ -184,7 +184,8 @@ class EBMCHead(BalancingHead):
             teacher: `(batch, modalities, outputs)` as `teach` gave it; without it nothing is distilled.
         """
         present = torch.stack([sequences[name].present for name in MODALITIES])  # (modalities, batch)
-        states = self._read(sequences)  # z_m: (modalities, batch, hidden)
+        features = self._read(sequences)
+        states = torch.stack(list(features.values()))  # z_m: (modalities, batch, hidden)
         shared, private = self._disentangle(states)
         rebuilt = self._rebuild(shared, private, present)  # z~_m
         filled = torch.where(present.unsqueeze(-1), states, rebuilt) if self.fills else states
@@ -196,7 +197,7 @@ class EBMCHead(BalancingHead):
         output = HeadOutput(
             logits=logits,
             modality_logits=dict(zip(MODALITIES, predicted[..., : self.num_labels], strict=True)),
-            features=dict(zip(MODALITIES, states, strict=True)),
+            features=features,
             fused=fused,
             fused_valid=self.balancing,
         )
@@ -221,7 +222,7 @@ class EBMCHead(BalancingHead):
 
         A probabilistic regression adds the log-variance that the predictor on z_m gives.
         """
-        states = self._read(sequences)
+        states = torch.stack(list(self._read(sequences).values()))
         _, private = self._disentangle(states)
         means = _each(self.private_predictors, private)
         log_variance = _each(self.predictors, states)[..., self.num_labels :]
@@ -235,8 +236,8 @@ class EBMCHead(BalancingHead):
             for name in MODALITIES
         }
 
-    def _read(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
-        """Project, pass the expert stacks, average over time: z_m, `(modalities, batch, hidden)`."""
+    def _read(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, Tensor]:
+        """Project, pass the expert stacks, average over time: z_m, `(batch, hidden)` each."""
         projected = {
             name: replace(sequences[name], values=self.projections[name](sequences[name].values))
             for name in MODALITIES
@@ -248,9 +249,9 @@ class EBMCHead(BalancingHead):
             mixed = {name: self._route(name, projected[name].values, passed[name]) for name in MODALITIES}
         else:
             mixed = self.stacks.own(projected)
-        return torch.stack(
-            [masked_mean(ModalitySequence.of(mixed[name], projected[name].mask)) for name in MODALITIES]
-        )
+        return {
+            name: masked_mean(ModalitySequence.of(mixed[name], projected[name].mask)) for name in MODALITIES
+        }
 
     def _route(self, name: str, projected: Tensor, passed: Tensor) -> Tensor:
         """Soft mixture of the stacks, `(stacks, batch, time, hidden)`; the weights are not normalised."""

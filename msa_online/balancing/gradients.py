@@ -169,24 +169,34 @@ def _normal_like(values: Tensor, seed: Sequence[int]) -> Tensor:
 def check_settings(
     modalities: Sequence[str], epochs: Sequence[int] | None, apply: str, noise: float, strength: float
 ) -> None:
-    """Refuse settings that no modulator can work with.
+    """Refuse settings with which coefficients cannot be found or applied.
 
     Raises:
         ValueError: Naming the setting, its value and what is allowed.
     """
-    if isinstance(modalities, str):
-        raise ValueError(f"modalities={modalities!r}: give a list, like [{', '.join(MODALITIES)}]")
-    if strange := [name for name in modalities if name not in MODALITIES]:
-        raise ValueError(f"modalities name {strange[0]!r}: choose among {', '.join(MODALITIES)}")
-    if len(set(modalities)) < 2 or len(set(modalities)) < len(modalities):
-        raise ValueError(f"modalities={list(modalities)}: at least two to compare, each once")
-    if epochs is not None and not (
-        isinstance(epochs, Sequence) and len(epochs) == 2 and 0 <= epochs[0] <= epochs[1]
-    ):
-        raise ValueError(f"epochs={epochs!r} is no window: give the first and the last epoch, like [0, 25]")
+    check_modalities(modalities)
+    check_window(epochs)
     if apply not in APPLICATIONS:
         raise ValueError(f"apply={apply!r}: one of {', '.join(APPLICATIONS)}")
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise={noise}: at least 0, in deviations of the gradient")
     if not 0 < strength < math.inf:
         raise ValueError(f"strength={strength}: above 0")
+
+
+def check_modalities(modalities: Sequence[str]) -> None:
+    """Refuse modalities that cannot be compared; raises `ValueError` as `check_settings` does."""
+    if isinstance(modalities, str):
+        raise ValueError(f"modalities={modalities!r}: give a list, like [{', '.join(MODALITIES)}]")
+    if strange := [name for name in modalities if name not in MODALITIES]:
+        raise ValueError(f"modalities name {strange[0]!r}: choose among {', '.join(MODALITIES)}")
+    if len(set(modalities)) < 2 or len(set(modalities)) < len(modalities):
+        raise ValueError(f"modalities={list(modalities)}: at least two to compare, each once")
+
+
+def check_window(epochs: Sequence[int] | None) -> None:
+    """Refuse a window without an epoch; raises `ValueError` as `check_settings` does."""
+    if epochs is not None and not (
+        isinstance(epochs, Sequence) and len(epochs) == 2 and 0 <= epochs[0] <= epochs[1]
+    ):
+        raise ValueError(f"epochs={epochs!r} is no window: give the first and the last epoch, like [0, 25]")

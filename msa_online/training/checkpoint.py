@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments
 
@@ -151,7 +151,8 @@ class RunFolder:
         if not self.accelerator.is_main_process:
             return
         staging = self.path / "publish.new"
-        model.save_pretrained(staging)
+        weights = {name: value for name, value in model.state_dict().items() if not name.startswith(PROBES)}
+        model.save_pretrained(staging, state_dict=weights)
         if processor is not None:
             processor.save_pretrained(staging)
         for file in staging.iterdir():
@@ -169,7 +170,9 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path}: no epoch had a validation score that is a number; lower the learning rates"
             )
-        load_model(model, published)
+        missing, unexpected = load_model(model, published, strict=False)
+        if unexpected or not all(name.startswith(PROBES) for name in missing):
+            raise ConfigurationError(f"{published}: these are the weights of another model")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write what every epoch brought to history.json."""

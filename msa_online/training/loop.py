@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from msa_online.balancing import GradientModulator, Modulation, ModulationContext
 from msa_online.data.missing import Hiding
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.optimizer import scaled_rates
 from msa_online.training.teacher import Teacher
 
@@ -148,7 +148,7 @@ class TrainingLoop:
             did; empty for a skipped step.
         """
         self.accelerator.unscale_gradients(self.optimizer)
-        parameters = [parameter for parameter in self.bare_model.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self._clipped if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters])
         whole = {"gradient_norm": norm, **self.modulator.measure(self._owned)}
         values = self._fetch(window, whole)
@@ -203,6 +203,11 @@ class TrainingLoop:
     @cached_property
     def _owned(self) -> dict[str, list[Parameter]]:
         return self.bare_model.modality_parameters()
+
+    @cached_property
+    def _clipped(self) -> list[Parameter]:
+        named = self.bare_model.named_parameters()
+        return [parameter for name, parameter in named if not name.startswith(PROBES)]
 
     def _log(self, record: Mapping[str, float]) -> None:
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}

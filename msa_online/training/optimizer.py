@@ -9,7 +9,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import PROBES, MSAModel
+
+PARTS = {"encoders.text.": "text_encoder", PROBES: "probes"}
 
 
 def make_optimizer(
@@ -17,11 +19,11 @@ def make_optimizer(
 ) -> AdamW:
     """AdamW over the trainable parameters, in groups that share learning rate, decay and modality.
 
-    A group says what it holds: `name` is "text_encoder" or "rest", `modality` whose parameters they are, None
-    for shared ones. Vectors (biases, norms, scalings) are not decayed. A frozen text encoder contributes no
-    group.
+    A group says what it holds: `name` is "text_encoder", "probes" (of a modulator) or "rest", `modality` is
+    whose parameters they are, None for shared ones. Vectors (biases, norms, scalings) are not decayed. A
+    frozen text encoder contributes no group.
     """
-    rates = {"text_encoder": text_learning_rate, "rest": learning_rate}
+    rates = {"text_encoder": text_learning_rate, "probes": learning_rate, "rest": learning_rate}
     owners = {
         id(parameter): modality
         for modality, owned in model.modality_parameters().items()
@@ -30,7 +32,7 @@ def make_optimizer(
     groups: dict[tuple[str, str | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "text_encoder" if name.startswith("encoders.text.") else "rest"
+            part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "rest")
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
             key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)

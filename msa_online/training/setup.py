@@ -26,7 +26,7 @@ from msa_online.data.prepare import findings_table, prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modalities import MODALITIES, ModalitySequence
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
 from msa_online.training.run_data import ClipData, FeatureData
@@ -237,8 +237,9 @@ def make_modulator(
                 f"{name} acts on {modality}, but model.head={model.config.head} has no trained parameters of "
                 f"its own for {modality}: say training.modulator_kwargs.modalities={able}".replace("'", "")
             )
+    answer = _answer_to_nothing(model)
     if modulator.needs_modality_logits:
-        lacking = set(modulator.modalities) - set(_unimodal_predictions(model))
+        lacking = set(modulator.modalities) - set(answer.modality_logits)
         if lacking:
             raise ConfigurationError(
                 f"{name} compares modalities by their own predictions, but model.head={model.config.head} "
@@ -250,12 +251,14 @@ def make_modulator(
             f"{name} acts from epoch {modulator.epochs[0]} on, but the run has {epochs} epochs, counted from "
             "0: lower training.modulator_kwargs.epochs, or say null for all epochs"
         )
+    widths = {name: state.shape[-1] for name, state in answer.features.items()}
+    modulator.attach(model, widths, answer.fused.shape[-1])
     return modulator
 
 
 @torch.no_grad()
-def _unimodal_predictions(model: MSAModel) -> list[str]:
-    """Modalities that a model's head predicts from alone, found by asking it about one empty sample."""
+def _answer_to_nothing(model: MSAModel) -> MSAOutput:
+    """What a model's head says of one empty sample: it shows what the head reports, and how wide."""
     nothing = {
         name: ModalitySequence.of(torch.zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.bool))
         for name, width in model.config.widths.items()
@@ -263,7 +266,7 @@ def _unimodal_predictions(model: MSAModel) -> list[str]:
     training = model.training
     answer = model.eval().decide(nothing)
     model.train(training)
-    return list(answer.modality_logits)
+    return answer
 
 
 def make_loaders(

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BALM: calibrated features and rebalanced gradients for any head, under missing rates; METHODS 3."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msa_online.balancing.base import Calibrator, GradientModulator, Modulation, ModulationContext
+from msa_online.balancing.blocks import in_fp32, masked_mean, mean_where, task_loss
+from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients, check_modalities, check_window
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+DECAY = 0.9  # of the running divergences
+TINY = 1e-8  # beside sums of Python floats
+
+
+class FeatureCalibration(Calibrator):
+    """FCM: scales the channels of each modality by what a descriptor of all modalities says (3.1 - 3.3).
+
+        x_glob = ReLU(F [mean_t x_text; mean_t x_audio; mean_t x_vision])
+        x^_m   = 2 sigmoid(F_m x_glob) x_m
+
+    The gates start at 1 and leave every feature as it is. An absent modality is zero in the descriptor and
+    stays absent.
+
+    Args:
+        widths: Width of each modality's states.
+        descriptor_size: Width of x_glob; a quarter of all widths together by default, as published.
+    """
+
+    def __init__(self, widths: Mapping[str, int], *, descriptor_size: int | None = None) -> None:
+        super().__init__(widths)
+        total = sum(widths.values())
+        size = descriptor_size or -(-total // 4)
+        self.describe = nn.Linear(total, size)
+        self.gates = nn.ModuleDict({name: OpenGate(size, width) for name, width in widths.items()})
+
+    def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
+        """Scale states `(batch, time, width)` by gates in (0, 2), one for each sample and channel."""
+        pooled = torch.cat([masked_mean(sequences[name]) for name in self.gates], dim=-1)
+        descriptor = F.relu(self.describe(pooled))  # (batch, descriptor)
+        return {
+            name: replace(sequence, values=sequence.values * self.gates[name](descriptor).unsqueeze(1))
+            for name, sequence in sequences.items()
+        }
+
+
+class OpenGate(nn.Module):
+    """Gates in (0, 2) that start at 1, whatever they read.
+
+    Args:
+        inputs: Width of what they read.
+        channels: How many there are.
+    """
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, inputs))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with all gates at 1."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Gates `(batch, channels)` of states `(batch, inputs)`."""
+        return 2 * torch.sigmoid(F.linear(states, self.weight, self.bias))
+
+
+class RebalancingModulator(GradientModulator):
+    """GRM: speeds up the modality that learns least, and turns it to where the task goes (3.5 - 3.10).
+
+        D_m     = divergence of a probe's prediction from the fused one, mean over the samples that have m
+        Delta_m = what D_m fell by since the last step
+        kappa_m = share of the progress that is not m's;  grad <- rho kappa_m grad
+        L_mod   = 1/|M| [ sum |kappa_m| - sum kappa_m cos_m ],  kappa of the step before
+
+    cos_m compares, sample by sample, the directions in which the task loss and the probe's own loss want to
+    move z_m, the state of m as the fusion reads it. Probes read z_m detached: they change neither encoders
+    nor clipping, and are in no checkpoint.
+
+    Deviations (METHODS 3.3, A13): progress is smoothed, because batch noise alone would otherwise turn
+    coefficients negative (`guard`); the paper's equations of the spatial term are not to be had, the form
+    is that of its ancestor CGGM (`mod_form`), on gradients by z_m and not on weights.
+
+    Args:
+        modalities: Whom to rebalance.
+        strength: rho; 1.5 leaves the mean coefficient of three modalities at 1.
+        spatial_weight: tau, of L_mod.
+        progress: "kl" of the fused from the probe's distribution, or "mse" of predictions (BALM-M).
+        guard: "smooth", or "none" as printed.
+        spatial: "latent", or "off" (BALM-D).
+        mod_form: "cggm", or "abs" as in the published code: sum |kappa_m cos_m|.
+        epochs: First and last epoch of modulation, from 0; None for all.
+        apply: "gradient" as published, "lr", or "off" (BALM-S).
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        modalities: Sequence[str] = MODALITIES,
+        strength: float = 1.4,
+        spatial_weight: float = 0.3,
+        progress: str = "kl",
+        guard: str = "smooth",
+        spatial: str = "latent",
+        mod_form: str = "cggm",
+        epochs: Sequence[int] | None = None,
+        apply: str = "gradient",
+    ) -> None:
+        check_modalities(modalities)
+        check_window(epochs)
+        for name, value, settings in (
+            ("progress", progress, ("kl", "mse")),
+            ("guard", guard, ("smooth", "none")),
+            ("spatial", spatial, ("latent", "off")),
+            ("mod_form", mod_form, ("cggm", "abs")),
+            ("apply", apply, (*APPLICATIONS, "off")),
+        ):
+            if value not in settings:
+                raise ValueError(f"{name}={value!r}: one of {', '.join(settings)}")
+        if strength <= 0 or spatial_weight < 0:
+            raise ValueError(f"strength={strength}, spatial_weight={spatial_weight}: above 0, and at least 0")
+        self.modalities = tuple(modalities)
+        self.epochs = None if epochs is None else tuple(epochs)
+        self.strength, self.spatial_weight = strength, spatial_weight
+        self.progress, self.guard = progress, guard
+        self.spatial, self.mod_form, self.apply = spatial, mod_form, apply
+        self.divergences: dict[str, float] | None = None  # of the last step, or running
+        self.kappa: dict[str, float] | None = None
+
+    def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
+        """Give the model a probe for each modality: a hidden layer as wide as what the prediction reads."""
+        outputs = model.config.num_labels
+        model.probes.update(
+            {
+                name: nn.Sequential(nn.Linear(features[name], fused), nn.ReLU(), nn.Linear(fused, outputs))
+                for name in self.modalities
+            }
+        )
+        self.probes = model.probes
+
+    def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Divergence of each probe from the fused prediction, summed over samples that have its modality."""
+        statistics = {}
+        for name in self.modalities:
+            fused, alone = in_fp32(output.logits.detach()), in_fp32(output.probe_logits[name].detach())
+            present = output.present[name] & output.fused_valid
+            statistics[f"divergence/{name}"] = (DIVERGENCES[self.progress](fused, alone) * present).sum()
+            statistics[f"observed/{name}"] = present.sum()
+        return statistics
+
+    def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """What trains the probes, and tau L_mod under the coefficients of the step before."""
+        alone = [
+            task_loss(output.probe_logits[name], labels, output.present[name]) for name in self.modalities
+        ]
+        spatial = torch.zeros_like(alone[0])
+        if self.kappa and output.fused_valid and self.spatial == "latent":
+            spatial = self.spatial_weight * self._spatial_loss(output, labels)
+        return {"probe": torch.stack(alone).sum(), "balm": spatial}
+
+    def _spatial_loss(self, output: Any, labels: Tensor) -> Tensor:
+        """L_mod (3.9) on the gradients by z_m, those of the probes held fixed."""
+        states = [output.features[name] for name in self.modalities]
+        # of the sum over samples, so that half precision does not lose the gradient of a mean
+        wanted = torch.autograd.grad(output.losses["task"] * len(labels), states, create_graph=True)
+        terms = []
+        for name, state, of_task in zip(self.modalities, states, wanted, strict=True):
+            state = state.detach().requires_grad_()
+            of_probe = torch.autograd.grad(task_loss(self.probes[name](state), labels) * len(labels), state)[
+                0
+            ]
+            cosine = F.cosine_similarity(in_fp32(of_task), in_fp32(of_probe), dim=-1)
+            terms.append(self.kappa[name] * mean_where(cosine, output.present[name]))
+        cosines = torch.stack(terms)
+        if self.mod_form == "abs":
+            return cosines.abs().mean()
+        return sum(abs(value) for value in self.kappa.values()) / len(terms) - cosines.mean()
+
+    def modulate(self, context: ModulationContext) -> Modulation:
+        """Take the divergences of the step, and scale each modality by its share of the others' progress."""
+        counts = {name: context.statistics[f"observed/{name}"] for name in self.modalities}
+        log = {}
+        if all(counts.values()):
+            found = {name: context.statistics[f"divergence/{name}"] / count for name, count in counts.items()}
+            self.kappa, self.divergences = rebalance(found, self.divergences, self.guard)
+            log = {f"divergence/{name}": value for name, value in found.items()}
+        coefficients = dict.fromkeys(self.modalities, 1.0)
+        rates: dict[str, float] = {}
+        if self.kappa and self.acts_in(context.epoch) and self.apply != "off":
+            coefficients = {name: self.strength * value for name, value in self.kappa.items()}
+            rates = apply_coefficients(coefficients, context, apply=self.apply, noise=0.0)
+        return Modulation(rates, log | {f"coefficient/{name}": c for name, c in coefficients.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Divergences and coefficients of the last step."""
+        return {"divergences": self.divergences, "kappa": self.kappa}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.divergences, self.kappa = state["divergences"], state["kappa"]
+
+
+def rebalance(
+    found: Mapping[str, float], before: Mapping[str, float] | None, guard: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Coefficients kappa from the divergences of a step, and what the next step compares with (3.8).
+
+    Args:
+        found: D_m of this step, at least 0.
+        before: What the last step left; None in the first.
+        guard: "smooth" compares running means, counts losses of ground as no progress, and draws kappa half
+            way to equal shares: kappa in [0, 1], adding up to |M| - 1. "none" is the printed form, which
+            can be negative or large.
+    """
+    count = len(found)
+    if guard == "none":
+        progress = {name: (before[name] if before else 0.0) - value for name, value in found.items()}
+        if before is None:
+            progress = dict(found)
+        total = sum(progress.values())
+        return {name: (total - value) / (total + TINY) for name, value in progress.items()}, dict(found)
+    running = {
+        name: value if before is None else DECAY * before[name] + (1 - DECAY) * value
+        for name, value in found.items()
+    }
+    least = 1e-3 * sum(running.values()) / count + 1e-12
+    gained = {name: max((before or running)[name] - value, 0.0) + least for name, value in running.items()}
+    total = sum(gained.values())
+    kappa = {name: 1 - value / total for name, value in gained.items()}
+    return {name: 0.5 * value + 0.5 * (count - 1) / count for name, value in kappa.items()}, running
+
+
+def kl_from_fused(fused: Tensor, alone: Tensor) -> Tensor:
+    """KL(fused || alone) of each sample, `(batch, outputs)` to `(batch,)` (3.6).
+
+    A score s stands for the two-point distribution (sigmoid(-s), sigmoid(s)).
+    """
+    of_fused, of_alone = (_log_probabilities(logits) for logits in (fused, alone))
+    return (of_fused.exp() * (of_fused - of_alone)).sum(dim=-1)
+
+
+def squared_distance(fused: Tensor, alone: Tensor) -> Tensor:
+    """Mean squared distance of a sample's distributions, `(batch, outputs)` to `(batch,)` (BALM-M)."""
+    of_fused, of_alone = (_log_probabilities(logits).exp() for logits in (fused, alone))
+    return (of_fused - of_alone).square().mean(dim=-1)
+
+
+DIVERGENCES = {"kl": kl_from_fused, "mse": squared_distance}
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    if logits.shape[-1] > 1:
+        return logits.log_softmax(dim=-1)
+    return torch.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
