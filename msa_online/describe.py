@@ -13,7 +13,7 @@ from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
 from msa_online.hub import load_config
 from msa_online.modalities import ModalitySequence
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.arguments import ConfigurationError, read_arguments
 
 EXAMPLE_SECONDS = 4
@@ -67,10 +67,14 @@ def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
 
 
 def count_parameters(model: MSAModel) -> dict[str, int]:
-    """Parameters of each encoder, of the calibrator and of each part of the head, and their `total`."""
+    """Parameters of each encoder, of the calibrator and of each part of the head, and their `total`.
+
+    Probes, which are trained for a modulator alone, are no part of the model.
+    """
     counts: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
-        counts[_part_of(name)] += parameter.numel()
+        if not name.startswith(PROBES):
+            counts[_part_of(name)] += parameter.numel()
     return {"total": sum(counts.values()), **counts}
 
 

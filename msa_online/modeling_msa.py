@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from msa_online.balancing import CALIBRATORS, HEADS
+from msa_online.balancing import CALIBRATORS, HEADS, HeadOutput
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -35,6 +35,8 @@ class MSAOutput(ModelOutput):
         diagnostics: Detached tensors worth logging, by name.
         present: Which samples each modality was seen of, `(batch,)` bool each.
         probe_logits: Predictions of the probes a modulator trains beside the model, `(batch, outputs)` each.
+        of_head: What the head handed back. Half precision and several processes wrap the model and copy the
+            tensors above: only these are the very ones that its losses were computed from.
     """
 
     loss: Tensor | None = None
@@ -47,6 +49,7 @@ class MSAOutput(ModelOutput):
     diagnostics: dict[str, Tensor] | None = None
     present: dict[str, Tensor] | None = None
     probe_logits: dict[str, Tensor] | None = None
+    of_head: HeadOutput | None = None
 
 
 class MSAModel(PreTrainedModel):
@@ -101,7 +104,7 @@ class MSAModel(PreTrainedModel):
         present = {name: sequence.present for name, sequence in sequences.items()}
         probed = {name: probe(output.features[name].detach()) for name, probe in self.probes.items()}
         loss = torch.stack(terms).sum() if terms else None
-        return MSAOutput(loss=loss, **vars(output), present=present, probe_logits=probed)
+        return MSAOutput(loss=loss, **vars(output), present=present, probe_logits=probed, of_head=output)
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""

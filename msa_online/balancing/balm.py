@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BALM: calibrated features and rebalanced gradients for any head, under missing rates; METHODS 3."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,10 +31,15 @@ class FeatureCalibration(Calibrator):
     Args:
         widths: Width of each modality's states.
         descriptor_size: Width of x_glob; a quarter of all widths together by default, as published.
+
+    Raises:
+        ValueError: `descriptor_size` is below 1.
     """
 
     def __init__(self, widths: Mapping[str, int], *, descriptor_size: int | None = None) -> None:
         super().__init__(widths)
+        if descriptor_size is not None and descriptor_size < 1:
+            raise ValueError(f"descriptor_size={descriptor_size}: at least 1")
         total = sum(widths.values())
         size = descriptor_size or -(-total // 4)
         self.describe = nn.Linear(total, size)
@@ -128,8 +134,10 @@ class RebalancingModulator(GradientModulator):
         ):
             if value not in settings:
                 raise ValueError(f"{name}={value!r}: one of {', '.join(settings)}")
-        if strength <= 0 or spatial_weight < 0:
-            raise ValueError(f"strength={strength}, spatial_weight={spatial_weight}: above 0, and at least 0")
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength={strength}: above 0")
+        if not 0 <= spatial_weight < math.inf:
+            raise ValueError(f"spatial_weight={spatial_weight}: at least 0")
         self.modalities = tuple(modalities)
         self.epochs = None if epochs is None else tuple(epochs)
         self.strength, self.spatial_weight = strength, spatial_weight
@@ -171,16 +179,15 @@ class RebalancingModulator(GradientModulator):
 
     def _spatial_loss(self, output: Any, labels: Tensor) -> Tensor:
         """L_mod (3.9) on the gradients by z_m, those of the probes held fixed."""
-        states = [output.features[name] for name in self.modalities]
+        states = [output.of_head.features[name] for name in self.modalities]
         # of the sum over samples, so that half precision does not lose the gradient of a mean
-        wanted = torch.autograd.grad(output.losses["task"] * len(labels), states, create_graph=True)
+        wanted = torch.autograd.grad(output.of_head.losses["task"] * len(labels), states, create_graph=True)
         terms = []
         for name, state, of_task in zip(self.modalities, states, wanted, strict=True):
-            state = state.detach().requires_grad_()
-            of_probe = torch.autograd.grad(task_loss(self.probes[name](state), labels) * len(labels), state)[
-                0
-            ]
-            cosine = F.cosine_similarity(in_fp32(of_task), in_fp32(of_probe), dim=-1)
+            state = in_fp32(state.detach()).requires_grad_()
+            missed = task_loss(self.probes[name](state), labels) * len(labels)
+            (of_probe,) = torch.autograd.grad(missed, state)
+            cosine = F.cosine_similarity(in_fp32(of_task), of_probe, dim=-1)
             terms.append(self.kappa[name] * mean_where(cosine, output.present[name]))
         cosines = torch.stack(terms)
         if self.mod_form == "abs":

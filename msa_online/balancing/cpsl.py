@@ -146,8 +146,9 @@ class CPSLHead(BalancingHead):
             "text": self._pool(sequences["text"].values, grid),
             **{name: masked_mean(ModalitySequence.of(latents[name], grid)) for name in ENCODED},
         }
-        text = through(features["text"], sequences["text"].values)
-        latents = {name: through(features[name], states) for name, states in latents.items()}
+        features["text"], text = through(features["text"], sequences["text"].values)
+        for name in ENCODED:
+            features[name], latents[name] = through(features[name], latents[name])
         shift = self.fusion(latents["audio"], latents["vision"])  # (batch, tokens, text width)
         fused = self._pool(self.dropout(self.norm(text + self.residual * shift)), grid)
         fused = torch.tanh(self.pooler(fused))
@@ -330,14 +331,14 @@ def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
     return ModalitySequence(values, observed.squeeze(-1) > 0, sequence.present)
 
 
-def through(pooled: Tensor, states: Tensor) -> Tensor:
-    """The same states `(batch, tokens, width)`, as differences from `pooled` `(batch, width)` added to it.
+def through(pooled: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `pooled` `(batch, width)`, and the same states `(batch, tokens, width)` computed from it.
 
-    The prediction is then computed from the pooled state: it has a gradient of its own, which says where the
-    sample as a whole is wanted.
+    They are the copy plus their differences from the original: the copy then has a gradient of its own, the
+    sum over the tokens, which says where the sample as a whole is wanted. That of `states` is as it was.
     """
-    pooled = pooled.unsqueeze(1)
-    return pooled + (states - pooled)
+    copy = pooled.clone()
+    return copy, copy.unsqueeze(1) + (states - pooled.unsqueeze(1))
 
 
 def statistical_loss(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from msa_online.balancing import GradientModulator, Modulation, ModulationContext
+from msa_online.balancing.gradients import gradients_of
 from msa_online.data.missing import Hiding
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.optimizer import scaled_rates
@@ -150,10 +151,11 @@ class TrainingLoop:
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self._clipped if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters])
-        whole = {"gradient_norm": norm, **self.modulator.measure(self._owned)}
+        probe_norm = get_total_norm(gradients_of(self.bare_model.probes.parameters()))
+        whole = {"gradient_norm": norm, "probe_norm": probe_norm, **self.modulator.measure(self._owned)}
         values = self._fetch(window, whole)
         record = {name: values[name] for name in window[0].reported}
-        if not math.isfinite(values["gradient_norm"]):
+        if not math.isfinite(values["gradient_norm"] + values["probe_norm"]):
             self._skip()
             return {}
         modulation = self.modulator.modulate(

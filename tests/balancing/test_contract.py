@@ -2,6 +2,7 @@
 """What every head promises, whatever its method: run over all of `HEADS`, in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,50 @@ def test_over_all_stages_every_parameter_receives_a_gradient(name):
 def test_declared_ownership_is_disjoint(name):
     owned = [id(value) for values in make_head(name).modality_parameters().values() for value in values]
     assert len(owned) == len(set(owned))
+
+
+@every_head
+@every_task
+def test_the_fused_prediction_is_computed_from_the_features_that_are_reported(name, task):
+    """Their gradients say where each modality is wanted; what is pooled on the side alone would have none."""
+    head = make_head(name, task)
+    assert head(make_sequences()).fused_valid
+    sequences = {
+        modality: replace(sequence, values=sequence.values.clone().requires_grad_())
+        for modality, sequence in make_sequences().items()
+    }
+    output = head(sequences, make_labels(task))
+    assert tuple(output.features) == MODALITIES
+    for number in range(4):  # each sample's prediction from its own
+        asked = output.logits[number, 0]
+        gradients = torch.autograd.grad(asked, output.features.values(), retain_graph=True, allow_unused=True)
+        for gradient in gradients:
+            assert gradient is not None
+            assert [row.any().item() for row in gradient] == [row == number for row in range(4)]
+
+
+@every_head
+def test_features_on_the_way_to_the_prediction_change_no_gradient_of_it(name):
+    """Against finite differences: copies and differences of states must not count a step twice."""
+    head = make_head(name)
+    sequences = {
+        modality: replace(sequence, values=sequence.values.clone().requires_grad_())
+        for modality, sequence in make_sequences().items()
+    }
+    output = head(sequences)
+    step = 1e-6
+    for modality, sequence in sequences.items():
+        found = torch.autograd.grad(output.logits.sum(), sequence.values, retain_graph=True)[0]
+        place = found.abs().flatten().argmax()
+        assert found.flatten()[place]
+        ends = []
+        for shift in (step, -step):
+            values = sequence.values.detach().clone()
+            values.view(-1)[place] += shift
+            moved = {key: replace(each, values=each.values.detach()) for key, each in sequences.items()}
+            ends.append(head(moved | {modality: replace(sequence, values=values)}).logits.sum().item())
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert found.flatten()[place].item() == pytest.approx(slope, rel=1e-5), modality
 
 
 @every_head

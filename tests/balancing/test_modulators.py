@@ -23,10 +23,22 @@ def takes(name: str, setting: str) -> bool:
 with_a_window = pytest.mark.parametrize("name", [name for name in MODULATORS if takes(name, "epochs")])
 
 
-def make(name: str, **settings) -> GradientModulator:
-    """A modulator as it comes, acting in every epoch; settings it does not have are left out."""
+NEUTRAL = {"rebalance": {"strength": 1.5}}
+"""With what a modulator leaves modalities alone that do equally well, where its default does not."""
+
+
+def make(name: str, step: "Step | None" = None, **settings) -> GradientModulator:
+    """A modulator as it comes, acting in every epoch; settings it does not have are left out.
+
+    It is attached to the model of `step`, which is asked anew.
+    """
     settings = {"epochs": None, **settings}
-    return MODULATORS[name](**{key: value for key, value in settings.items() if takes(name, key)})
+    modulator = MODULATORS[name](**{key: value for key, value in settings.items() if takes(name, key)})
+    if step is not None:
+        widths = {name: state.shape[-1] for name, state in step.output.features.items()}
+        modulator.attach(step.model, widths, step.output.fused.shape[-1])
+        step.output = step.model(**step.batch)
+    return modulator
 
 
 class Step:
@@ -37,6 +49,7 @@ class Step:
         self.model = MSAModel(config).eval()  # in evaluation nothing is random
         self.labels = batch["labels"]
         batch["modality_present"][0, 1] = batch["modality_present"][1, 2] = False
+        self.batch = batch
         self.output = self.model(**batch)
         self.owned = self.model.modality_parameters()
 
@@ -77,7 +90,7 @@ def same(one: dict[str, torch.Tensor | None], other: dict[str, torch.Tensor | No
 
 @every_modulator
 def test_only_gradients_of_its_own_modalities_are_touched(name, step):
-    modulator = make(name)
+    modulator = make(name, step)
     before = step.backward().gradients()
     step.modulate(modulator)
     owners, after = step.owners(), step.gradients()
@@ -95,8 +108,9 @@ def test_the_conflict_penalty_leaves_the_text_alone():
 
 @every_modulator
 def test_parameters_without_a_gradient_are_passed_over(name, step):
+    modulator = make(name, step)
     before = step.backward().gradients()
-    step.modulate(make(name))
+    step.modulate(modulator)
     after = step.gradients()
     assert {key for key, value in after.items() if value is None} == {
         key for key, value in before.items() if value is None
@@ -106,28 +120,37 @@ def test_parameters_without_a_gradient_are_passed_over(name, step):
 
 @every_modulator
 def test_a_model_without_any_gradient_breaks_nothing(name, step):
-    step.modulate(make(name))
+    step.modulate(make(name, step))
     assert all(value is None for value in step.gradients().values())
 
 
 @every_modulator
 def test_equally_good_modalities_without_noise_change_nothing_bit_for_bit(name, step):
-    before = step.backward().gradients()
+    modulator = make(name, step, noise=0, **NEUTRAL.get(name, {}))
     everyone = torch.ones(6, dtype=torch.bool)
+    alike = dict.fromkeys(MODALITIES, torch.full((6, 1), 0.5))
     equal = MSAOutput(
-        modality_logits=dict.fromkeys(MODALITIES, torch.full((6, 1), 0.5)),
+        logits=torch.full((6, 1), 0.8),
+        modality_logits=alike,
+        probe_logits=alike,
         present=dict.fromkeys(MODALITIES, everyone),
+        fused_valid=True,
     )
-    modulation = step.modulate(make(name, noise=0), output=equal)
-    assert same(step.gradients(), before)
-    log = {} if modulation is None else modulation.log
-    assert all(value == 1.0 for key, value in log.items() if key.startswith("coefficient/"))
+    for number in range(2):
+        for parameter in step.model.parameters():
+            parameter.grad = None
+        before = step.backward().gradients()
+        modulation = step.modulate(modulator, output=equal, step=number)
+        assert same(step.gradients(), before)
+        log = {} if modulation is None else modulation.log
+        found = [value for key, value in log.items() if key.startswith("coefficient/")]
+        assert found == pytest.approx([1.0] * len(modulator.modalities), abs=1e-12)
 
 
 @with_a_window
 @pytest.mark.parametrize("apply", ["gradient", "lr"])
 def test_the_first_and_the_last_epoch_of_its_window_are_in_and_others_are_out(name, apply, step):
-    modulator = make(name, epochs=(2, 4), apply=apply, noise=0)
+    modulator = make(name, step, epochs=(2, 4), apply=apply, noise=0)
     acts = {}
     for epoch in range(7):
         for parameter in step.model.parameters():
@@ -143,7 +166,7 @@ def test_the_first_and_the_last_epoch_of_its_window_are_in_and_others_are_out(na
 
 @with_a_window
 def test_noise_ends_with_the_window_too(name, step):
-    modulator = make(name, epochs=(0, 1))
+    modulator = make(name, step, epochs=(0, 1))
     before = step.backward().gradients()
     step.modulate(modulator, epoch=2)
     assert same(step.gradients(), before)
@@ -151,7 +174,7 @@ def test_noise_ends_with_the_window_too(name, step):
 
 @every_modulator
 def test_looking_changes_nothing_and_keeps_no_graph(name, step):
-    modulator = make(name)
+    modulator = make(name, step)
     weights = {key: value.clone() for key, value in step.model.state_dict().items()}
     plain = step.backward().gradients()
     for parameter in step.model.parameters():
@@ -167,11 +190,10 @@ def test_looking_changes_nothing_and_keeps_no_graph(name, step):
 
 @every_modulator
 def test_what_it_keeps_survives_an_interruption(name, step):
-    whole, stopped = make(name), make(name)
+    whole, stopped, resumed = (make(name, step) for _ in range(3))
     for number in range(2):
         step.modulate(whole, step=number)
         step.modulate(stopped, step=number)
-    resumed = make(name)
     resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
     for number in (2, 3):
         ends = []
@@ -187,8 +209,9 @@ def test_what_it_keeps_survives_an_interruption(name, step):
 @every_modulator
 def test_what_it_says_can_be_recorded(name, step):
     """Names with a slash are diagnostics in the record of an epoch, and numbers have to be finite."""
+    modulator = make(name, step)
     step.backward()
-    modulation = step.modulate(make(name))
+    modulation = step.modulate(modulator)
     for key, value in (modulation.log if modulation else {}).items():
         assert "/" in key and type(value) is float and abs(value) < float("inf"), key
 

@@ -2,6 +2,7 @@
 """A modulator that does not fit its settings, the model, the schedule or the launch is refused at once."""
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,22 @@ OF_CONFLICT = [
     ({"shift": 0.5}, "shift=0.5: 0 as printed, or 1"),
     ({"norm": "max"}, "norm='max': one of mean, rms"),
 ]
-CASES = [(modulator, *case) for modulator in REAL for case in IMPOSSIBLE]
+OF_REBALANCE = [
+    ({"spatial_weight": -0.1}, "spatial_weight=-0.1: at least 0"),
+    ({"progress": "kld"}, "progress='kld': one of kl, mse"),
+    ({"guard": "clip"}, "guard='clip': one of smooth, none"),
+    ({"spatial": "weights"}, "spatial='weights': one of latent, off"),
+    ({"mod_form": "code"}, "mod_form='code': one of cggm, abs"),
+]
+
+
+def takes(modulator: str, settings: dict) -> bool:
+    return set(settings) <= set(inspect.signature(MODULATORS[modulator]).parameters)
+
+
+CASES = [(modulator, *case) for modulator in REAL for case in IMPOSSIBLE if takes(modulator, case[0])]
 CASES += [("conflict", *case) for case in OF_CONFLICT]
+CASES += [("rebalance", *case) for case in OF_REBALANCE]
 
 
 @pytest.mark.parametrize(("modulator", "settings", "named"), CASES)
@@ -71,17 +86,18 @@ NOT_IN_YAML = [
 ]
 
 
-@pytest.mark.parametrize("modulator", REAL)
-@pytest.mark.parametrize(("settings", "named"), IMPOSSIBLE + NOT_IN_YAML)
+IN_CODE = [
+    (modulator, *case) for modulator in REAL for case in IMPOSSIBLE + NOT_IN_YAML if takes(modulator, case[0])
+]
+
+
+@pytest.mark.parametrize(("modulator", "settings", "named"), IN_CODE)
 def test_a_modulator_made_in_code_refuses_it_too(modulator, settings, named):
     with pytest.raises(ValueError, match=named):
         MODULATORS[modulator](**settings)
 
 
-@pytest.mark.parametrize("modulator", REAL)
-@pytest.mark.parametrize(
-    ("settings", "value"),
-    [
+OF_ANOTHER_KIND = [
         ({"noise": "high"}, "'high'.*float"),
         ({"noise": float("nan")}, "nan"),
         ({"noise": float("inf")}, "inf"),
@@ -96,7 +112,15 @@ def test_a_modulator_made_in_code_refuses_it_too(modulator, settings, named):
         ({"modalities": "audio"}, "'audio'.*list"),
         ({"modalities": None}, "None.*list"),
         ({"modalities": [["audio"], ["vision"]]}, "audio.*str"),
-    ],
+        ({"spatial_weight": float("nan")}, "nan.*float"),
+        ({"progress": None}, "None.*str"),
+        ({"spatial": 0}, "0.*str"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("modulator", "settings", "value"),
+    [(modulator, *case) for modulator in REAL for case in OF_ANOTHER_KIND if takes(modulator, case[0])],
     ids=str,
 )
 def test_a_setting_of_the_wrong_kind_is_refused_naming_it_and_its_value(modulator, settings, value):
@@ -107,18 +131,21 @@ def test_a_setting_of_the_wrong_kind_is_refused_naming_it_and_its_value(modulato
 
 @pytest.mark.parametrize("modulator", REAL)
 def test_a_keyword_that_no_modulator_has_is_refused_naming_the_nearest(modulator):
-    with pytest.raises(ConfigurationError, match=r"run\.yaml: .*'training\.modulator_kwargs.nois'.*'noise'"):
-        parse_arguments(document(modulator, nois=1.0), origin="run.yaml")
+    expected = r"run\.yaml: .*'training\.modulator_kwargs.strenth'.*'strength'"
+    with pytest.raises(ConfigurationError, match=expected):
+        parse_arguments(document(modulator, strenth=1.0), origin="run.yaml")
 
 
 @pytest.mark.parametrize("modulator", REAL)
 def test_what_is_allowed_is_taken(modulator):
+    noisy = takes(modulator, {"noise": 0})
     for epochs, inside, outside in ((None, 1000, None), ([0, 0], 0, 1), ([2, 4], 4, 5)):
-        settings = document(modulator, epochs=epochs, strength="1e-1", noise=0)["training"]
-        arguments = parse_arguments(document(modulator, **settings["modulator_kwargs"]))
+        settings = {"epochs": epochs, "strength": "1e-1"} | ({"noise": 0} if noisy else {})
+        arguments = parse_arguments(document(modulator, **settings))
         made = MODULATORS[modulator](**arguments.training.modulator_kwargs)
         assert made.acts_in(inside) and (outside is None or not made.acts_in(outside))
-        assert (made.strength, made.noise) == (0.1, 0.0)  # YAML takes 1e-1 for a word
+        assert made.strength == 0.1  # YAML takes 1e-1 for a word
+        assert not noisy or made.noise == 0.0
     two = MODULATORS[modulator](modalities=["vision", "text"], apply="lr")
     assert (two.modalities, two.apply) == (("vision", "text"), "lr")
 
@@ -198,7 +225,7 @@ class FusedOnlyHead(BalancingHead):
         return {name: list(self.projections[name].parameters()) for name in MODALITIES}
 
 
-@pytest.mark.parametrize("modulator", REAL)
+@pytest.mark.parametrize("modulator", [name for name in REAL if MODULATORS[name].needs_modality_logits])
 def test_a_head_without_unimodal_predictions_is_refused_naming_one_that_has_them(
     modulator, accelerator, monkeypatch
 ):
@@ -211,6 +238,14 @@ def test_a_head_without_unimodal_predictions_is_refused_naming_one_that_has_them
     with pytest.raises(ConfigurationError, match=expected):
         make_modulator(training(modulator), model, 10, accelerator)
     assert type(make_modulator(training("identity"), model, 10, accelerator)) is GradientModulator
+
+
+def test_a_head_without_unimodal_predictions_can_be_rebalanced(accelerator, monkeypatch):
+    """It has probes of its own."""
+    monkeypatch.setitem(HEADS, "fused_only", FusedOnlyHead)
+    model = features_model("fused_only")
+    assert make_modulator(training("rebalance"), model, 10, accelerator).modalities == MODALITIES
+    assert tuple(model.probes) == MODALITIES
 
 
 @pytest.mark.parametrize("head", HEADS)

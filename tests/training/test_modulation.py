@@ -7,13 +7,10 @@ from statistics import fmean
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader
 
-from msa_online import MSAConfig, MSAModel
+from msa_online import MSAConfig
 from msa_online.balancing import (
     HEADS,
     MODULATORS,
@@ -24,126 +21,6 @@ from msa_online.balancing import (
     OGMModulator,
 )
 from msa_online.balancing.gradients import apply_coefficients
-from msa_online.data.collate import BucketBatchSampler
-from msa_online.data.missing import ModalityDropout
-from msa_online.training.loop import TrainingLoop
-from msa_online.training.optimizer import make_optimizer, make_scheduler
-
-SAMPLES = 24
-WIDTHS = {"text": 6, "audio": 4, "vision": 5}
-
-
-class Recording(GradientModulator):
-    """A modulator, and what it was shown and did in every step."""
-
-    def __init__(self, modulator: GradientModulator) -> None:
-        self.modulator = modulator
-        self.modalities, self.epochs = modulator.modalities, modulator.epochs
-        self.observe, self.extra_losses = modulator.observe, modulator.extra_losses
-        self.measure = modulator.measure
-        self.steps: list[int] = []
-        self.logs: list[dict[str, float]] = []
-
-    def modulate(self, context: ModulationContext) -> Modulation | None:
-        modulation = self.modulator.modulate(context)
-        self.steps.append(context.step)
-        self.logs.append(dict(modulation.log) if modulation else {})
-        return modulation
-
-
-class Trial:
-    """A training loop around a fresh model, and what came of it."""
-
-    def __init__(
-        self, config, rows, modulator, *, batch_size=8, accumulation=1, scaler=None, clip_norm=1.0
-    ) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # one precision to a process, says Accelerate
-        accelerator = Accelerator(
-            gradient_accumulation_steps=accumulation, mixed_precision="fp16" if scaler else "no", cpu=True
-        )
-        if scaler is not None:  # fp16 on a CPU would silently compute in fp32: force it, as on a GPU
-            accelerator.native_amp, accelerator.scaler = True, scaler
-        torch.manual_seed(0)
-        model = MSAModel(config)
-        optimizer = make_optimizer(model, learning_rate=1e-3, text_learning_rate=1e-3, weight_decay=0.01)
-        scheduler = make_scheduler(optimizer, steps=100, warmup=0.0)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)
-        self.loader = accelerator.prepare(DataLoader(rows, batch_sampler=self.sampler))
-        self.modulator = Recording(modulator)
-        hiding = ModalityDropout({}, len(rows), seed=3)
-        self.loop = TrainingLoop(
-            accelerator, model, optimizer, scheduler, self.modulator, hiding, clip_norm, 3
-        )
-
-    def train(self, epochs: int = 2, stage: str = "train") -> dict[str, torch.Tensor]:
-        for epoch in range(epochs):
-            self.sampler.start_epoch(epoch)
-            self.losses = self.loop.train_epoch(self.loader, stage=stage, epoch=epoch, title="")
-        return {name: value.clone() for name, value in self.loop.bare_model.state_dict().items()}
-
-    def logged(self, name: str) -> list[float]:
-        """A number of every step."""
-        return [log[name] for log in self.modulator.logs]
-
-    def owners(self) -> dict[str, str]:
-        model = self.loop.bare_model
-        names = {id(value): name for name, value in model.named_parameters()}
-        return {
-            names[id(value)]: modality
-            for modality, values in model.modality_parameters().items()
-            for value in values
-        }
-
-
-def as_rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    return [{name: value[number] for name, value in batch.items()} for number in range(len(batch["labels"]))]
-
-
-@pytest.fixture
-def rows(make_batch):
-    """Samples of which a third lacks audio and some lack vision, unevenly over the halves of a batch."""
-    batch = make_batch(SAMPLES)
-    batch["modality_present"][::3, 1] = False
-    batch["modality_present"][[1, 2, 4, 5, 7, 13], 2] = False
-    return as_rows(batch)
-
-
-@pytest.fixture
-def still_config(tiny_config):
-    """The tiny model without dropout, under the task loss alone, which is linear in the batch."""
-    config = MSAConfig(**tiny_config.to_dict())
-    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
-    config.head_kwargs["dropout"] = 0.0
-    config.loss_weights = {"unimodal": 0.0}
-    return config
-
-
-@pytest.fixture
-def features_config():
-    """A function that configures a head on features made elsewhere."""
-
-    def configure(head: str, **settings) -> MSAConfig:
-        return MSAConfig(
-            feature_widths=WIDTHS, head=head, head_kwargs={"hidden_size": 8, **settings}, label_range=[-3, 3]
-        )
-
-    return configure
-
-
-@pytest.fixture
-def feature_rows():
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "modality_present": torch.rand(SAMPLES, 3, generator=generator) > 0.2,
-        "labels": torch.rand(SAMPLES, generator=generator) * 6 - 3,
-        "index": torch.arange(SAMPLES),
-    }
-    for name, width in WIDTHS.items():
-        batch[f"{name}_values"] = torch.randn(SAMPLES, 4, width, generator=generator)
-        lengths = torch.randint(1, 5, (SAMPLES, 1), generator=generator)
-        batch[f"{name}_mask"] = torch.arange(4) < lengths
-    return as_rows(batch)
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -157,11 +34,11 @@ modulating = pytest.mark.parametrize("kind", [ConflictModulator, OGMModulator])
 
 
 @modulating
-def test_two_accumulated_halves_are_modulated_as_one_batch(kind, still_config, rows):
+def test_two_accumulated_halves_are_modulated_as_one_batch(kind, still_config, rows, make_trial):
     """Errors are averaged over the samples that were there, not over halves; noise is added once a step."""
-    whole = Trial(still_config, rows, kind(epochs=None), batch_size=8)
+    whole = make_trial(still_config, rows, kind(epochs=None), batch_size=8)
     end = whole.train()
-    halves = Trial(still_config, rows, kind(epochs=None), batch_size=4, accumulation=2)
+    halves = make_trial(still_config, rows, kind(epochs=None), batch_size=4, accumulation=2)
     assert_close(end, halves.train(), 1e-5)
     assert whole.modulator.steps == halves.modulator.steps == list(range(6))
     for name in whole.modulator.modalities:
@@ -170,8 +47,8 @@ def test_two_accumulated_halves_are_modulated_as_one_batch(kind, still_config, r
     assert min(whole.logged("coefficient/audio") + whole.logged("coefficient/vision")) < 0.3
 
 
-def test_the_score_of_a_window_is_that_of_all_its_samples(still_config, rows):
-    trial = Trial(still_config, rows, ConflictModulator(noise=0), batch_size=4, accumulation=2)
+def test_the_score_of_a_window_is_that_of_all_its_samples(still_config, rows, make_trial):
+    trial = make_trial(still_config, rows, ConflictModulator(noise=0), batch_size=4, accumulation=2)
     model = trial.loop.bare_model
     trial.sampler.start_epoch(0)
     halves = list(trial.sampler)[:2]
@@ -193,8 +70,10 @@ def test_the_score_of_a_window_is_that_of_all_its_samples(still_config, rows):
 
 
 @pytest.mark.parametrize("norm", ["mean", "rms"])
-def test_the_norms_compared_are_those_of_the_whole_step_before_it_is_modulated(norm, still_config, rows):
-    untouched = Trial(still_config, rows, GradientModulator(), batch_size=8)
+def test_the_norms_compared_are_those_of_the_whole_step_before_it_is_modulated(
+    norm, still_config, rows, make_trial
+):
+    untouched = make_trial(still_config, rows, GradientModulator(), batch_size=8)
     gradients: list[dict[str, torch.Tensor]] = []
     model = untouched.loop.bare_model
 
@@ -206,7 +85,7 @@ def test_the_norms_compared_are_those_of_the_whole_step_before_it_is_modulated(n
     hook = register_optimizer_step_pre_hook(keep)
     untouched.train(1)
     hook.remove()
-    trial = Trial(still_config, rows, ConflictModulator(norm=norm), batch_size=4, accumulation=2)
+    trial = make_trial(still_config, rows, ConflictModulator(norm=norm), batch_size=4, accumulation=2)
     trial.train(1)
     for name in ("audio", "vision"):
         mine = [value for key, value in gradients[0].items() if trial.owners().get(key) == name]
@@ -218,11 +97,11 @@ def test_the_norms_compared_are_those_of_the_whole_step_before_it_is_modulated(n
 
 
 @modulating
-def test_fp16_with_loss_scaling_is_modulated_as_fp32_is(kind, still_config, rows):
-    exact = Trial(still_config, rows, kind(epochs=None))
+def test_fp16_with_loss_scaling_is_modulated_as_fp32_is(kind, still_config, rows, make_trial):
+    exact = make_trial(still_config, rows, kind(epochs=None))
     end = exact.train()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaled = Trial(still_config, rows, kind(epochs=None), scaler=scaler)
+    scaled = make_trial(still_config, rows, kind(epochs=None), scaler=scaler)
     assert_close(end, scaled.train(), 5e-3)
     assert scaled.loop.progress.skipped == 0
     for name in exact.modulator.modalities:
@@ -235,9 +114,11 @@ def test_fp16_with_loss_scaling_is_modulated_as_fp32_is(kind, still_config, rows
 
 @pytest.mark.parametrize("name", MODULATORS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_step_with_a_non_finite_gradient_never_reaches_the_modulator(name, scaled, still_config, rows):
+def test_a_step_with_a_non_finite_gradient_never_reaches_the_modulator(
+    name, scaled, still_config, rows, make_trial
+):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
-    trial = Trial(still_config, rows, MODULATORS[name](), scaler=scaler)
+    trial = make_trial(still_config, rows, MODULATORS[name](), scaler=scaler)
     rows[5]["labels"] = torch.tensor(float("inf"))
     state = trial.train(1)
     assert trial.loop.progress.skipped == 1 and trial.modulator.steps == [0, 1]
@@ -246,8 +127,8 @@ def test_a_step_with_a_non_finite_gradient_never_reaches_the_modulator(name, sca
 
 
 @modulating
-def test_coefficients_appear_in_the_record_of_an_epoch(kind, still_config, rows):
-    trial = Trial(still_config, rows, kind(epochs=None))
+def test_coefficients_appear_in_the_record_of_an_epoch(kind, still_config, rows, make_trial):
+    trial = make_trial(still_config, rows, kind(epochs=None))
     trial.train(1)
     expected = {"imbalance/degree"}
     for name in trial.modulator.modalities:
@@ -260,7 +141,7 @@ def test_coefficients_appear_in_the_record_of_an_epoch(kind, still_config, rows)
     assert not any(name.startswith(("error/", "observed/", "truth/")) for name in trial.losses)
 
 
-def test_gradients_are_clipped_after_noise_and_penalty(still_config, rows):
+def test_gradients_are_clipped_after_noise_and_penalty(still_config, rows, make_trial):
     norms = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: norms.append(
@@ -270,7 +151,7 @@ def test_gradients_are_clipped_after_noise_and_penalty(still_config, rows):
             ).item()
         )
     )  # fmt: skip
-    Trial(still_config, rows, OGMModulator(noise=20.0), clip_norm=0.1).train(1)
+    make_trial(still_config, rows, OGMModulator(noise=20.0), clip_norm=0.1).train(1)
     hook.remove()
     assert norms == pytest.approx([0.1] * 3, rel=1e-4)
 
@@ -288,9 +169,9 @@ class Constant(GradientModulator):
         return Modulation(apply_coefficients(coefficients, context, apply=self.apply, noise=0.0))
 
 
-def travelled(config, rows, coefficient: float, apply: str) -> list[float]:
+def travelled(make_trial, config, rows, coefficient: float, apply: str) -> list[float]:
     """How far the audio encoder moves in every step."""
-    trial = Trial(config, rows, Constant(coefficient, apply), clip_norm=math.inf)
+    trial = make_trial(config, rows, Constant(coefficient, apply), clip_norm=math.inf)
     audio = trial.loop.bare_model.modality_parameters()["audio"]
     places = [[value.detach().clone() for value in audio]]
     hook = register_optimizer_step_post_hook(
@@ -304,21 +185,23 @@ def travelled(config, rows, coefficient: float, apply: str) -> list[float]:
     ]
 
 
-def test_under_adam_a_constant_coefficient_slows_only_as_a_learning_rate(features_config, feature_rows):
+def test_under_adam_a_constant_coefficient_slows_only_as_a_learning_rate(
+    features_config, feature_rows, make_trial
+):
     """Adam divides the length of a gradient by its own running size (METHODS P13)."""
     still = features_config("late_fusion", dropout=0.0)
-    plain = travelled(still, feature_rows, 1.0, "gradient")
-    scaled = travelled(still, feature_rows, 0.2, "gradient")
-    slowed = travelled(still, feature_rows, 0.2, "lr")
+    plain = travelled(make_trial, still, feature_rows, 1.0, "gradient")
+    scaled = travelled(make_trial, still, feature_rows, 0.2, "gradient")
+    slowed = travelled(make_trial, still, feature_rows, 0.2, "lr")
     assert scaled == pytest.approx(plain, rel=0.05)
     assert slowed[0] == pytest.approx(0.2 * plain[0], rel=1e-3)  # later their gradients differ
     assert sum(slowed) == pytest.approx(0.2 * sum(plain), rel=0.2)
 
 
-def test_after_a_step_at_scaled_rates_the_schedule_goes_on_as_without(still_config, rows):
-    plain = Trial(still_config, rows, GradientModulator())
+def test_after_a_step_at_scaled_rates_the_schedule_goes_on_as_without(still_config, rows, make_trial):
+    plain = make_trial(still_config, rows, GradientModulator())
     plain.train(1)
-    rated = Trial(still_config, rows, ConflictModulator(apply="lr", noise=0))
+    rated = make_trial(still_config, rows, ConflictModulator(apply="lr", noise=0))
     seen = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: seen.append(
@@ -342,23 +225,25 @@ def test_after_a_step_at_scaled_rates_the_schedule_goes_on_as_without(still_conf
 @pytest.mark.parametrize("name", MODULATORS)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_trains_with_every_modulator(
-    head, name, kind, tiny_config, features_config, rows, feature_rows
+    head, name, kind, tiny_config, features_config, rows, feature_rows, make_trial
 ):
     clips = MSAConfig(**{**tiny_config.to_dict(), "head": head, "head_kwargs": {"hidden_size": 8}})
     config = clips if kind == "clips" else features_config(head)
     settings = {}
-    if kind == "features" and head == "cpsl" and name == "ogm":
+    if kind == "features" and head == "cpsl" and name in ("ogm", "rebalance"):
         settings = {"modalities": ["audio", "vision"]}  # the text has no parameters of its own there
     for stage in HEADS[head].stages:
         modulator = MODULATORS[name](**settings)
-        trial = Trial(config, rows if kind == "clips" else feature_rows, modulator)
+        trial = make_trial(config, rows if kind == "clips" else feature_rows, modulator)
         trial.loop.bare_model.head.start_stage(stage)
         before = {key: value.detach().clone() for key, value in trial.loop.bare_model.named_parameters()}
         after = trial.train(1, stage)
         assert trial.modulator.steps == [0, 1, 2] and trial.loop.progress.skipped == 0
         assert all(math.isfinite(value) for value in trial.losses.values())
         assert "loss" in trial.losses
-        assert {key for key in trial.losses if "/" not in key} - {"loss"} <= set(HEADS[head].loss_names)
+        of_modulator = {"probe", "balm"} if name == "rebalance" else set()
+        reported = {key for key in trial.losses if "/" not in key} - {"loss"}
+        assert of_modulator <= reported <= of_modulator | set(HEADS[head].loss_names)
         owners = trial.owners()
         moved = {owners.get(key) for key, value in before.items() if not torch.equal(value, after[key])}
         assert moved >= {None, *modulator.modalities}

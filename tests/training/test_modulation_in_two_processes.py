@@ -17,7 +17,16 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from msa_online.balancing import MODULATORS, ConflictModulator, Modulation, ModulationContext
+from msa_online import MSAModel
+from msa_online.balancing import (
+    MODULATORS,
+    ConflictModulator,
+    GradientModulator,
+    Modulation,
+    ModulationContext,
+    RebalancingModulator,
+)
+from msa_online.modalities import COMPLETE
 from msa_online.training.arguments import parse_arguments
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
@@ -150,7 +159,15 @@ def on_two_processes(documents: Sequence[dict], folder: Path, repository: Path) 
     assert [process.returncode for process in processes] == [0, 0], "".join(printed)
 
 
-KINDS = {"all losses on complete samples": (True, {}), "modalities missing, the task loss": (False, LINEAR)}
+REBALANCED = {
+    "modulator": "rebalance",
+    "modulator_kwargs": {"modalities": ["audio", "vision"], "epochs": [0, 3]},
+}
+KINDS = {
+    "all losses on complete samples": (True, {}, {}),
+    "modalities missing, the task loss": (False, LINEAR, {}),
+    "rebalanced, the task loss": (True, LINEAR, REBALANCED),
+}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +176,9 @@ def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("pairs")
     still = {"dropout": 0.0, "classifier_dropout": 0.0, "ame": False}
     runs, launched = {}, []
-    for number, (kind, (complete, weights)) in enumerate(KINDS.items()):
+    for number, (kind, (complete, weights, training)) in enumerate(KINDS.items()):
         archive = write_archive(folder / f"features{number}.npz", complete)
-        settings = {"head": still, "weights": weights}
+        settings = {"head": still, "weights": weights, **training}
         one = train(configure(folder / f"one{number}", archive, **settings, batch_size=16))
         launched.append(configure(folder / f"two{number}", archive, **settings, batch_size=8))
         runs[kind] = one, folder / f"two{number}"
@@ -195,19 +212,37 @@ def test_two_processes_modulate_as_one_does(kind, pairs):
         )
 
 
-class Stopping(ConflictModulator):
-    """The conflict penalty, in a run that is interrupted before a step."""
+def stopping(kind: type[GradientModulator]) -> type[GradientModulator]:
+    """A modulator in a run that is interrupted before a step."""
 
-    stop_before: int | None = None
+    class Stopping(kind):
+        stop_before: int | None = None
 
-    def modulate(self, context: ModulationContext) -> Modulation:
-        if context.step == self.stop_before:
-            raise KeyboardInterrupt
-        return super().modulate(context)
+        def modulate(self, context: ModulationContext) -> Modulation:
+            if context.step == self.stop_before:
+                raise KeyboardInterrupt
+            return super().modulate(context)
+
+    return Stopping
 
 
-def test_a_stopped_run_goes_on_with_the_same_noise(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(MODULATORS, "stopping", Stopping)
+OF_TWO = {"modalities": ["audio", "vision"]}
+STOPPED = {
+    "conflict": (ConflictModulator, {}, "identity"),
+    "rebalance": (RebalancingModulator, OF_TWO, "fcm"),
+    "rebalance as printed": (
+        RebalancingModulator,
+        OF_TWO | {"guard": "none", "mod_form": "abs"},
+        "identity",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_a_stopped_run_goes_on_with_the_same_noise_and_coefficients(kind, train, tmp_path, monkeypatch):
+    modulator, kwargs, calibrator = STOPPED[kind]
+    interrupted = stopping(modulator)
+    monkeypatch.setitem(MODULATORS, "stopping", interrupted)
     archive = write_archive(tmp_path / "features.npz", complete=False)
     settings = {
         "epochs": 3,
@@ -215,16 +250,45 @@ def test_a_stopped_run_goes_on_with_the_same_noise(train, tmp_path, monkeypatch)
         "batch_size": 8,
         "modality_dropout": {"audio": 0.3},
         "modulator": "stopping",
-        "modulator_kwargs": {"epochs": [0, 1]},
+        "modulator_kwargs": {"epochs": [0, 1], **kwargs},
     }
-    whole = train(configure(tmp_path / "whole", archive, **settings))
-    monkeypatch.setattr(Stopping, "stop_before", 6)  # in the third of four steps of the second epoch
+
+    def described(folder: str, **more) -> dict:
+        document = configure(tmp_path / folder, archive, **settings, **more)
+        document["model"]["calibrator"] = calibrator
+        return document
+
+    whole = train(described("whole"))
+    monkeypatch.setattr(interrupted, "stop_before", 6)  # in the third of four steps of the second epoch
     with pytest.raises(KeyboardInterrupt):
-        train(configure(tmp_path / "stopped", archive, **settings))
-    monkeypatch.setattr(Stopping, "stop_before", None)
-    stopped = train(configure(tmp_path / "stopped", archive, **settings, resume=True))
+        train(described("stopped"))
+    kept = load_file(tmp_path / "stopped" / "state" / "model.safetensors")
+    assert any(name.startswith("probes.") for name in kept) == (kind != "conflict")
+    monkeypatch.setattr(interrupted, "stop_before", None)
+    stopped = train(described("stopped", resume=True))
     ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert history(whole) == history(stopped)
     lowest = lowest_coefficients(whole)
     assert max(lowest[:2]) < 1.0 and lowest[2] == 1.0  # the window is over
+
+
+def test_a_rebalanced_run_publishes_no_probes_and_what_it_publishes_scores_the_same(train, tmp_path):
+    archive = write_archive(tmp_path / "features.npz", complete=True)
+    document = configure(tmp_path / "run", archive, **REBALANCED, epochs=5, batch_size=16, learning_rate=5e-3)
+    document["model"]["calibrator"] = "fcm"
+    run = train(document)
+    weights = load_file(run / "model.safetensors")
+    assert not any(name.startswith("probes.") for name in weights)
+    assert any(value.any() for name, value in weights.items() if name.startswith("calibrator.gates."))
+    model, notes = MSAModel.from_pretrained(run, output_loading_info=True)
+    assert not (notes["missing_keys"] or notes["unexpected_keys"] or notes["mismatched_keys"])
+    assert not model.probes
+    split = np.load(archive)
+    rows = split["split"] == "test"
+    inputs = {f"{name}_values": torch.tensor(split[name][rows], dtype=torch.float32) for name in WIDTHS}
+    masks = {f"{name}_mask": torch.ones(8, 5, dtype=torch.bool) for name in WIDTHS}
+    with torch.no_grad():
+        logits = model.eval()(torch.ones(8, 3, dtype=torch.bool), **inputs, **masks).logits.squeeze(-1)
+    error = (logits - torch.tensor(split["label"][rows])).abs().mean().item()
+    assert error == pytest.approx(model.config.trained_on["results"]["test"][COMPLETE]["mae"], rel=1e-5)

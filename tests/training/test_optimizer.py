@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import HEADS
+from msa_online.balancing import HEADS, MODULATORS
 from msa_online.training.optimizer import make_optimizer, make_scheduler, scaled_rates
 
 RATES = {"learning_rate": 1e-3, "text_learning_rate": 2e-5, "weight_decay": 0.1}
@@ -120,6 +120,24 @@ def test_a_group_holds_parameters_of_one_modality_or_shared_ones(head, tiny_conf
     for group in groups:
         assert {owners.get(id(value)) for value in group["params"]} == {group["modality"]}
     assert {group["modality"] for group in groups} == {"text", "audio", "vision", None}
+
+
+def test_probes_of_a_modulator_are_trained_too_in_groups_of_their_own(tiny_model):
+    """At the rate of what is new, and at no modality's: `apply: lr` would slow what judges a modality."""
+    plain = settings_by_name(tiny_model, make_optimizer(tiny_model, **RATES))
+    MODULATORS["rebalance"]().attach(tiny_model, dict.fromkeys(("text", "audio", "vision"), 16), 16)
+    optimizer = make_optimizer(tiny_model, **RATES)
+    settings = settings_by_name(tiny_model, optimizer)
+    probes = {name for name in settings if name.startswith("probes.")}
+    assert settings.keys() == dict(tiny_model.named_parameters()).keys() and len(probes) == 12
+    assert {name: settings[name] for name in settings.keys() - probes} == plain
+    for name in probes:
+        assert settings[name] == (1e-3, 0.0 if name.endswith("bias") else 0.1)
+    of_probes = {id(value) for value in tiny_model.probes.parameters()}
+    for group in optimizer.param_groups:
+        inside = {id(value) in of_probes for value in group["params"]}
+        assert inside == {group["name"] == "probes"}
+        assert group["name"] != "probes" or group["modality"] is None
 
 
 def with_gradients(model: MSAModel) -> MSAModel:
