@@ -103,7 +103,8 @@ class RebalancingModulator(GradientModulator):
         guard: "smooth", or "none" as printed.
         spatial: "latent", or "off" (BALM-D).
         mod_form: "cggm", or "abs" as in the published code: sum |kappa_m cos_m|.
-        epochs: First and last epoch of modulation, from 0; None for all.
+        epochs: First and last epoch in which coefficients act, from 0; None for all. L_mod and the probes
+            go on throughout.
         apply: "gradient" as published, "lr", or "off" (BALM-S).
 
     Raises:
