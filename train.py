@@ -131,8 +131,9 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, for_validation, accelerator, condition)
-        loop.modulator.on_validation(metrics)
-        best = schedule.advance(selection_score(metrics, loop.bare_model.config.is_regression))
+        score = selection_score(metrics, loop.bare_model.config.is_regression)
+        loop.modulator.on_validation(score)
+        best = schedule.advance(score)
         loop.progress.history.append(
             {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
         )

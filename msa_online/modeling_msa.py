@@ -2,7 +2,7 @@
 """MSAModel: encoders -> calibrator -> balancing head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ class MSAOutput(ModelOutput):
         diagnostics: Detached tensors worth logging, by name.
         present: Which samples each modality was seen of, `(batch,)` bool each.
         probe_logits: Predictions of the probes a modulator trains beside the model, `(batch, outputs)` each.
+        sequences: What the encoders made of the batch, detached, so that a modulator can ask what the model
+            would say of less.
         of_head: What the head handed back. Half precision and several processes wrap the model and copy the
             tensors above: only these are the very ones that its losses were computed from.
     """
@@ -49,6 +51,7 @@ class MSAOutput(ModelOutput):
     diagnostics: dict[str, Tensor] | None = None
     present: dict[str, Tensor] | None = None
     probe_logits: dict[str, Tensor] | None = None
+    sequences: dict[str, ModalitySequence] | None = None
     of_head: HeadOutput | None = None
 
 
@@ -104,7 +107,15 @@ class MSAModel(PreTrainedModel):
         present = {name: sequence.present for name, sequence in sequences.items()}
         probed = {name: probe(output.features[name].detach()) for name, probe in self.probes.items()}
         loss = torch.stack(terms).sum() if terms else None
-        return MSAOutput(loss=loss, **vars(output), present=present, probe_logits=probed, of_head=output)
+        seen = {name: replace(seq, values=seq.values.detach()) for name, seq in sequences.items()}
+        return MSAOutput(
+            loss=loss,
+            **vars(output),
+            present=present,
+            probe_logits=probed,
+            sequences=seen,
+            of_head=output,
+        )
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""

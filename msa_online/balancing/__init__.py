@@ -17,11 +17,13 @@ from msa_online.balancing.cpsl import ConflictModulator, CPSLHead
 from msa_online.balancing.ebmc import EBMCHead
 from msa_online.balancing.late_fusion import LateFusionHead
 from msa_online.balancing.ogm import OGMModulator
+from msa_online.balancing.pase import PaSEHead, ShapleyModulator
 
 HEADS: dict[str, type[BalancingHead]] = {
     "late_fusion": LateFusionHead,
     "ebmc": EBMCHead,
     "cpsl": CPSLHead,
+    "pase": PaSEHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -29,6 +31,7 @@ MODULATORS: dict[str, type[GradientModulator]] = {
     "ogm": OGMModulator,
     "conflict": ConflictModulator,
     "rebalance": RebalancingModulator,
+    "shapley": ShapleyModulator,
 }
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
@@ -52,5 +55,7 @@ __all__ = [
     "Modulation",
     "ModulationContext",
     "OGMModulator",
+    "PaSEHead",
     "RebalancingModulator",
+    "ShapleyModulator",
 ]

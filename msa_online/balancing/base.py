@@ -83,6 +83,13 @@ class BalancingHead(nn.Module):
         A new head stands in the last of its `stages`, where it predicts.
         """
 
+    def end_step(self, taken: bool) -> None:
+        """The optimizer has stepped, or (`taken` False) skipped a step; for heads that keep running state.
+
+        What the forward passes of a step have shown is to be kept only if the step was taken, so that
+        accumulation changes nothing and what is not finite stays out.
+        """
+
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Parameters of the head that bring one modality alone to the fusion, disjoint; the rest is shared.
 
@@ -188,8 +195,8 @@ class GradientModulator:
     def modulate(self, context: ModulationContext) -> Modulation | None:
         """Change `p.grad` in place, or the learning rates of the step; None changes nothing."""
 
-    def on_validation(self, metrics: Mapping[str, float]) -> None:
-        """See the validation metrics of an epoch."""
+    def on_validation(self, score: float) -> None:
+        """See the validation score of an epoch, by which the best epoch is chosen; higher is better."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""

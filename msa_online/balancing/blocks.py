@@ -246,6 +246,13 @@ def across_ranks_minimum(values: Tensor) -> Tensor:
     return values
 
 
+def across_ranks_sum(values: Tensor) -> Tensor:
+    """Sum of each value over all processes, the same on every one of them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
     """Mean of `values` over the last axis where `counted` (bool, same shape) is True; 0 where none is."""
     return (values * counted).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)

@@ -175,6 +175,7 @@ class TrainingLoop:
         clip_grads_with_norm_(parameters, self.clip_norm, norm)
         with scaled_rates(self.optimizer, modulation.rates):
             self.optimizer.step()
+        self.bare_model.head.end_step(taken=True)
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
@@ -200,6 +201,7 @@ class TrainingLoop:
         if self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.bare_model.head.end_step(taken=False)
         self.progress.skipped += 1
 
     @cached_property

@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaSE: prototypes calibrate and align the modalities, Shapley values keep them in balance (AAAI 2026).
+
+"Prototype-aligned Calibration and Shapley-based Equilibrium for Multimodal Sentiment Analysis", arXiv
+2511.17585. Equation numbers are those of METHODS 2.3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from msa_online.balancing.base import (
+    BalancingHead,
+    GradientModulator,
+    HeadOutput,
+    Modulation,
+    ModulationContext,
+)
+from msa_online.balancing.blocks import (
+    Dropout,
+    ExpertLayer,
+    in_fp32,
+    masked_mean,
+    mean_where,
+    sample_losses,
+    task_loss,
+)
+from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients
+from msa_online.balancing.prototypes import (
+    UNKNOWN,
+    PrototypeBanks,
+    Prototypes,
+    prototype_contrast,
+    prototype_cost,
+)
+from msa_online.balancing.shapley import SUBSETS, shapley_values
+from msa_online.balancing.transport import transport_plan
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+PAIRS = tuple(combinations(MODALITIES, 2))
+TRANSPORTS = tuple(f"transport/{one}+{other}" for one, other in PAIRS)  # L_inter of each pair
+LOSSES = tuple("loss/" + ("+".join(sorted(subset)) or "none") for subset in SUBSETS)
+BINS = (2, 3, 5, 7)
+TINY = 1e-9  # e of (2.8)
+RHO = 0.6  # of (2.10)
+
+
+class PaSEHead(BalancingHead):
+    """Each class has a prototype in each modality; they calibrate, align and weigh the modalities.
+
+        X_m ─ f_m ─ own stack ─ h_m ─┬─ s_m
+                                     ├─ PCL: to the prototype of its class, away from the others
+                                     └─ PGF: h_m |M| alpha_m ─ concatenated ─ fusion ─ s
+               prototypes c^m_k ─ CAL: those of m transported onto those of n
+
+        L = l(s, y) + w_u mean_m l(s_m, y) + lambda sum_m PCL_m + mu sum_{m<n} CAL_mn      (2.6)
+
+    Losses, unweighted: `task`, `unimodal`, `pcl`, `cal`. Published: lambda = 0.01, mu = 0.1.
+
+    Deviations and readings (METHODS 2.4): the prototypes that CAL moves are alive (`cal_gradient`), in the
+    published code they and the features of PCL are constants; they are normalised for the cost, or every plan
+    would be uniform; a plan is compared with the identity after its rows are scaled to 1; |M| counts the
+    modalities a sample has; scores fall into bins, which stand for classes. The published gate looks at the
+    label in training, ours never does. Without a router each modality passes its own stack only.
+
+    Relations: `ShapleyModulator` is the other half of the method; both work without the other.
+
+    Args:
+        widths: Width of each modality's states.
+        num_labels: Outputs; 1 is regression.
+        hidden_size: Width D of everything inside.
+        depth: Layers of a modality's stack.
+        heads: Attention heads of a layer.
+        dropout: Share dropped in the perceptrons of stacks and fusion.
+        bins: Classes of a score in -3 .. 3: 5 rounds it to -2 .. 2, 7 to -3 .. 3, 3 takes its sign, 2 is
+            negative or not.
+        momentum: gamma, of the prototypes.
+        temperature: tau, of similarities with prototypes.
+        gate: What alpha is made of. "entropy": exp(-H) of the modality's distribution over prototypes.
+            "learned": a perceptron on its highest similarity, as in the published code. "uniform": nothing,
+            plain concatenation.
+        cal_gradient: What of CAL reaches the encoders. "straight_through": the gradient by the means of the
+            batch, whole; "ema": as far as the batch moves the prototypes, 1 - gamma of it; "none".
+        epsilon: Weight of the entropy in the transport.
+        symmetry: alpha of (2.4).
+        diagonal: beta of (2.4).
+        regression_loss: "mse" or "l1".
+
+    Raises:
+        ValueError: A switch has no such setting, or a number is out of range.
+    """
+
+    loss_names = ("task", "unimodal", "pcl", "cal")
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        num_labels: int,
+        *,
+        hidden_size: int = 256,
+        depth: int = 4,
+        heads: int = 2,
+        dropout: float = 0.5,
+        bins: int = 5,
+        momentum: float = 0.98,
+        temperature: float = 0.1,
+        gate: str = "entropy",
+        cal_gradient: str = "straight_through",
+        epsilon: float = 0.05,
+        symmetry: float = 0.1,
+        diagonal: float = 0.05,
+        regression_loss: str = "mse",
+    ) -> None:
+        super().__init__()
+        _check_choice("gate", gate, ("entropy", "learned", "uniform"))
+        _check_choice("cal_gradient", cal_gradient, ("straight_through", "ema", "none"))
+        _check_choice("bins", bins, BINS)
+        if hidden_size % heads:
+            raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: at least 0 and below 1")
+        for name, value in (("temperature", temperature), ("epsilon", epsilon)):
+            if not value > 0:
+                raise ValueError(f"{name}={value}: above 0")
+        self.num_labels, self.bins = num_labels, bins
+        self.temperature, self.cal_gradient, self.epsilon = temperature, cal_gradient, epsilon
+        self.symmetry, self.diagonal = symmetry, diagonal
+        self.regression_loss = regression_loss
+        self.projections = nn.ModuleDict({name: nn.Linear(widths[name], hidden_size) for name in MODALITIES})
+        self.experts = nn.ModuleDict(
+            {
+                name: nn.ModuleList(ExpertLayer(1, hidden_size, heads, dropout) for _ in range(depth))
+                for name in MODALITIES
+            }
+        )
+        self.prototypes = PrototypeBanks(bins if num_labels == 1 else num_labels, hidden_size, momentum)
+        self.gate = GATES[gate]()
+        self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in MODALITIES})
+        joint = len(MODALITIES) * hidden_size
+        self.fusion = nn.Sequential(nn.Linear(joint, joint), nn.ReLU(), Dropout(dropout))
+        self.classifier = nn.Linear(joint, num_labels)
+
+    def forward(
+        self,
+        sequences: Mapping[str, ModalitySequence],
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> HeadOutput:
+        """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
+        present = torch.stack([sequences[name].present for name in MODALITIES])  # (modalities, batch)
+        features = {name: self._read(name, sequences[name]) for name in MODALITIES}  # h_m
+        states = torch.stack(list(features.values()))  # (modalities, batch, hidden)
+        weights = self._weights(states, present)
+        joint = torch.cat((weights.to(states.dtype).unsqueeze(-1) * states).unbind(), dim=-1)
+        fused = joint + self.fusion(joint)  # (batch, 3 * hidden)
+        output = HeadOutput(
+            logits=self.classifier(fused),
+            modality_logits={name: self.unimodal[name](state) for name, state in features.items()},
+            features=features,
+            fused=fused,
+        )
+        if labels is not None:
+            with torch.autocast(present.device.type, enabled=False):  # METHODS 2.5
+                terms = self._losses(output, in_fp32(states), labels, present)
+            means = mean_where(weights.detach(), present)
+            terms |= {f"weight/{name}": mean for name, mean in zip(MODALITIES, means, strict=True)}
+            output.losses = {name: term for name, term in terms.items() if name in self.loss_names}
+            output.diagnostics = {name: term.detach() for name, term in terms.items() if "/" in name}
+        return output
+
+    def end_step(self, taken: bool) -> None:
+        """Move the prototypes by what the step has seen."""
+        self.prototypes.end_step(taken)
+
+    def modality_parameters(self) -> dict[str, list[Parameter]]:
+        """Projection and stack of each modality."""
+        return {
+            name: [*self.projections[name].parameters(), *self.experts[name].parameters()]
+            for name in MODALITIES
+        }
+
+    def _read(self, name: str, sequence: ModalitySequence) -> Tensor:
+        """Project, pass the own stack, average over time: h_m `(batch, hidden)`, zero where m is absent."""
+        states = [self.projections[name](sequence.values).unsqueeze(0)]
+        for layer in self.experts[name]:
+            states = layer(states, [sequence.mask])
+        return masked_mean(ModalitySequence.of(states[0].squeeze(0), sequence.mask))
+
+    def _weights(self, states: Tensor, present: Tensor) -> Tensor:
+        """PGF (2.5): |M| alpha_m, `(modalities, batch)`, of mean 1 over the modalities a sample has."""
+        with torch.autocast(present.device.type, enabled=False):
+            similarity = self.prototypes.similarity(in_fp32(states))
+            favour = self.gate(similarity, self.prototypes.known, self.temperature) * present
+            count = present.sum(dim=0)
+            return favour * count / favour.sum(dim=0).clamp(min=TINY)
+
+    def _losses(
+        self, output: HeadOutput, states: Tensor, labels: Tensor, present: Tensor
+    ) -> dict[str, Tensor]:
+        classes = score_bins(labels, self.bins) if self.num_labels == 1 else labels
+        own = F.one_hot(classes, self.prototypes.classes).bool()  # (batch, classes)
+        member = own & present.unsqueeze(-1)  # (modalities, batch, classes)
+        prototypes = self.prototypes.with_batch(states, member)
+        if self.training:
+            self.prototypes.take_in(states, member)
+        alone = torch.stack([output.modality_logits[name] for name in MODALITIES])
+        intra = prototype_contrast(states, prototypes, member, self.temperature)  # (modalities,)
+        inter = self._align(prototypes)
+        return {
+            "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
+            "unimodal": mean_where(sample_losses(alone, labels, self.regression_loss), present).mean(),
+            "pcl": intra.sum(),
+            "cal": sum(inter[name] for name in TRANSPORTS),
+            **inter,
+            **{f"pcl/{name}": value for name, value in zip(MODALITIES, intra, strict=True)},
+            **{f"spread/{name}": value for name, value in zip(MODALITIES, prototypes.spread(), strict=True)},
+        }
+
+    def _align(self, prototypes: Prototypes) -> dict[str, Tensor]:
+        """CAL (2.3, 2.4): L_inter of each pair as "transport/<m>+<n>", and means of its three parts."""
+        one, other = ([MODALITIES.index(name) for name in side] for side in zip(*PAIRS, strict=True))
+        alive = prototypes.alive(self.cal_gradient)
+        cost = prototype_cost(alive[one], alive[other])  # (pairs, classes, classes)
+        shared = prototypes.known[one] & prototypes.known[other]
+        count = shared.sum(dim=-1, keepdim=True)
+        mass = shared / count.clamp(min=1)
+        plans = transport_plan(
+            torch.cat([cost, cost.mT]), torch.cat([mass, mass]), torch.cat([mass, mass]), epsilon=self.epsilon
+        )
+        there, back = plans.chunk(2)
+        match = 0.5 * (there * cost + back * cost.mT).sum(dim=(-2, -1))
+        asymmetry = (there - back.mT).square().sum(dim=(-2, -1))
+        wanted, scale = torch.diag_embed(shared.to(cost)), count.unsqueeze(-1)
+        astray = 0.5 * sum((scale * plan - wanted).square().sum(dim=(-2, -1)) for plan in (there, back))
+        total = match + self.symmetry * asymmetry + self.diagonal * astray
+        return {
+            **dict(zip(TRANSPORTS, total, strict=True)),
+            "cal/match": match.mean(),
+            "cal/reg": asymmetry.mean(),
+            "cal/omega": astray.mean(),
+        }
+
+
+def score_bins(scores: Tensor, bins: int) -> Tensor:
+    """Class `(batch,)` int64 of scores `(batch,)` in -3 .. 3; halves round to even, as in Acc-5 and Acc-7."""
+    if bins == 2:
+        return (scores >= 0).long()
+    if bins == 3:
+        return scores.sign().long() + 1
+    limit = (bins - 1) // 2
+    return scores.clamp(-limit, limit).round().long() + limit
+
+
+class EntropyGate(nn.Module):
+    """exp(-H), of how surely a state belongs to one prototype (2.5)."""
+
+    def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
+        """Favour of each modality, `(modalities, batch)`, above 0.
+
+        Args:
+            similarity: With the prototypes, `(modalities, batch, classes)`.
+            known: Which prototypes there are, `(modalities, classes)` bool.
+            temperature: tau.
+        """
+        logits = (similarity / temperature).masked_fill(~known.unsqueeze(1), UNKNOWN).log_softmax(dim=-1)
+        entropy = -(logits.exp() * logits).sum(dim=-1)
+        return torch.exp(-entropy / known.sum(dim=-1, keepdim=True).clamp(min=2).log())
+
+
+class LearnedGate(nn.Sequential):
+    """A perceptron on the highest similarity, as published; in training too, where that takes the label's."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
+
+    def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
+        """Favour of each modality, `(modalities, batch)` in (0, 1), arguments as in `EntropyGate`."""
+        highest = similarity.masked_fill(~known.unsqueeze(1), -1.0).amax(dim=-1, keepdim=True)
+        return super().forward(highest).squeeze(-1)
+
+
+class UniformGate(nn.Module):
+    """No favour at all."""
+
+    def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
+        """1 for each modality, `(modalities, batch)`, arguments as in `EntropyGate`."""
+        return torch.ones_like(similarity[..., 0])
+
+
+GATES = {"entropy": EntropyGate, "learned": LearnedGate, "uniform": UniformGate}
+
+
+class ShapleyModulator(GradientModulator):
+    """SGM: from a plateau on, the more a modality contributes, the slower it learns (2.7 - 2.10).
+
+        psi_m = Shapley value of m in the utility u(S) of the modalities S
+        phi_m = exp(min psi / psi_m - 1)    of the clamped and normalised psi, in (1/e, 1]
+        grad <- phi_m grad                  in the second phase
+
+    The utility is measured in every `interval`-th step and averaged over an epoch; the coefficients of an
+    epoch come from the one before it. The contributions are recorded in both phases.
+
+    u is "task", l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and absent
+    modalities as in prediction; or "prototype", as in the published code, from the transport between the
+    prototypes of a pair and their spread. The latter falls with every modality that joins: it tells how cheap
+    a modality is, and not how useful (METHODS 2.10).
+
+    Args:
+        utility: "task", or "prototype", which needs the head `pase`.
+        apply: "gradient" as published, "lr", or "off", which records contributions and changes nothing.
+        switch: "plateau" starts the second phase when validation no longer improves; "fixed" after `latest`
+            epochs.
+        warmup: Epochs that no plateau is looked for in.
+        patience: Epochs without an improvement that make a plateau.
+        min_delta: Least improvement, relative to the best score.
+        latest: Epochs after which the second phase starts in any case.
+        interval: Steps from one measurement of the utility to the next.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    modalities = MODALITIES
+
+    def __init__(
+        self,
+        *,
+        utility: str = "task",
+        apply: str = "gradient",
+        switch: str = "plateau",
+        warmup: int = 5,
+        patience: int = 5,
+        min_delta: float = 1e-3,
+        latest: int = 20,
+        interval: int = 10,
+    ) -> None:
+        _check_choice("utility", utility, ("task", "prototype"))
+        _check_choice("apply", apply, (*APPLICATIONS, "off"))
+        _check_choice("switch", switch, ("plateau", "fixed"))
+        for name, value, least in (
+            ("warmup", warmup, 0),
+            ("patience", patience, 1),
+            ("min_delta", min_delta, 0),
+            ("latest", latest, 0),
+            ("interval", interval, 1),
+        ):
+            if not least <= value < math.inf:
+                raise ValueError(f"{name}={value}: at least {least}")
+        self.utility, self.apply, self.switch = utility, apply, switch
+        self.warmup, self.patience, self.min_delta, self.latest = warmup, patience, min_delta, latest
+        self.interval = interval
+        self.balancing = latest == 0
+        self.best_score, self.waited, self.validated = -math.inf, 0, 0
+        self.epoch, self.steps = 0, 0
+        self.measured: list[list[float]] = []  # of this epoch
+        self.contributions: dict[str, float] = {}
+        self.coefficients = dict.fromkeys(MODALITIES, 1.0)
+
+    def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
+        """Remember the model whose modalities are to be weighed.
+
+        Raises:
+            ValueError: It has no prototypes and the utility needs them.
+        """
+        if self.utility == "prototype" and not isinstance(model.head, PaSEHead):
+            raise ValueError(
+                f"utility=prototype needs model.head=pase, not {model.config.head}, which has no prototypes: "
+                "say training.modulator_kwargs.utility=task"
+            )
+        self.model = model
+
+    @torch.no_grad()
+    def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """Task loss under each subset of the modalities, in every `interval`-th step."""
+        if self.utility != "task" or self.steps % self.interval or not output.fused_valid:
+            return {}
+        deciding = (self.model.calibrator, self.model.head)
+        for part in deciding:
+            part.eval()  # without dropout, as in prediction; and no prototype moves
+        losses = {
+            name: self._loss(output.sequences, subset, labels)
+            for name, subset in zip(LOSSES, SUBSETS, strict=True)
+        }
+        for part in deciding:
+            part.train()
+        return losses
+
+    def _loss(
+        self, sequences: Mapping[str, ModalitySequence], subset: frozenset[str], labels: Tensor
+    ) -> Tensor:
+        seen = {
+            name: replace(sequence, values=in_fp32(sequence.values)).only(sequence.present & (name in subset))
+            for name, sequence in sequences.items()
+        }
+        return task_loss(self.model.decide(seen).logits, labels)
+
+    def modulate(self, context: ModulationContext) -> Modulation:
+        """Collect the utilities of the step; in the second phase, scale each modality by its phi."""
+        if context.epoch != self.epoch:
+            self._refresh(context.epoch)
+        if self.steps % self.interval == 0 and (worth := self._worth(context.statistics)):
+            self.measured.append(worth)
+        self.steps += 1
+        coefficients = dict.fromkeys(MODALITIES, 1.0)
+        rates: dict[str, float] = {}
+        if self.balancing and self.apply != "off":
+            coefficients = self.coefficients
+            rates = apply_coefficients(coefficients, context, apply=self.apply, noise=0.0)
+        return Modulation(
+            rates,
+            {
+                **{f"contribution/{name}": value for name, value in self.contributions.items()},
+                **{f"coefficient/{name}": value for name, value in coefficients.items()},
+                "phase/balancing": float(self.balancing),
+            },
+        )
+
+    def _worth(self, statistics: Mapping[str, float]) -> list[float]:
+        """Utilities in the order of `SUBSETS`; none in a stage without a fused prediction."""
+        if self.utility == "prototype":
+            return [prototype_utility(subset, statistics) for subset in SUBSETS]
+        if LOSSES[0] not in statistics:
+            return []
+        return [statistics[LOSSES[0]] - statistics[loss] for loss in LOSSES]
+
+    def _refresh(self, epoch: int) -> None:
+        """Contributions and coefficients from what the epoch that is over has measured."""
+        if self.measured:
+            means = torch.tensor(self.measured, dtype=torch.float64).mean(dim=0)
+            shares = shapley_values(dict(zip(SUBSETS, means, strict=True)))
+            self.contributions = {name: share.item() for name, share in shares.items()}
+            self.coefficients = equilibrium(self.contributions)
+        self.epoch, self.measured = epoch, []
+
+    def on_validation(self, score: float) -> None:
+        """Look for the plateau; the second phase starts once and for good."""
+        self.validated += 1
+        if score > self.best_score + self.min_delta * abs(self.best_score) or self.validated == 1:
+            self.best_score, self.waited = score, 0
+        else:
+            self.waited += 1
+        plateau = self.validated > self.warmup and self.waited >= self.patience
+        self.balancing |= self.validated >= self.latest or (self.switch == "plateau" and plateau)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, plateau, measurements and coefficients."""
+        return {name: getattr(self, name) for name in OF_THE_RUN}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        vars(self).update(state)
+
+
+OF_THE_RUN = (
+    "balancing",
+    "best_score",
+    "waited",
+    "validated",
+    "epoch",
+    "steps",
+    "measured",
+    "contributions",
+    "coefficients",
+)
+
+
+def equilibrium(contributions: Mapping[str, float]) -> dict[str, float]:
+    """Coefficients phi (2.8) of Shapley values psi: 1 for the least, falling; all 1 where none is above 0."""
+    if max(contributions.values()) <= 0:
+        return dict.fromkeys(contributions, 1.0)
+    clamped = {name: max(value, TINY) for name, value in contributions.items()}
+    total = sum(clamped.values())
+    shares = {name: value / total for name, value in clamped.items()}
+    least = min(shares.values())
+    return {name: math.exp((least + TINY) / (share + TINY) - 1) for name, share in shares.items()}
+
+
+def prototype_utility(subset: frozenset[str], statistics: Mapping[str, float]) -> float:
+    """Utility of the published code (2.10), from what the head reports of pairs and modalities.
+
+        u(S) = rho / (1 + sum of L_inter over pairs in S) + (1 - rho) / (1 + sum of V over S)
+
+    Nothing is worth 0.
+    """
+    if not subset:
+        return 0.0
+    apart = sum(
+        statistics[name] for name, pair in zip(TRANSPORTS, PAIRS, strict=True) if subset.issuperset(pair)
+    )
+    spread = sum(statistics[f"spread/{name}"] for name in subset)
+    return RHO / (1 + apart) + (1 - RHO) / (1 + spread)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is no setting of PaSE: one of {', '.join(map(str, choices))}")
