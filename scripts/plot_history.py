@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what a run recorded of every epoch: losses, gradients, energies, coefficients, whatever has a name.
+r"""Draw what runs recorded of every epoch: losses, gradients, contributions, whatever has a name.
 
     python scripts/plot_history.py runs/mine/history.json history.png
+    python scripts/plot_history.py runs/with/history.json runs/without/history.json both.png \
+        --panels contribution coefficient "validation, mae"
 
 One panel for each loss, unweighted, one for the gradient norms of all of them
-(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line.
+(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line, runs
+by the kind of line.
 """
 
+import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +25,7 @@ from matplotlib import pyplot as plt
 PANEL = (3.4, 2.6)  # inches
 COLUMNS = 4
 LOGARITHMIC = ("gradient", "encoder gradient")
+KINDS_OF_LINE = ("-", "--", ":", "-.")
 
 
 def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
@@ -36,40 +42,62 @@ def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
     return panels
 
 
-def draw(history: list[dict], target: Path) -> None:
-    """Draw the panels of a history into an image file."""
-    panels = read_panels(history)
-    switches = [
-        later["epoch"] - 0.5
-        for earlier, later in zip(history, history[1:], strict=False)
-        if earlier["stage"] != later["stage"]
-    ]
-    rows = -(-len(panels) // COLUMNS)
+def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] = ()) -> None:
+    """Draw the panels of histories, by the name of their run, into an image file; `wanted` ones, or all.
+
+    Raises:
+        ValueError: No run has recorded one of those wanted.
+    """
+    runs = {run: read_panels(history) for run, history in histories.items()}
+    titles = list(dict.fromkeys(title for panels in runs.values() for title in panels))
+    if strange := [title for title in wanted if title not in titles]:
+        raise ValueError(f"nobody recorded {strange[0]!r}; there are {', '.join(titles)}")
+    titles = list(wanted) or titles
+    columns = min(COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
     figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(PANEL[0] * COLUMNS, PANEL[1] * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(PANEL[0] * columns, PANEL[1] * rows), squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(titles) :]:
         axis.remove()
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        for name, points in lines.items():
-            axis.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
-        for switch in switches:
-            axis.axvline(switch, color="grey", linestyle=":")
+    for axis, title in zip(axes.flat, titles, strict=False):
+        for (run, panels), kind in zip(runs.items(), KINDS_OF_LINE, strict=False):
+            axis.set_prop_cycle(None)  # the same name has the same colour in every run
+            for name, points in panels.get(title, {}).items():
+                label = f"{name}, {run}" if len(runs) > 1 else name
+                axis.plot(list(points), list(points.values()), kind, marker="o", markersize=3, label=label)
+        for history in histories.values():
+            for earlier, later in zip(history, history[1:], strict=False):
+                if earlier["stage"] != later["stage"]:
+                    axis.axvline(later["epoch"] - 0.5, color="grey", linestyle=":")
         axis.set_title(title)
         axis.set_xlabel("epoch")
         if title in LOGARITHMIC:
             axis.set_yscale("log")
-        if len(lines) > 1:
-            axis.legend(fontsize="x-small")
+        if len(axis.lines) > 1:
+            axis.legend(fontsize="xx-small" if len(runs) > 1 else "x-small")
     figure.savefig(target, dpi=110)
 
 
 def main(argv: list[str]) -> int:
     """Run from the command line; returns the exit status."""
-    if len(argv) != 2:
-        print(__doc__)
-        return 2
-    draw(json.loads(Path(argv[0]).read_text(encoding="utf-8")), Path(argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("histories", nargs="+", metavar="history.json", type=Path)
+    parser.add_argument("target", metavar="picture.png", type=Path)
+    parser.add_argument("--panels", nargs="+", default=(), help="only these, by their titles")
+    arguments = parser.parse_args(argv)
+    if len(arguments.histories) > len(KINDS_OF_LINE):
+        parser.error(f"{len(arguments.histories)} histories: at most {len(KINDS_OF_LINE)} can be told apart")
+    try:
+        histories = {
+            path.resolve().parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in arguments.histories
+        }
+        draw(histories, arguments.target, arguments.panels)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return 0
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
 
@@ -11,18 +12,42 @@ HISTORY = [
 ]
 
 
-@pytest.mark.parametrize("arguments", [["history.json", "curves.png"], ["history.json"]])
-def test_a_history_becomes_a_picture_and_a_wrong_call_an_explanation(arguments, repository, tmp_path):
-    (tmp_path / "history.json").write_text(json.dumps(HISTORY))
-    done = subprocess.run(
-        [sys.executable, repository / "scripts/plot_history.py", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if len(arguments) == 2:
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    else:
-        assert done.returncode == 2 and "history.json history.png" in done.stdout
+@pytest.fixture
+def plot(repository, tmp_path):
+    """A function that runs the script in a folder with the histories of two runs."""
+    for run in ("one", "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "history.json").write_text(json.dumps(HISTORY))
+
+    def run_script(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, repository / "scripts/plot_history.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return run_script
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["one/history.json", "curves.png"],
+        ["one/history.json", "other/history.json", "curves.png", "--panels", "energy", "validation, mae"],
+    ],
+)
+def test_histories_become_a_picture(arguments, plot, tmp_path):
+    done = plot(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["one/history.json"], "picture.png"),
+        (["one/history.json", "curves.png", "--panels", "enrgy"], "'enrgy'; there are .*energy"),
+    ],
+)
+def test_a_wrong_call_is_explained_and_draws_nothing(arguments, said, plot, tmp_path):
+    done = plot(*arguments)
+    assert done.returncode == 2
+    assert re.search(said, done.stderr)
+    assert not (tmp_path / "curves.png").exists()
