@@ -30,7 +30,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online_cli": 5.0,
     "train": 5.0,
 }
-BRICKS = {"base", "blocks", "gradients", "shapley", "transport"}  # what methods may share
+BRICKS = {"base", "blocks", "gradients", "prototypes", "shapley", "transport"}  # what methods may share
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "core", "misc", "tools"}
 
 

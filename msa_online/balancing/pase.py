@@ -196,7 +196,9 @@ class PaSEHead(BalancingHead):
     def _weights(self, states: Tensor, present: Tensor) -> Tensor:
         """PGF (2.5): |M| alpha_m, `(modalities, batch)`, of mean 1 over the modalities a sample has."""
         with torch.autocast(present.device.type, enabled=False):
-            similarity = self.prototypes.similarity(in_fp32(states))
+            # what is absent is zero, and the second derivative of a direction is not finite there
+            somewhere = in_fp32(states).masked_fill(~present.unsqueeze(-1), 1.0)
+            similarity = self.prototypes.similarity(somewhere)
             favour = self.gate(similarity, self.prototypes.known, self.temperature) * present
             count = present.sum(dim=0)
             return favour * count / favour.sum(dim=0).clamp(min=TINY)
@@ -381,7 +383,7 @@ class ShapleyModulator(GradientModulator):
         """Task loss under each subset of the modalities, in every `interval`-th step."""
         if self.utility != "task" or self.steps % self.interval or not output.fused_valid:
             return {}
-        deciding = (self.model.calibrator, self.model.head)
+        deciding, training = (self.model.calibrator, self.model.head), self.model.head.training
         for part in deciding:
             part.eval()  # without dropout, as in prediction; and no prototype moves
         losses = {
@@ -389,7 +391,7 @@ class ShapleyModulator(GradientModulator):
             for name, subset in zip(LOSSES, SUBSETS, strict=True)
         }
         for part in deciding:
-            part.train()
+            part.train(training)
         return losses
 
     def _loss(

@@ -5,6 +5,7 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -220,7 +221,8 @@ def make_modulator(
 
     Raises:
         ConfigurationError: The model has nothing of a modality that the modulator acts on, or no unimodal
-            predictions that it needs; its window lies behind the last epoch; or gradients are sharded.
+            predictions that it needs; its window lies behind the last epoch; gradients are sharded; or the
+            modulator itself says that it does not fit the model.
     """
     modulator = MODULATORS[training.modulator](**training.modulator_kwargs)
     name = f"training.modulator={training.modulator}"
@@ -233,9 +235,12 @@ def make_modulator(
     for modality in modulator.modalities:
         if not any(parameter.requires_grad for parameter in owned[modality]):
             able = [other for other in MODALITIES if any(value.requires_grad for value in owned[other])]
+            remedy = f"say training.modulator_kwargs.modalities={able}".replace("'", "")
+            if "modalities" not in signature(type(modulator)).parameters:
+                remedy = "take another head, or training.modulator=identity"
             raise ConfigurationError(
                 f"{name} acts on {modality}, but model.head={model.config.head} has no trained parameters of "
-                f"its own for {modality}: say training.modulator_kwargs.modalities={able}".replace("'", "")
+                f"its own for {modality}: {remedy}"
             )
     answer = _answer_to_nothing(model)
     if modulator.needs_modality_logits:
@@ -252,7 +257,10 @@ def make_modulator(
             "0: lower training.modulator_kwargs.epochs, or say null for all epochs"
         )
     widths = {name: state.shape[-1] for name, state in answer.features.items()}
-    modulator.attach(model, widths, answer.fused.shape[-1])
+    try:
+        modulator.attach(model, widths, answer.fused.shape[-1])
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: {error}") from error
     return modulator
 
 

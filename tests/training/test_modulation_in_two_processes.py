@@ -105,6 +105,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from msa_online.balancing.prototypes import PrototypeBanks
 from msa_online.training.arguments import read_arguments
 from msa_online.training.setup import start_accelerator
 from train import carry_out
@@ -120,6 +121,13 @@ def keep(optimizer, *_):
     seen["steps"] = seen.get("steps", torch.zeros(1)) + 1
 
 register_optimizer_step_post_hook(keep)
+end_step = PrototypeBanks.end_step
+
+def end_and_keep(banks, taken):
+    end_step(banks, taken)
+    seen["prototypes"] = banks.means.clone()
+
+PrototypeBanks.end_step = end_and_keep
 accelerator = None
 for path in sys.argv[1:]:
     arguments = read_arguments(path)
@@ -163,11 +171,17 @@ REBALANCED = {
     "modulator": "rebalance",
     "modulator_kwargs": {"modalities": ["audio", "vision"], "epochs": [0, 3]},
 }
+EQUILIBRIUM = {"modulator": "shapley", "modulator_kwargs": {"latest": 1, "interval": 2}}
+PROTOTYPES_STILL = {"unimodal": 0.0, "pcl": 0.0, "cal": 0.0}
 KINDS = {
     "all losses on complete samples": (True, {}, {}),
     "modalities missing, the task loss": (False, LINEAR, {}),
     "rebalanced, the task loss": (True, LINEAR, REBALANCED),
+    "prototypes and Shapley values, the task loss": (False, PROTOTYPES_STILL, EQUILIBRIUM),
+    "prototypes and Shapley values, all losses": (False, {"pcl": 0.1, "cal": 0.1}, EQUILIBRIUM),
 }
+OF_PASE = [kind for kind, (_, _, training) in KINDS.items() if training == EQUILIBRIUM]
+AS_ONE = [kind for kind, (_, weights, _) in KINDS.items() if "pcl" not in weights or not weights["pcl"]]
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +193,12 @@ def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     for number, (kind, (complete, weights, training)) in enumerate(KINDS.items()):
         archive = write_archive(folder / f"features{number}.npz", complete)
         settings = {"head": still, "weights": weights, **training}
-        one = train(configure(folder / f"one{number}", archive, **settings, batch_size=16))
+        one = configure(folder / f"one{number}", archive, **settings, batch_size=16)
         launched.append(configure(folder / f"two{number}", archive, **settings, batch_size=8))
+        if kind in OF_PASE:
+            for document in (one, launched[-1]):
+                document["model"] |= {"head": "pase", "head_kwargs": {"hidden_size": 8, "dropout": 0.0}}
+        one = train(one)
         runs[kind] = one, folder / f"two{number}"
     on_two_processes(launched, folder, repository)
     return runs
@@ -193,22 +211,29 @@ def test_two_processes_hold_the_same_weights_bit_for_bit(kind, pairs):
     assert ranks[0]["steps"] == ranks[1]["steps"] == STEPS
     assert ranks[0].keys() == ranks[1].keys()
     assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+    assert ("prototypes" in ranks[0]) == (kind in OF_PASE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AS_ONE)
 def test_two_processes_modulate_as_one_does(kind, pairs):
     """A loss that is a mean over what not all samples have is no mean of its halves: those weigh nothing."""
     one, two = pairs[kind]
     lowest = lowest_coefficients(one)
-    assert max(lowest[:4]) < 1.0 and lowest[4] == 1.0  # the window is over
+    if kind in OF_PASE:
+        assert lowest[0] == 1.0 and min(lowest[1:]) < 1.0  # the second phase
+    else:
+        assert max(lowest[:4]) < 1.0 and lowest[4] == 1.0  # the window is over
+    parts = ("variance/", "cal/", "pcl/", "transport/", "spread/", "weight/")  # no means over samples
     for alone, together in zip(history(one), history(two), strict=True):
         for name, value in alone["losses"].items():
-            if "/" in name and not name.startswith("variance/"):
+            if "/" in name and not name.startswith(parts):
                 assert together["losses"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     ends = [load_file(run / "model.safetensors") for run in (one, two)]
     for name, value in ends[0].items():
+        # keys' biases change no attention: their gradient is rounding, which Adam makes large
+        tolerance = 1e-4 if name.endswith("query_key.bias") else 1e-5
         torch.testing.assert_close(
-            ends[1][name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            ends[1][name], value, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

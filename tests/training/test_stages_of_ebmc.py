@@ -26,20 +26,15 @@ TWO_STAGES = [{"name": "enhance", "epochs": 2}, {"name": "balance", "epochs": 2}
 
 
 class Watching(GradientModulator):
-    """Sees every step of a run, and can stop it there or decide how an epoch is scored."""
+    """Sees every step of a run, and can stop it there."""
 
     stop_before: int | None = None
-    errors: list[float] = []
     stages: list[str] = []
 
     def modulate(self, context):
         if context.step == self.stop_before:
             raise KeyboardInterrupt
         self.stages.append(context.stage)
-
-    def on_validation(self, metrics):
-        if self.errors:
-            metrics["mae"] = self.errors.pop(0)
 
 
 class Runs:
@@ -48,11 +43,11 @@ class Runs:
     def __init__(self, folder: Path, corpus: Path, text_encoder: Path) -> None:
         self.folder, self.corpus, self.text_encoder = folder, corpus, text_encoder
 
-    def start(self, name: str, *, stop_before: int | None = None, errors=(), **training) -> Path:
+    def start(self, name: str, *, stop_before: int | None = None, **training) -> Path:
         """Train into a folder; `stop_before` an optimizer step, counted from the start of the run."""
         from train import train
 
-        Watching.stop_before, Watching.errors, Watching.stages = stop_before, list(errors), []
+        Watching.stop_before, Watching.stages = stop_before, []
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()  # an interrupted run leaves its loaders there
         arguments = parse_arguments(self.document(name, **training))
@@ -165,9 +160,12 @@ def test_a_teacher_that_cannot_be_read_is_said_and_costs_nothing_else(harm, file
         item.write_bytes(content)
 
 
-def test_the_teacher_is_the_first_stages_best_epoch_and_not_its_last(runs):
+def test_the_teacher_is_the_first_stages_best_epoch_and_not_its_last(runs, monkeypatch):
     constant = {"decay": "constant", "warmup": 0.0}
-    two = runs.start("best first", stop_before=2 * STEPS, errors=[0.1, 0.9], **constant)
+    scores = iter([-0.1, -0.9])
+    with monkeypatch.context() as scored:
+        scored.setattr("train.selection_score", lambda *_: next(scores))
+        two = runs.start("best first", stop_before=2 * STEPS, **constant)
     one_epoch = [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 1}]
     one = runs.start("one epoch", stop_before=STEPS, stages=one_epoch, **constant)
     teacher = weights(two / "stages" / "enhance.safetensors")
