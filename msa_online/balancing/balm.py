@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_online.balancing.base import Calibrator, GradientModulator, Modulation, ModulationContext
-from msa_online.balancing.blocks import in_fp32, masked_mean, mean_where, task_loss
+from msa_online.balancing.blocks import in_fp32, loss_alone, masked_mean, mean_where, task_loss
 from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients, check_modalities, check_window
 from msa_online.modalities import MODALITIES, ModalitySequence
 
@@ -170,13 +170,11 @@ class RebalancingModulator(GradientModulator):
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         """What trains the probes, and tau L_mod under the coefficients of the step before."""
-        alone = [
-            task_loss(output.probe_logits[name], labels, output.present[name]) for name in self.modalities
-        ]
-        spatial = torch.zeros_like(alone[0])
+        of_probes = loss_alone(output.probe_logits, labels, output.present)
+        spatial = torch.zeros_like(of_probes)
         if self.kappa and output.fused_valid and self.spatial == "latent":
             spatial = self.spatial_weight * self._spatial_loss(output, labels)
-        return {"probe": torch.stack(alone).sum(), "balm": spatial}
+        return {"probe": of_probes, "balm": spatial}
 
     def _spatial_loss(self, output: Any, labels: Tensor) -> Tensor:
         """L_mod (3.9) on the gradients by z_m, those of the probes held fixed."""

@@ -276,6 +276,26 @@ def task_loss(
     return losses.mean() if present is None else mean_where(losses, present)
 
 
+def loss_alone(
+    modality_logits: Mapping[str, Tensor],
+    labels: Tensor,
+    present: Mapping[str, Tensor],
+    regression_loss: str = "mse",
+) -> Tensor:
+    """Sum over modalities of the supervised loss of what each predicts alone, on the samples that have it.
+
+    Args:
+        modality_logits: `(batch, outputs)` each.
+        labels: `(batch,)`.
+        present: `(batch,)` bool each.
+        regression_loss: As in `task_loss`.
+    """
+    alone = [
+        task_loss(logits, labels, present[name], regression_loss) for name, logits in modality_logits.items()
+    ]
+    return torch.stack(alone).sum()
+
+
 def sample_losses(logits: Tensor, labels: Tensor, regression_loss: str = "mse") -> Tensor:
     """The supervised loss of each sample in fp32: `(..., batch, outputs)`, `(batch,)` to `(..., batch)`."""
     logits = in_fp32(logits)

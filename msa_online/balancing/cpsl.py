@@ -22,6 +22,7 @@ from msa_online.balancing.blocks import (
     MissingTokens,
     across_ranks_minimum,
     in_fp32,
+    loss_alone,
     masked_mean,
     mean_where,
     task_loss,
@@ -160,9 +161,11 @@ class CPSLHead(BalancingHead):
         )
         if labels is not None:
             rebuilt = {name: self.decoders[name](latents[name]) for name in ENCODED}
+            present = {name: sequence.present for name, sequence in sequences.items()}
             with torch.autocast(labels.device.type, enabled=False):
                 output.losses = {
-                    **self._supervised(output, sequences, labels),
+                    "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
+                    "unimodal": loss_alone(output.modality_logits, labels, present, self.regression_loss),
                     "recon": reconstruction_loss(inputs, rebuilt),
                     **({"div": diversity_loss(inputs, variances)} if self.ame else {}),
                     "stat": statistical_loss(inputs, means, variances),
@@ -190,18 +193,6 @@ class CPSLHead(BalancingHead):
         if self.pooling == "mean":
             return masked_mean(ModalitySequence.of(states, grid))
         return states[torch.arange(len(grid), device=grid.device), grid.long().argmax(dim=1)]
-
-    def _supervised(
-        self, output: HeadOutput, sequences: Mapping[str, ModalitySequence], labels: Tensor
-    ) -> dict[str, Tensor]:
-        alone = [
-            task_loss(logits, labels, sequences[name].present, self.regression_loss)
-            for name, logits in output.modality_logits.items()
-        ]
-        return {
-            "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
-            "unimodal": torch.stack(alone).sum(),
-        }
 
 
 class GaussianEncoder(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from msa_online.balancing.base import BalancingHead, HeadOutput
-from msa_online.balancing.blocks import MissingTokens, masked_mean, task_loss
+from msa_online.balancing.blocks import MissingTokens, loss_alone, masked_mean, task_loss
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 
@@ -81,20 +81,12 @@ class LateFusionHead(BalancingHead):
             fused=fused,
         )
         if labels is not None:
-            output.losses = self._losses(output, sequences, labels)
+            present = {name: sequence.present for name, sequence in sequences.items()}
+            output.losses = {
+                "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
+                "unimodal": loss_alone(output.modality_logits, labels, present, self.regression_loss),
+            }
         return output
-
-    def _losses(
-        self, output: HeadOutput, sequences: Mapping[str, ModalitySequence], labels: Tensor
-    ) -> dict[str, Tensor]:
-        alone = [
-            task_loss(logits, labels, sequences[name].present, self.regression_loss)
-            for name, logits in output.modality_logits.items()
-        ]
-        return {
-            "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
-            "unimodal": torch.stack(alone).sum(),
-        }
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Projection of each modality."""

@@ -27,9 +27,9 @@ from msa_online.balancing.blocks import (
     Dropout,
     ExpertLayer,
     in_fp32,
+    loss_alone,
     masked_mean,
     mean_where,
-    sample_losses,
     task_loss,
 )
 from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients
@@ -212,12 +212,13 @@ class PaSEHead(BalancingHead):
         prototypes = self.prototypes.with_batch(states, member)
         if self.training:
             self.prototypes.take_in(states, member)
-        alone = torch.stack([output.modality_logits[name] for name in MODALITIES])
+        there = dict(zip(MODALITIES, present, strict=True))
+        alone = loss_alone(output.modality_logits, labels, there, self.regression_loss)
         intra = prototype_contrast(states, prototypes, member, self.temperature)  # (modalities,)
         inter = self._align(prototypes)
         return {
             "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
-            "unimodal": mean_where(sample_losses(alone, labels, self.regression_loss), present).mean(),
+            "unimodal": alone / len(MODALITIES),
             "pcl": intra.sum(),
             "cal": sum(inter[name] for name in TRANSPORTS),
             **inter,

@@ -36,9 +36,12 @@ class Case:
         classes = (
             {} if outputs == 1 else {"id2label": {number: f"class {number}" for number in range(outputs)}}
         )
-        kwargs = {"hidden_size": 8} if head in ("late_fusion", "ebmc", "cpsl") else {}
+        kwargs = {"hidden_size": 8} if head != "linear" else {}
         config = MSAConfig(feature_widths=WIDTHS, head=head, head_kwargs=kwargs, **classes)
         self.model = MSAModel(config).double().eval()
+        if head == "pase":  # a gate that knows no class is piecewise linear, like the rest of the head
+            nn.init.normal_(self.model.head.prototypes.means)
+            nn.init.ones_(self.model.head.prototypes.known)
         assert config.num_labels == outputs
         self.sequences = {
             name: replace(sequence, values=sequence.values.clone().requires_grad_())
