@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator
+from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator, ShapleyModulator
 from msa_online.data.missing import Hiding
 from msa_online.encoders.text import load_text_config
 from msa_online.errors import run_command
@@ -50,7 +50,9 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         "ogm without noise": OGMModulator(modalities=owned, noise=0.0),
         "ogm": OGMModulator(modalities=owned),
         "conflict": ConflictModulator(),
+        "shapley, measuring": ShapleyModulator(interval=1),
     }
+    modulators["shapley, measuring"].attach(model, {}, 0)
     if options.offline:
         batch = random_features(config.feature_widths, options.batch, options.tokens, accelerator.device)
         inputs = f"features of {options.tokens} steps a modality"
