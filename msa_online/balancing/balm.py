@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_online.balancing.base import Calibrator, GradientModulator, Modulation, ModulationContext
-from msa_online.balancing.blocks import in_fp32, loss_alone, masked_mean, mean_where, task_loss
+from msa_online.balancing.blocks import check_choice, in_fp32, loss_alone, masked_mean, mean_where, task_loss
 from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients, check_modalities, check_window
 from msa_online.modalities import MODALITIES, ModalitySequence
 
@@ -126,15 +126,11 @@ class RebalancingModulator(GradientModulator):
     ) -> None:
         check_modalities(modalities)
         check_window(epochs)
-        for name, value, settings in (
-            ("progress", progress, ("kl", "mse")),
-            ("guard", guard, ("smooth", "none")),
-            ("spatial", spatial, ("latent", "off")),
-            ("mod_form", mod_form, ("cggm", "abs")),
-            ("apply", apply, (*APPLICATIONS, "off")),
-        ):
-            if value not in settings:
-                raise ValueError(f"{name}={value!r}: one of {', '.join(settings)}")
+        check_choice("progress", progress, tuple(DIVERGENCES))
+        check_choice("guard", guard, ("smooth", "none"))
+        check_choice("spatial", spatial, ("latent", "off"))
+        check_choice("mod_form", mod_form, ("cggm", "abs"))
+        check_choice("apply", apply, (*APPLICATIONS, "off"))
         if not 0 < strength < math.inf:
             raise ValueError(f"strength={strength}: above 0")
         if not 0 <= spatial_weight < math.inf:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -304,3 +305,13 @@ def sample_losses(logits: Tensor, labels: Tensor, regression_loss: str = "mse") 
         return -logits.log_softmax(dim=-1).gather(-1, classes).squeeze(-1)
     error = logits.squeeze(-1) - labels.to(logits)
     return error.square() if regression_loss == "mse" else error.abs()
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse a setting that is none of `choices`.
+
+    Raises:
+        ValueError: Naming the setting, its value and what is allowed.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(map(str, choices))}")

@@ -21,6 +21,7 @@ from msa_online.balancing.blocks import (
     Dropout,
     MissingTokens,
     across_ranks_minimum,
+    check_choice,
     in_fp32,
     loss_alone,
     masked_mean,
@@ -99,8 +100,7 @@ class CPSLHead(BalancingHead):
         regression_loss: str = "mse",
     ) -> None:
         super().__init__()
-        if pooling not in ("mean", "first"):
-            raise ValueError(f"pooling={pooling!r} is no setting of CP/SL: mean or first")
+        check_choice("pooling", pooling, ("mean", "first"))
         self.residual, self.ame, self.pooling = residual, ame, pooling
         self.regression_loss = regression_loss
         text_width = widths["text"]
@@ -422,8 +422,7 @@ class ConflictModulator(GradientModulator):
             raise ValueError(f"penalty={penalty}: above 0 and at most 1, which is no penalty")
         if shift not in (0, 1):
             raise ValueError(f"shift={shift}: 0 as printed, or 1")
-        if norm not in NORMS:
-            raise ValueError(f"norm={norm!r}: one of {', '.join(NORMS)}")
+        check_choice("norm", norm, NORMS)
         self.modalities = tuple(modalities)
         self.epochs = None if epochs is None else tuple(epochs)
         self.strength, self.penalty, self.noise = strength, penalty, noise

@@ -20,6 +20,7 @@ from msa_online.balancing.blocks import (
     ExpertStacks,
     LearnedScalar,
     MissingTokens,
+    check_choice,
     in_fp32,
     masked_mean,
     mean_where,
@@ -119,9 +120,9 @@ class EBMCHead(BalancingHead):
         distillation_temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_switch("cce", cce, ("paper", "shared"))
-        _check_switch("uncertainty", uncertainty, ("probabilistic", "disagreement"))
-        _check_switch("cce_in_fusion", cce_in_fusion, ("fill", "off"))
+        check_choice("cce", cce, ("paper", "shared"))
+        check_choice("uncertainty", uncertainty, ("probabilistic", "disagreement"))
+        check_choice("cce_in_fusion", cce_in_fusion, ("fill", "off"))
         if hidden_size % heads:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
         self.num_labels = num_labels
@@ -508,8 +509,3 @@ def distillation_distances(logits: Tensor, means: Tensor, temperature: float) ->
 def _each(modules: nn.ModuleDict, values: Iterable[Tensor]) -> Tensor:
     """Each modality's own module on its own values, stacked: `(modalities, batch, width)`."""
     return torch.stack([modules[name](value) for name, value in zip(MODALITIES, values, strict=True)])
-
-
-def _check_switch(name: str, value: str, settings: tuple[str, ...]) -> None:
-    if value not in settings:
-        raise ValueError(f"{name}={value!r} is no setting of EBMC: one of {', '.join(settings)}")

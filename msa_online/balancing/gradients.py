@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from msa_online.balancing.base import ModulationContext
-from msa_online.balancing.blocks import in_fp32
+from msa_online.balancing.blocks import check_choice, in_fp32
 from msa_online.modalities import MODALITIES
 
 EPSILON = 1e-8  # in scores and ratios, which are Python floats
@@ -176,8 +176,7 @@ def check_settings(
     """
     check_modalities(modalities)
     check_window(epochs)
-    if apply not in APPLICATIONS:
-        raise ValueError(f"apply={apply!r}: one of {', '.join(APPLICATIONS)}")
+    check_choice("apply", apply, APPLICATIONS)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise={noise}: at least 0, in deviations of the gradient")
     if not 0 < strength < math.inf:

@@ -26,6 +26,7 @@ from msa_online.balancing.base import (
 from msa_online.balancing.blocks import (
     Dropout,
     ExpertLayer,
+    check_choice,
     in_fp32,
     loss_alone,
     masked_mean,
@@ -119,9 +120,9 @@ class PaSEHead(BalancingHead):
         regression_loss: str = "mse",
     ) -> None:
         super().__init__()
-        _check_choice("gate", gate, ("entropy", "learned", "uniform"))
-        _check_choice("cal_gradient", cal_gradient, ("straight_through", "ema", "none"))
-        _check_choice("bins", bins, BINS)
+        check_choice("gate", gate, ("entropy", "learned", "uniform"))
+        check_choice("cal_gradient", cal_gradient, ("straight_through", "ema", "none"))
+        check_choice("bins", bins, BINS)
         if hidden_size % heads:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
         if not 0 <= momentum < 1:
@@ -344,9 +345,9 @@ class ShapleyModulator(GradientModulator):
         latest: int = 20,
         interval: int = 10,
     ) -> None:
-        _check_choice("utility", utility, ("task", "prototype"))
-        _check_choice("apply", apply, (*APPLICATIONS, "off"))
-        _check_choice("switch", switch, ("plateau", "fixed"))
+        check_choice("utility", utility, ("task", "prototype"))
+        check_choice("apply", apply, (*APPLICATIONS, "off"))
+        check_choice("switch", switch, ("plateau", "fixed"))
         for name, value, least in (
             ("warmup", warmup, 0),
             ("patience", patience, 1),
@@ -499,8 +500,3 @@ def prototype_utility(subset: frozenset[str], statistics: Mapping[str, float]) -
     )
     spread = sum(statistics[f"spread/{name}"] for name in subset)
     return RHO / (1 + apart) + (1 - RHO) / (1 + spread)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is no setting of PaSE: one of {', '.join(map(str, choices))}")

@@ -60,8 +60,8 @@ OF_REBALANCE = [
     ({"mod_form": "code"}, "mod_form='code': one of cggm, abs"),
 ]
 OF_SHAPLEY = [
-    ({"utility": "loss"}, "utility='loss' .*: one of task, prototype"),
-    ({"switch": "entropy"}, "switch='entropy' .*: one of plateau, fixed"),
+    ({"utility": "loss"}, "utility='loss': one of task, prototype"),
+    ({"switch": "entropy"}, "switch='entropy': one of plateau, fixed"),
     ({"warmup": -1}, "warmup=-1: at least 0"),
     ({"patience": 0}, "patience=0: at least 1"),
     ({"min_delta": -0.1}, "min_delta=-0.1: at least 0"),
