@@ -12,6 +12,7 @@ by the kind of line.
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -61,10 +62,10 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
     for axis in axes.flat[len(titles) :]:
         axis.remove()
     for axis, title in zip(axes.flat, titles, strict=False):
-        for (run, panels), kind in zip(runs.items(), KINDS_OF_LINE, strict=False):
+        for panels, kind in zip(runs.values(), KINDS_OF_LINE, strict=False):
             axis.set_prop_cycle(None)  # the same name has the same colour in every run
             for name, points in panels.get(title, {}).items():
-                label = f"{name}, {run}" if len(runs) > 1 else name
+                label = name if name not in axis.get_legend_handles_labels()[1] else None
                 axis.plot(list(points), list(points.values()), kind, marker="o", markersize=3, label=label)
         for history in histories.values():
             for earlier, later in zip(history, history[1:], strict=False):
@@ -74,9 +75,22 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
         axis.set_xlabel("epoch")
         if title in LOGARITHMIC:
             axis.set_yscale("log")
-        if len(axis.lines) > 1:
-            axis.legend(fontsize="xx-small" if len(runs) > 1 else "x-small")
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(fontsize="x-small")
+    if len(runs) > 1:
+        of_runs = [
+            plt.Line2D([], [], color="black", linestyle=kind, label=run)
+            for run, kind in zip(runs, KINDS_OF_LINE, strict=False)
+        ]
+        figure.legend(handles=of_runs, loc="outside lower center", ncols=len(runs), fontsize="small")
     figure.savefig(target, dpi=110)
+
+
+def run_names(histories: Sequence[Path]) -> list[str]:
+    """What tells the folders of runs apart: what follows the path they share."""
+    folders = [path.resolve().parent for path in histories]
+    shared = os.path.commonpath(folders)
+    return [str(folder.relative_to(shared)) for folder in folders]
 
 
 def main(argv: list[str]) -> int:
@@ -92,8 +106,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"{len(arguments.histories)} histories: at most {len(KINDS_OF_LINE)} can be told apart")
     try:
         histories = {
-            path.resolve().parent.name: json.loads(path.read_text(encoding="utf-8"))
-            for path in arguments.histories
+            run: json.loads(path.read_text(encoding="utf-8"))
+            for run, path in zip(run_names(arguments.histories), arguments.histories, strict=True)
         }
         draw(histories, arguments.target, arguments.panels)
     except (OSError, ValueError) as error:
