@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.balancing import CALIBRATORS, HEADS
 from msa_online.describe import describe, description_tables
 from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
@@ -87,6 +88,14 @@ def test_the_shapes_are_those_of_the_extraction_that_is_configured(write_config)
     path = write_config(text_encoder="bert-base-uncased", data={"num_frames": 4, "face_size": 64})
     shapes = describe(path).shapes
     assert shapes["face crops"] == [4, 64, 64, 3] and shapes["vision states"] == [4, 160]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_is_described_with_every_calibrator(head, write_config):
+    """Nothing is computed: the model has shapes and no values."""
+    for calibrator in CALIBRATORS:
+        model = {"text_encoder": "bert-base-uncased", "head": head, "calibrator": calibrator}
+        assert describe(write_config(**model)).shapes["logits"] == [1]
 
 
 def test_a_classification_is_described_without_its_data(write_config):

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -238,6 +239,11 @@ def masked_mean(sequence: ModalitySequence) -> Tensor:
 def in_fp32(values: Tensor) -> Tensor:
     """Half precision raised to fp32, for losses that need it (METHODS 8.5); fp64 stays as it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """What is computed within stays in the precision it has (METHODS 8.5), on any device, "meta" included."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def across_ranks_minimum(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from msa_online.balancing.blocks import (
     masked_mean,
     mean_where,
     task_loss,
+    without_autocast,
 )
 from msa_online.balancing.gradients import (
     NORMS,
@@ -162,7 +163,7 @@ class CPSLHead(BalancingHead):
         if labels is not None:
             rebuilt = {name: self.decoders[name](latents[name]) for name in ENCODED}
             present = {name: sequence.present for name, sequence in sequences.items()}
-            with torch.autocast(labels.device.type, enabled=False):
+            with without_autocast(labels.device):
                 output.losses = {
                     "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
                     "unimodal": loss_alone(output.modality_logits, labels, present, self.regression_loss),

@@ -26,6 +26,7 @@ from msa_online.balancing.blocks import (
     mean_where,
     sample_losses,
     task_loss,
+    without_autocast,
 )
 from msa_online.modalities import MODALITIES, ModalitySequence
 
@@ -204,7 +205,7 @@ class EBMCHead(BalancingHead):
         )
         if labels is None:
             return output
-        with torch.autocast(present.device.type, enabled=False):  # METHODS 1.5
+        with without_autocast(present.device):  # METHODS 1.5
             alone = self._alone(predicted, labels, present)
             msd = self._msd(shared, private, labels, present)
             cce = self._cce(states, rebuilt, filled, labels, present)

@@ -32,6 +32,7 @@ from msa_online.balancing.blocks import (
     masked_mean,
     mean_where,
     task_loss,
+    without_autocast,
 )
 from msa_online.balancing.gradients import APPLICATIONS, apply_coefficients
 from msa_online.balancing.prototypes import (
@@ -168,7 +169,7 @@ class PaSEHead(BalancingHead):
             fused=fused,
         )
         if labels is not None:
-            with torch.autocast(present.device.type, enabled=False):  # METHODS 2.5
+            with without_autocast(present.device):  # METHODS 2.5
                 terms = self._losses(output, in_fp32(states), labels, present)
             means = mean_where(weights.detach(), present)
             terms |= {f"weight/{name}": mean for name, mean in zip(MODALITIES, means, strict=True)}
@@ -196,7 +197,7 @@ class PaSEHead(BalancingHead):
 
     def _weights(self, states: Tensor, present: Tensor) -> Tensor:
         """PGF (2.5): |M| alpha_m, `(modalities, batch)`, of mean 1 over the modalities a sample has."""
-        with torch.autocast(present.device.type, enabled=False):
+        with without_autocast(present.device):
             # what is absent is zero, and the second derivative of a direction is not finite there
             somewhere = in_fp32(states).masked_fill(~present.unsqueeze(-1), 1.0)
             similarity = self.prototypes.similarity(somewhere)
