@@ -11,11 +11,12 @@ by the kind of line.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -50,7 +51,7 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
         ValueError: No run has recorded one of those wanted.
     """
     runs = {run: read_panels(history) for run, history in histories.items()}
-    titles = list(dict.fromkeys(title for panels in runs.values() for title in panels))
+    titles = _union(runs.values())
     if strange := [title for title in wanted if title not in titles]:
         raise ValueError(f"nobody recorded {strange[0]!r}; there are {', '.join(titles)}")
     titles = list(wanted) or titles
@@ -62,11 +63,13 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
     for axis in axes.flat[len(titles) :]:
         axis.remove()
     for axis, title in zip(axes.flat, titles, strict=False):
+        names = _union(panels.get(title, {}) for panels in runs.values())
         for panels, kind in zip(runs.values(), KINDS_OF_LINE, strict=False):
-            axis.set_prop_cycle(None)  # the same name has the same colour in every run
             for name, points in panels.get(title, {}).items():
                 label = name if name not in axis.get_legend_handles_labels()[1] else None
-                axis.plot(list(points), list(points.values()), kind, marker="o", markersize=3, label=label)
+                colour = f"C{names.index(name)}"
+                epochs, values = list(points), list(points.values())
+                axis.plot(epochs, values, kind, color=colour, marker="o", markersize=3, label=label)
         for history in histories.values():
             for earlier, later in zip(history, history[1:], strict=False):
                 if earlier["stage"] != later["stage"]:
@@ -86,11 +89,30 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
     figure.savefig(target, dpi=110)
 
 
+def _union(named: Iterable[Iterable[str]]) -> list[str]:
+    """All names there are, in the order of their first appearance."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+
+
+def read_history(path: Path) -> list[dict]:
+    """What a run wrote of its epochs.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    history = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(history, list) and history and all("losses" in record for record in history)):
+        raise ValueError(f"{path} is no history of a run: give the history.json of its folder")
+    return history
+
+
 def run_names(histories: Sequence[Path]) -> list[str]:
-    """What tells the folders of runs apart: what follows the path they share."""
-    folders = [path.resolve().parent for path in histories]
+    """What tells runs apart: their folders behind the path they share, or their files in one folder."""
+    paths = [path.resolve() for path in histories]
+    folders = [path.parent for path in paths]
+    places = folders if len(set(folders)) == len(folders) else paths
     shared = os.path.commonpath(folders)
-    return [str(folder.relative_to(shared)) for folder in folders]
+    return [str(place.relative_to(shared)) for place in places]
 
 
 def main(argv: list[str]) -> int:
@@ -106,7 +128,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"{len(arguments.histories)} histories: at most {len(KINDS_OF_LINE)} can be told apart")
     try:
         histories = {
-            run: json.loads(path.read_text(encoding="utf-8"))
+            run: read_history(path)
             for run, path in zip(run_names(arguments.histories), arguments.histories, strict=True)
         }
         draw(histories, arguments.target, arguments.panels)

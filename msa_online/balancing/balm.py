@@ -89,7 +89,7 @@ class RebalancingModulator(GradientModulator):
 
     cos_m compares, sample by sample, the directions in which the task loss and the probe's own loss want to
     move z_m, the state of m as the fusion reads it. Probes read z_m detached: they change neither encoders
-    nor clipping, and are in no checkpoint.
+    nor clipping, and are in no published checkpoint.
 
     Deviations (METHODS 3.3, A13): progress is smoothed, because batch noise alone would otherwise turn
     coefficients negative (`guard`); the paper's equations of the spatial term are not to be had, the form
@@ -168,7 +168,7 @@ class RebalancingModulator(GradientModulator):
         """What trains the probes, and tau L_mod under the coefficients of the step before."""
         of_probes = loss_alone(output.probe_logits, labels, output.present)
         spatial = torch.zeros_like(of_probes)
-        if self.kappa and output.fused_valid and self.spatial == "latent":
+        if self.kappa and output.fused_valid and self.spatial == "latent" and self.spatial_weight:
             spatial = self.spatial_weight * self._spatial_loss(output, labels)
         return {"probe": of_probes, "balm": spatial}
 
@@ -227,9 +227,7 @@ def rebalance(
     """
     count = len(found)
     if guard == "none":
-        progress = {name: (before[name] if before else 0.0) - value for name, value in found.items()}
-        if before is None:
-            progress = dict(found)
+        progress = found if before is None else {name: before[name] - value for name, value in found.items()}
         total = sum(progress.values())
         return {name: (total - value) / (total + TINY) for name, value in progress.items()}, dict(found)
     running = {

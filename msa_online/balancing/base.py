@@ -120,8 +120,8 @@ class ModulationContext:
 
     Attributes:
         modality_parameters: Parameters that belong to each modality, disjoint; shared ones are in none.
-        statistics: What `observe` saw, averaged over the micro-batches of the step and over the ranks, and
-            what `measure` found, by name: the same numbers on every rank.
+        statistics: What `observe` saw, the losses and the head's diagnostics, averaged over the micro-batches
+            of the step and over the ranks, and what `measure` found, by name: the same numbers on every rank.
         stage: Name of the training stage.
         epoch: Epochs finished since the start of the run.
         step: Optimizer steps taken since the start of the run.

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from msa_online.modalities import MODALITIES, ModalitySequence
 
+REGRESSION_LOSSES = ("mse", "l1")
+
 
 class MissingTokens(nn.Module):
     """One learned state for each modality, standing in where the modality is absent.
@@ -174,10 +176,15 @@ class ExpertLayer(nn.Module):
         hidden_size: Width of the states.
         heads: Attention heads.
         dropout: Share dropped in the perceptron.
+
+    Raises:
+        ValueError: `heads` does not divide `hidden_size`.
     """
 
     def __init__(self, stacks: int, hidden_size: int, heads: int, dropout: float) -> None:
         super().__init__()
+        if heads < 1 or hidden_size % heads:
+            raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
         self.heads = heads
         self.query_key = StackedLinear(stacks, hidden_size, 2 * hidden_size)
         self.value = StackedLinear(stacks, hidden_size, hidden_size)

@@ -18,6 +18,7 @@ from msa_online.balancing.base import (
     ModulationContext,
 )
 from msa_online.balancing.blocks import (
+    REGRESSION_LOSSES,
     Dropout,
     MissingTokens,
     across_ranks_minimum,
@@ -81,7 +82,7 @@ class CPSLHead(BalancingHead):
         regression_loss: "mse" or "l1".
 
     Raises:
-        ValueError: `pooling` is neither.
+        ValueError: `pooling` or `regression_loss` has no such setting.
     """
 
     loss_names = ("task", "recon", "unimodal", "div", "stat")
@@ -102,6 +103,7 @@ class CPSLHead(BalancingHead):
     ) -> None:
         super().__init__()
         check_choice("pooling", pooling, ("mean", "first"))
+        check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
         self.residual, self.ame, self.pooling = residual, ame, pooling
         self.regression_loss = regression_loss
         text_width = widths["text"]

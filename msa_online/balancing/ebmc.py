@@ -124,8 +124,8 @@ class EBMCHead(BalancingHead):
         check_choice("cce", cce, ("paper", "shared"))
         check_choice("uncertainty", uncertainty, ("probabilistic", "disagreement"))
         check_choice("cce_in_fusion", cce_in_fusion, ("fill", "off"))
-        if hidden_size % heads:
-            raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
+        if depth < 1:
+            raise ValueError(f"depth={depth}: at least 1")
         self.num_labels = num_labels
         self.cce, self.fills = cce, cce_in_fusion == "fill"
         self.decorrelation, self.private_task = decorrelation, private_task

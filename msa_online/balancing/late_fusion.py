@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from msa_online.balancing.base import BalancingHead, HeadOutput
-from msa_online.balancing.blocks import MissingTokens, loss_alone, masked_mean, task_loss
+from msa_online.balancing.blocks import (
+    REGRESSION_LOSSES,
+    MissingTokens,
+    check_choice,
+    loss_alone,
+    masked_mean,
+    task_loss,
+)
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 
@@ -32,6 +39,9 @@ class LateFusionHead(BalancingHead):
         hidden_size: Width of h_m and of the predictor's hidden layer.
         dropout: Share of h_m and of the hidden layer dropped in training.
         regression_loss: "mse" or "l1".
+
+    Raises:
+        ValueError: `regression_loss` is neither.
     """
 
     loss_names = ("task", "unimodal")
@@ -46,6 +56,7 @@ class LateFusionHead(BalancingHead):
         regression_loss: str = "mse",
     ) -> None:
         super().__init__()
+        check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
         self.regression_loss = regression_loss
         self.projections = nn.ModuleDict(
             {

@@ -24,6 +24,7 @@ from msa_online.balancing.base import (
     ModulationContext,
 )
 from msa_online.balancing.blocks import (
+    REGRESSION_LOSSES,
     Dropout,
     ExpertLayer,
     check_choice,
@@ -68,9 +69,10 @@ class PaSEHead(BalancingHead):
 
     Deviations and readings (METHODS 2.4): the prototypes that CAL moves are alive (`cal_gradient`), in the
     published code they and the features of PCL are constants; they are normalised for the cost, or every plan
-    would be uniform; a plan is compared with the identity after its rows are scaled to 1; |M| counts the
-    modalities a sample has; scores fall into bins, which stand for classes. The published gate looks at the
-    label in training, ours never does. Without a router each modality passes its own stack only.
+    would be uniform; epsilon is not relative to the median cost (A11); a plan is compared with the identity
+    after its rows are scaled to 1; |M| counts the modalities a sample has; scores fall into bins, which stand
+    for classes. The published gate looks at the label in training, ours never does. Without a router each
+    modality passes its own stack only.
 
     Relations: `ShapleyModulator` is the other half of the method; both work without the other.
 
@@ -124,13 +126,17 @@ class PaSEHead(BalancingHead):
         check_choice("gate", gate, ("entropy", "learned", "uniform"))
         check_choice("cal_gradient", cal_gradient, ("straight_through", "ema", "none"))
         check_choice("bins", bins, BINS)
-        if hidden_size % heads:
-            raise ValueError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
+        check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
+        if depth < 1:
+            raise ValueError(f"depth={depth}: at least 1")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: at least 0 and below 1")
         for name, value in (("temperature", temperature), ("epsilon", epsilon)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: above 0")
+        for name, value in (("symmetry", symmetry), ("diagonal", diagonal)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: at least 0")
         self.num_labels, self.bins = num_labels, bins
         self.temperature, self.cal_gradient, self.epsilon = temperature, cal_gradient, epsilon
         self.symmetry, self.diagonal = symmetry, diagonal
@@ -230,10 +236,11 @@ class PaSEHead(BalancingHead):
 
     def _align(self, prototypes: Prototypes) -> dict[str, Tensor]:
         """CAL (2.3, 2.4): L_inter of each pair as "transport/<m>+<n>", and means of its three parts."""
-        one, other = ([MODALITIES.index(name) for name in side] for side in zip(*PAIRS, strict=True))
-        alive = prototypes.alive(self.cal_gradient)
-        cost = prototype_cost(alive[one], alive[other])  # (pairs, classes, classes)
-        shared = prototypes.known[one] & prototypes.known[other]
+        one, other = zip(*PAIRS, strict=True)
+        alive = dict(zip(MODALITIES, prototypes.alive(self.cal_gradient), strict=True))
+        known = dict(zip(MODALITIES, prototypes.known, strict=True))
+        cost = prototype_cost(*(torch.stack([alive[name] for name in side]) for side in (one, other)))
+        shared = torch.stack([known[name] for name in one]) & torch.stack([known[name] for name in other])
         count = shared.sum(dim=-1, keepdim=True)
         mass = shared / count.clamp(min=1)
         plans = transport_plan(
@@ -276,7 +283,9 @@ class EntropyGate(nn.Module):
         """
         logits = (similarity / temperature).masked_fill(~known.unsqueeze(1), UNKNOWN).log_softmax(dim=-1)
         entropy = -(logits.exp() * logits).sum(dim=-1)
-        return torch.exp(-entropy / known.sum(dim=-1, keepdim=True).clamp(min=2).log())
+        count = known.sum(dim=-1, keepdim=True)
+        count = count.where(count > 0, known.shape[-1])  # without any, each is as likely as the others
+        return torch.exp(-entropy / count.clamp(min=2).log())
 
 
 class LearnedGate(nn.Sequential):
@@ -288,7 +297,7 @@ class LearnedGate(nn.Sequential):
     def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
         """Favour of each modality, `(modalities, batch)` in (0, 1), arguments as in `EntropyGate`."""
         highest = similarity.masked_fill(~known.unsqueeze(1), -1.0).amax(dim=-1, keepdim=True)
-        return super().forward(highest).squeeze(-1)
+        return super().forward(highest.to(self[0].weight.dtype)).squeeze(-1)
 
 
 class UniformGate(nn.Module):
@@ -310,7 +319,8 @@ class ShapleyModulator(GradientModulator):
         grad <- phi_m grad                  in the second phase
 
     The utility is measured in every `interval`-th step and averaged over an epoch; the coefficients of an
-    epoch come from the one before it. The contributions are recorded in both phases.
+    epoch come from the last one before it that was measured. The contributions are recorded in both phases.
+    Stages of the head are judged by different things: each starts in the first phase again.
 
     u is "task", l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and absent
     modalities as in prediction; or "prototype", as in the published code, from the transport between the
@@ -322,7 +332,7 @@ class ShapleyModulator(GradientModulator):
         apply: "gradient" as published, "lr", or "off", which records contributions and changes nothing.
         switch: "plateau" starts the second phase when validation no longer improves; "fixed" after `latest`
             epochs.
-        warmup: Epochs that no plateau is looked for in.
+        warmup: Epochs in which no plateau starts the second phase.
         patience: Epochs without an improvement that make a plateau.
         min_delta: Least improvement, relative to the best score.
         latest: Epochs after which the second phase starts in any case.
@@ -361,8 +371,8 @@ class ShapleyModulator(GradientModulator):
         self.utility, self.apply, self.switch = utility, apply, switch
         self.warmup, self.patience, self.min_delta, self.latest = warmup, patience, min_delta, latest
         self.interval = interval
-        self.balancing = latest == 0
-        self.best_score, self.waited, self.validated = -math.inf, 0, 0
+        self._start_first_phase()
+        self.stage: str | None = None
         self.epoch, self.steps = 0, 0
         self.measured: list[list[float]] = []  # of this epoch
         self.contributions: dict[str, float] = {}
@@ -408,9 +418,13 @@ class ShapleyModulator(GradientModulator):
 
     def modulate(self, context: ModulationContext) -> Modulation:
         """Collect the utilities of the step; in the second phase, scale each modality by its phi."""
+        if self.stage not in (None, context.stage):
+            self._start_first_phase()
+        self.stage = context.stage
         if context.epoch != self.epoch:
             self._refresh(context.epoch)
-        if self.steps % self.interval == 0 and (worth := self._worth(context.statistics)):
+        worth = self._worth(context.statistics) if self.steps % self.interval == 0 else []
+        if worth and all(map(math.isfinite, worth)):
             self.measured.append(worth)
         self.steps += 1
         coefficients = dict.fromkeys(MODALITIES, 1.0)
@@ -426,6 +440,10 @@ class ShapleyModulator(GradientModulator):
                 "phase/balancing": float(self.balancing),
             },
         )
+
+    def _start_first_phase(self) -> None:
+        self.balancing = self.latest == 0
+        self.best_score, self.waited, self.validated = -math.inf, 0, 0
 
     def _worth(self, statistics: Mapping[str, float]) -> list[float]:
         """Utilities in the order of `SUBSETS`; none in a stage without a fused prediction."""
@@ -445,9 +463,10 @@ class ShapleyModulator(GradientModulator):
         self.epoch, self.measured = epoch, []
 
     def on_validation(self, score: float) -> None:
-        """Look for the plateau; the second phase starts once and for good."""
+        """Look for the plateau; the second phase of a stage starts once and for good."""
         self.validated += 1
-        if score > self.best_score + self.min_delta * abs(self.best_score) or self.validated == 1:
+        margin = self.min_delta * abs(self.best_score) if math.isfinite(self.best_score) else 0.0
+        if score > self.best_score + margin:
             self.best_score, self.waited = score, 0
         else:
             self.waited += 1
@@ -468,6 +487,7 @@ OF_THE_RUN = (
     "best_score",
     "waited",
     "validated",
+    "stage",
     "epoch",
     "steps",
     "measured",

@@ -31,18 +31,21 @@ class PrototypeBanks(nn.Module):
         super().__init__()
         self.classes, self.momentum = classes, momentum
         self.register_buffer("means", torch.empty(len(MODALITIES), classes, width))
-        self.register_buffer("known", torch.empty(len(MODALITIES), classes, dtype=torch.bool))
         self._seen: Tensor | None = None  # of the step; no buffer, because DDP would spread rank 0's
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Know no class."""
         nn.init.zeros_(self.means)
-        nn.init.zeros_(self.known)
+
+    @property
+    def known(self) -> Tensor:
+        """Which classes have a prototype, `(modalities, classes)` bool: one that nobody has seen is zero."""
+        return self.means.any(dim=-1)
 
     def similarity(self, states: Tensor) -> Tensor:
         """Cosine with the prototypes: `(modalities, batch, width)` to `(modalities, batch, classes)`."""
-        return F.normalize(states, dim=-1) @ F.normalize(self.means, dim=-1).mT
+        return F.normalize(states, dim=-1) @ F.normalize(in_fp32(self.means), dim=-1).mT
 
     def with_batch(self, states: Tensor, member: Tensor) -> "Prototypes":
         """The prototypes as a batch would move them.
@@ -65,14 +68,14 @@ class PrototypeBanks(nn.Module):
         if taken and seen is not None:
             moved = self._moved(across_ranks_sum(seen))
             self.means.copy_(moved.values)
-            self.known.copy_(moved.known)
 
     def _moved(self, sums: Tensor) -> "Prototypes":
         total, count = sums[..., :-1], sums[..., -1]
         mean = total / count.clamp(min=1).unsqueeze(-1)
         there = (count > 0).unsqueeze(-1)
+        means = in_fp32(self.means)
         kept = self.momentum * self.known.unsqueeze(-1)  # 0 at first sight
-        values = torch.where(there, kept * self.means + (1 - kept) * mean, self.means)
+        values = torch.where(there, kept * means + (1 - kept) * mean, means)
         return Prototypes(values, self.known | (count > 0), torch.where(there, mean, 0.0))
 
 

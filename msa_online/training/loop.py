@@ -137,6 +137,9 @@ class TrainingLoop:
         """Note the norm of the gradient that each loss alone, unweighted, would give."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for name, loss in losses.items():
+            if not loss.requires_grad:
+                self._gradient_norms[f"gradient/{name}"] = 0.0
+                continue
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
             self._gradient_norms[f"gradient/{name}"] = norm.item()

@@ -41,7 +41,6 @@ class Case:
         self.model = MSAModel(config).double().eval()
         if head == "pase":  # a gate that knows no class is piecewise linear, like the rest of the head
             nn.init.normal_(self.model.head.prototypes.means)
-            nn.init.ones_(self.model.head.prototypes.known)
         assert config.num_labels == outputs
         self.sequences = {
             name: replace(sequence, values=sequence.values.clone().requires_grad_())

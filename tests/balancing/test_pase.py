@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_online.balancing import HEADS
-from msa_online.balancing.pase import PaSEHead, score_bins
+from msa_online.balancing.pase import EntropyGate, PaSEHead, score_bins
 from msa_online.balancing.transport import transport_plan
 from msa_online.modalities import MODALITIES
 
@@ -93,7 +94,7 @@ def test_weights_of_the_modalities_a_sample_has_are_one_on_average(gate, steps, 
 def test_weights_are_those_of_the_entropies(gappy):
     """(2.5) by sample and modality, over classes that the modality knows."""
     head = make_head(steps=2, sequences=gappy)
-    head.prototypes.known[1, 3] = False
+    head.prototypes.means[1, 3] = 0
     features = {name: head._read(name, sequence) for name, sequence in gappy.items()}
     present = torch.stack([sequence.present for sequence in gappy.values()])
     found = head._weights(torch.stack(list(features.values())), present)
@@ -117,7 +118,6 @@ def test_modalities_that_are_as_sure_as_each_other_weigh_the_same(make_sequences
     head = make_head()
     with torch.no_grad():
         head.prototypes.means.copy_(torch.randn(5, 8).expand(3, -1, -1))
-        head.prototypes.known.fill_(True)
         states = torch.randn(6, 8, dtype=torch.float64).expand(3, -1, -1)
         weights = head._weights(states, torch.ones(3, 6, dtype=torch.bool))
     torch.testing.assert_close(weights, torch.ones(3, 6, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -201,7 +201,7 @@ def align_naively(prototypes: Tensor, known: Tensor, epsilon: float = 0.05) -> d
 
 def test_the_alignment_is_that_of_every_pair_both_ways(gappy):
     head = make_head(steps=1, sequences=gappy)
-    head.prototypes.known[1, 3] = False  # in one modality alone; nor is it in this batch
+    head.prototypes.means[1, 3] = 0  # in one modality alone; nor is it in this batch
     chosen = torch.tensor([0, 2, 4])
     batch = {name: type(s)(s.values[chosen], s.mask[chosen], s.present[chosen]) for name, s in gappy.items()}
     output = head(batch, SCORES[chosen])
@@ -222,7 +222,6 @@ def test_aligned_prototypes_cost_nothing():
     head = make_head()
     with torch.no_grad():
         head.prototypes.means.copy_(torch.eye(8)[:5].expand(3, -1, -1))
-        head.prototypes.known.fill_(True)
         states = torch.zeros(3, 1, 8, dtype=torch.float64)
         nobody = torch.zeros(3, 1, 5, dtype=torch.bool)
         found = head._align(head.prototypes.with_batch(states, nobody))
@@ -366,6 +365,26 @@ def test_under_autocast_losses_are_those_of_fp32(dtype, make_sequences):
     torch.testing.assert_close(inside, head._weights(states.float(), present), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("gate", ["entropy", "learned", "uniform"])
+def test_a_head_in_half_precision_predicts_nearly_the_same(gappy, gate):
+    """A model may be saved, and is then loaded, in bf16."""
+    head = make_head(steps=2, sequences=gappy, gate=gate).eval()
+    with torch.no_grad():
+        whole = head(gappy).logits
+        half = head.bfloat16()(
+            {name: replace(sequence, values=sequence.values.bfloat16()) for name, sequence in gappy.items()}
+        )
+    torch.testing.assert_close(half.logits.double(), whole, atol=0.05, rtol=0.05)
+
+
+def test_a_modality_without_any_prototype_is_favoured_least():
+    """Not less than one that is as unsure as can be: exp(-1)."""
+    similarity = torch.randn(3, 4, 5)
+    favour = EntropyGate()(similarity, torch.tensor([True, False, True]).unsqueeze(1).expand(3, 5), 0.1)
+    torch.testing.assert_close(favour[1], torch.full((4,), math.exp(-1)))
+    assert (favour >= math.exp(-1) - 1e-6).all() and (favour <= 1).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -378,6 +397,10 @@ def test_under_autocast_losses_are_those_of_fp32(dtype, make_sequences):
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"epsilon": math.nan}, "epsilon=nan"),
+        ({"symmetry": -1.0}, "symmetry=-1.0"),
+        ({"depth": 0}, "depth=0"),
+        ({"heads": 0}, "heads=0"),
+        ({"regression_loss": "huber"}, "regression_loss='huber': one of mse, l1"),
         ({"hidden_size": 9}, "hidden_size=9 is not a multiple of heads=2"),
     ],
 )

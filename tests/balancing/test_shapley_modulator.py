@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,6 +254,22 @@ def test_the_second_phase_starts_at_the_latest_epoch_in_any_case():
 def test_a_score_that_is_no_number_is_no_improvement(score):
     phases = validate(ShapleyModulator(warmup=0, patience=2, latest=100), [-1.0, score, score])
     assert phases == [False, False, True]
+
+
+@pytest.mark.parametrize("first", [math.nan, -math.inf])
+def test_a_first_score_that_is_no_number_can_be_improved_on(first):
+    rising = [first, -1.0, -0.8, -0.6, -0.4]
+    assert validate(ShapleyModulator(warmup=0, patience=3, latest=100), rising) == [False] * 5
+
+
+def test_every_stage_of_the_head_starts_in_the_first_phase():
+    """What one stage is judged by is no measure of the next."""
+    model = make_model()
+    modulator = attached(model, warmup=0, patience=2, latest=100)
+    modulator.modulate(replace(context(model, {}), stage="enhance"))
+    assert validate(modulator, [-0.5] * 4)[-1]
+    modulator.modulate(replace(context(model, {}), stage="balance"))
+    assert validate(modulator, [-0.9, -0.8, -0.7, -0.7, -0.7]) == [False] * 4 + [True]
 
 
 def with_gradients(model: MSAModel) -> dict[str, Tensor]:

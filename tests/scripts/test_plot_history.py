@@ -18,6 +18,7 @@ def plot(repository, tmp_path):
     for run in ("one", "other"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "history.json").write_text(json.dumps(HISTORY))
+        (tmp_path / run / "config.json").write_text("{}")
 
     def run_script(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, repository / "scripts/plot_history.py", *arguments]
@@ -43,6 +44,7 @@ def test_histories_become_a_picture(arguments, plot, tmp_path):
     ("arguments", "said"),
     [
         (["one/history.json"], "picture.png"),
+        (["one/config.json", "curves.png"], "config.json is no history of a run"),
         (["one/history.json", "curves.png", "--panels", "enrgy"], "'enrgy'; there are .*energy"),
     ],
 )

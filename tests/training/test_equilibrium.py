@@ -40,7 +40,7 @@ def test_two_accumulated_halves_move_prototypes_and_coefficients_as_one_batch(pa
     modulator = ShapleyModulator(latest=0, interval=1)
     halves = make_trial(pase_config, rows, modulator, batch_size=4, accumulation=2)
     found = halves.train(3)
-    assert end["head.prototypes.known"].any()
+    assert end["head.prototypes.means"].any()
     for name, value in end.items():
         torch.testing.assert_close(
             found[name], value, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
@@ -101,7 +101,6 @@ def test_fp16_with_loss_scaling_is_trained_as_fp32_is(pase_config, rows, make_tr
     found = scaled.train()
     assert scaled.loop.progress.skipped == 0
     assert found["head.prototypes.means"].dtype == torch.float32
-    assert torch.equal(found["head.prototypes.known"], end["head.prototypes.known"])
     torch.testing.assert_close(
         found["head.prototypes.means"], end["head.prototypes.means"], atol=5e-3, rtol=0
     )
@@ -142,7 +141,6 @@ def test_a_checkpoint_without_prototypes_knows_no_class(pase_config, tmp_path):
     model = MSAModel(pase_config)
     with torch.no_grad():
         model.head.prototypes.means.fill_(7.0)
-        model.head.prototypes.known.fill_(True)
     state = {name: value for name, value in model.state_dict().items() if "prototypes" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = MSAModel.from_pretrained(tmp_path)
@@ -237,7 +235,7 @@ def test_a_stopped_run_lands_where_an_uninterrupted_one_does(utility, stop, trai
     assert phases == [0.0, 0.0, 1.0, 1.0]
     lowest = [min(epoch["losses"][f"coefficient/{name}"] for name in MODALITIES) for epoch in history(whole)]
     assert lowest[:2] == [1.0, 1.0] and max(lowest[2:]) < 1.0
-    assert load_file(whole / "model.safetensors")["head.prototypes.known"].any()
+    assert load_file(whole / "model.safetensors")["head.prototypes.means"].any()
 
 
 TRAINING = np.arange(48) < 32

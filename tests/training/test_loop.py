@@ -233,6 +233,16 @@ def test_the_gradient_of_each_loss_is_measured_by_itself_once_an_epoch(ebmc_conf
     assert_close(trial.loop.bare_model.state_dict(), plain.loop.bare_model.state_dict(), 0.0)
 
 
+def test_a_loss_that_moves_nothing_has_a_gradient_of_zero(still_config, rows):
+    """The alignment of PaSE with constant prototypes."""
+    head = {"hidden_size": 8, "depth": 1, "dropout": 0.0, "cal_gradient": "none"}
+    config = MSAConfig(**{**still_config.to_dict(), "head": "pase", "head_kwargs": head})
+    trial = Trial(config, rows)
+    trial.loop.measure_gradients = True
+    trial.train(1)
+    assert trial.losses["gradient/cal"] == 0.0 and trial.losses["gradient/pcl"] > 0.0
+
+
 def test_measured_norms_are_those_of_the_unweighted_losses(ebmc_config, rows):
     norms = []
     for weights in ({}, {"task": 0.5, "emc": 0.0}):
