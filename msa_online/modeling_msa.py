@@ -17,7 +17,7 @@ from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 PROBES = "probes."
-"""What names of parameters begin with that are trained for a modulator alone, and kept in no checkpoint."""
+"""What names of parameters begin with that are trained for a modulator alone and are never published."""
 
 
 @dataclass

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops on the spot, for tests of what modulators do in them."""
+"""Training loops and whole runs on the spot, for tests of what modulators do in them."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.balancing import GradientModulator, Modulation, ModulationContext
 from msa_online.data.collate import BucketBatchSampler
 from msa_online.data.missing import ModalityDropout
+from msa_online.training.arguments import parse_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 
@@ -140,3 +144,19 @@ def feature_rows():
         lengths = torch.randint(1, 5, (SAMPLES, 1), generator=generator)
         batch[f"{name}_mask"] = torch.arange(4) < lengths
     return as_rows(batch)
+
+
+@pytest.fixture(scope="module")
+def train(repository):
+    """A function that carries out a configuration as train.py does, in this process."""
+    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def carry_out(document: dict) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()  # an interrupted run leaves its loaders there
+        script.train(parse_arguments(document), "a test")
+        return Path(document["training"]["output_dir"])
+
+    return carry_out

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs of train.py under modulation, on features: on two processes, and over an interruption."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAModel
@@ -27,7 +25,6 @@ from msa_online.balancing import (
     RebalancingModulator,
 )
 from msa_online.modalities import COMPLETE
-from msa_online.training.arguments import parse_arguments
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 STEPS = 20  # 64 samples in batches of 16 altogether, five epochs
@@ -71,22 +68,6 @@ def configure(folder: Path, archive: Path, *, head=None, weights=None, **trainin
             **training,
         },
     }
-
-
-@pytest.fixture(scope="module")
-def train(repository):
-    """A function that carries out a configuration as train.py does, in this process."""
-    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def carry_out(document: dict) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()  # an interrupted run leaves its loaders there
-        script.train(parse_arguments(document), "a test")
-        return Path(document["training"]["output_dir"])
-
-    return carry_out
 
 
 def history(run: Path) -> list[dict]:
