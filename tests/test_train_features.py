@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.balancing import MODULATORS, GradientModulator
 from msa_online.data.collate import BucketBatchSampler, make_loader
 from msa_online.data.features.dataset import FeatureDataset
 from msa_online.data.features.reading import read_features
@@ -234,3 +235,37 @@ def test_fine_tuning_keeps_to_the_widths_of_its_checkpoint(document, train, tmp_
     document["training"]["init_from"] = str(tmp_path / "first")
     with pytest.raises(ConfigurationError, match="has feature_widths .* but model.feature_widths says"):
         train(document)
+
+
+class Stopping(GradientModulator):
+    """Interrupts a run in its second epoch, unless told to let it pass."""
+
+    stops = False
+
+    def modulate(self, context):
+        if self.stops and context.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_processes_that_load_change_neither_a_run_nor_a_resumed_one(document, train, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODULATORS, "stopping", Stopping)
+    document["model"]["head_kwargs"]["dropout"] = 0.5
+    document["training"] |= {"epochs": 3, "modulator": "stopping"}
+    runs = {}
+    for name, workers, stops in (("none", 0, False), ("one", 1, False), ("resumed", 1, True)):
+        document["data"]["loader_workers"] = workers
+        document["training"] |= {"output_dir": str(tmp_path / name), "resume": False}
+        if stops:
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(Stopping, "stops", True)
+                train(document)
+            GradientState._reset_state()  # an interrupted run leaves its loaders there
+            document["training"]["resume"] = True
+        train(document)
+        runs[name] = (
+            load_file(tmp_path / name / "model.safetensors"),
+            (tmp_path / name / "history.json").read_text(),
+        )
+    for weights, history in (runs["one"], runs["resumed"]):
+        assert all(torch.equal(value, weights[name]) for name, value in runs["none"][0].items())
+        assert history == runs["none"][1]

@@ -126,7 +126,7 @@ class BucketBatchSampler:
 
 
 def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int = 0) -> DataLoader:
-    """Loader of padded batches; `workers` processes read ahead."""
+    """Loader of padded batches; `workers` processes read ahead and change no result."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -134,13 +134,16 @@ def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int 
         persistent_workers=workers > 0,
         collate_fn=partial(_collate, dataset.processor),
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else starting it draws from the generator that dropout draws from
     )
 
 
 def in_order(loader: DataLoader) -> DataLoader:
     """Another loader of all samples that `loader` draws its batches from, each once and by length."""
     sampler = BucketBatchSampler(loader.dataset.lengths, loader.batch_sampler.batch_size)
-    return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+    return DataLoader(
+        loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=torch.Generator()
+    )
 
 
 def _collate(processor: MSAProcessor, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

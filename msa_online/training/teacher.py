@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, from_numpy
-from torch.random import fork_rng
 from torch.utils.data import DataLoader
 
 from msa_online.evaluation.robustness import over_split
@@ -78,8 +77,7 @@ def _ask(
     frozen = deepcopy(model)
     _reading(weights, load_model, frozen, weights)
     frozen.head.start_stage(taught_by)
-    with fork_rng(devices=[]):  # a loader draws a seed, and a run resumed after the asking draws none
-        answers, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
+    answers, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
     return from_numpy(answers).float()
 
 

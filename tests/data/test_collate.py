@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 
 from feature_extractors import Clip, FaceExtractor, FeatureCache
-from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
+from msa_online.data.collate import BucketBatchSampler, ClipDataset, in_order, make_loader
 from msa_online.data.datasets import Sample
 
 
@@ -197,6 +197,14 @@ def test_classes_become_their_numbers(make_dataset):
 def test_worker_processes_make_the_same_batches(dataset):
     here, there = in_one_batch(dataset), in_one_batch(dataset, workers=1)
     assert all(torch.equal(there[name], value) for name, value in here.items())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_none_of_the_random_numbers_that_training_draws(dataset, workers):
+    loader = make_loader(dataset, BucketBatchSampler(dataset.lengths, 2), workers)
+    before = torch.get_rng_state()
+    assert len(list(loader)) == len(list(in_order(loader))) == len(list(loader)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_cache_emptied_during_training_is_said_with_the_clip_and_the_remedy(dataset):

@@ -44,7 +44,8 @@ def run(tiny_config, make_batch, tmp_path) -> SimpleNamespace:
     batch["modality_present"][2, 0] = batch["modality_present"][5, 2] = False
     rows = [{name: value[row] for name, value in batch.items()} for row in range(SAMPLES)]
     lengths = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
-    loader = accelerator.prepare(DataLoader(rows, batch_sampler=BucketBatchSampler(lengths, 4)))
+    loader = DataLoader(rows, batch_sampler=BucketBatchSampler(lengths, 4), generator=torch.Generator())
+    loader = accelerator.prepare(loader)
     folder = RunFolder(tmp_path, accelerator)
     best, student = make_model(tiny_config, seed=1), make_model(tiny_config, seed=2)
     best.head.start_stage("enhance")
