@@ -200,10 +200,10 @@ class TrainingLoop:
         return dict(zip([*names, *whole], torch.cat([means, of_gradients]).tolist(), strict=True))
 
     def _skip(self) -> None:
-        """Drop the gradients; GradScaler lowers its scale in the step it is asked to skip."""
+        """Drop the gradients; GradScaler lowers its scale in a step that then has nothing to take."""
+        self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.optimizer.step()
-        self.optimizer.zero_grad()
         self.bare_model.head.end_step(taken=False)
         self.progress.skipped += 1
 

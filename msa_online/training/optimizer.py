@@ -21,7 +21,8 @@ def make_optimizer(
 
     A group says what it holds: `name` is "text_encoder", "probes" (of a modulator) or "rest", `modality` is
     whose parameters they are, None for shared ones. Vectors (biases, norms, scalings) are not decayed. A
-    frozen text encoder contributes no group.
+    frozen text encoder contributes no group. The step is torch's fused one, a single pass over memory; on the
+    meta device, which has no such kernel, it is the default.
     """
     rates = {"text_encoder": text_learning_rate, "probes": learning_rate, "rest": learning_rate}
     owners = {
@@ -36,6 +37,7 @@ def make_optimizer(
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
             key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)
+    trained = [parameter for parameters in groups.values() for parameter in parameters]
     return AdamW(
         [
             {
@@ -46,7 +48,8 @@ def make_optimizer(
                 "modality": modality,
             }
             for (part, modality, decay), parameters in groups.items()
-        ]
+        ],
+        fused=not any(parameter.is_meta for parameter in trained) or None,
     )
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step in its legal order: trajectories under accumulation, precision, bad gradients, a modulator."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -116,14 +118,41 @@ def test_a_non_finite_gradient_skips_the_whole_step_and_is_counted(scaled, still
         assert scaler.get_scale() == 512.0
 
 
-def test_a_skipped_step_changes_no_weight(still_config, rows):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_skipped_step_changes_no_weight_and_no_moment(scaled, still_config, rows):
+    """The fused step skips inside its kernel: it must not count the step or follow the gradients either."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    trial = Trial(still_config, rows, scaler=scaler)
+    trial.train(1)
+    before = {name: value.clone() for name, value in trial.loop.bare_model.state_dict().items()}
+    optimizer_before = deepcopy(trial.loop.optimizer.state_dict()["state"])
     for row in rows:
         row["labels"] = torch.tensor(float("nan"))
-    trial = Trial(still_config, rows)
-    before = {name: value.clone() for name, value in trial.loop.bare_model.state_dict().items()}
     after = trial.train(1)
     assert trial.loop.progress.skipped == 3
     assert trial.losses == {}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    optimizer_after = trial.loop.optimizer.state_dict()["state"]
+    for number, state in optimizer_before.items():
+        assert all(torch.equal(value, optimizer_after[number][name]) for name, value in state.items())
+
+
+class OverflowingModulator(GradientModulator):
+    """Adds finite gradients with a norm that is not finite."""
+
+    def extra_losses(self, output, labels):
+        return {"huge": 1e25 * self.parameter.sum()}
+
+
+def test_a_norm_that_overflows_skips_the_step_although_no_gradient_is_infinite(still_config, rows):
+    modulator = OverflowingModulator()
+    trial = Trial(
+        still_config, rows, modulator=modulator, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)
+    )
+    modulator.parameter = trial.loop.bare_model.head.classifier.weight
+    before = {name: value.clone() for name, value in trial.loop.bare_model.state_dict().items()}
+    after = trial.train(1)
+    assert trial.loop.progress.skipped == 3
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 

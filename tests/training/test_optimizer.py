@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -138,6 +140,72 @@ def test_probes_of_a_modulator_are_trained_too_in_groups_of_their_own(tiny_model
         inside = {id(value) in of_probes for value in group["params"]}
         assert inside == {group["name"] == "probes"}
         assert group["name"] != "probes" or group["modality"] is None
+
+
+def random_steps(model, optimizer, steps: int, seed: int) -> None:
+    """Steps on random gradients; one parameter has none in every other step, as a head in stages has."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for number, parameter in enumerate(model.parameters()):
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = None if number == 3 and step % 2 else gradient
+        optimizer.step()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_fused_step_follows_the_plain_one(head, tiny_config):
+    """Fused is several times as fast and must not be another optimizer."""
+    trained = []
+    for kernel in ({}, {"fused": False, "foreach": False}):
+        torch.manual_seed(0)
+        model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "head": head}))
+        optimizer = make_optimizer(model, **RATES)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group.update(kernel)
+        random_steps(model, optimizer, steps=20, seed=1)
+        trained.append(model.state_dict())
+    fused, plain = trained
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_reloaded_optimizer_goes_on_bit_for_bit(tiny_config):
+    def start():
+        torch.manual_seed(0)
+        model = MSAModel(tiny_config)
+        return model, make_optimizer(model, **RATES)
+
+    whole, optimizer = start()
+    random_steps(whole, optimizer, steps=3, seed=1)
+    weights, state = deepcopy(whole.state_dict()), deepcopy(optimizer.state_dict())
+    random_steps(whole, optimizer, steps=3, seed=2)
+    resumed, optimizer = start()
+    resumed.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    random_steps(resumed, optimizer, steps=3, seed=2)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_parameters_of_several_types_are_stepped_together(tiny_model):
+    tiny_model.encoders["text"].to(torch.bfloat16)
+    tiny_model.head.double()
+    before = {name: value.detach().clone() for name, value in tiny_model.named_parameters()}
+    random_steps(tiny_model, make_optimizer(tiny_model, **RATES), steps=1, seed=0)
+    for name, value in tiny_model.named_parameters():
+        assert value.dtype == before[name].dtype and torch.isfinite(value).all()
+        if name.startswith(("encoders.audio", "head.")) and value.grad is not None:
+            assert not torch.equal(value, before[name]), name
+
+
+def test_a_model_without_storage_has_an_optimizer_too(tiny_config):
+    with torch.device("meta"):
+        model = MSAModel(tiny_config)
+    optimizer = make_optimizer(model, **RATES)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert settings_by_name(model, optimizer).keys() == dict(model.named_parameters()).keys()
 
 
 def with_gradients(model: MSAModel) -> MSAModel:
