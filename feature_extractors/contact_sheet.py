@@ -32,7 +32,7 @@ def save_contact_sheet(path: Path, frames: np.ndarray, features: ClipFeatures, t
     """Writes the sheet as an image file.
 
     Args:
-        path: Where to; the suffix (.png, .jpg) gives the format.
+        path: Where to; the suffix (.png, .jpg) gives the format. Parent folders are made.
         frames: The sampled RGB pictures (frames, height, width, 3), uint8.
         features: What was extracted from these frames.
         title: The line at the top.
@@ -49,6 +49,7 @@ def save_contact_sheet(path: Path, frames: np.ndarray, features: ClipFeatures, t
     ok, encoded = cv2.imencode(path.suffix or ".png", _arrange(tiles, title)[..., ::-1])
     if not ok:
         raise OSError(f"cannot encode {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded.tobytes())
 
 

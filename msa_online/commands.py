@@ -21,7 +21,7 @@ from msa_online.data.features.conversion import convert_features
 from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
 from msa_online.data.features.dataset import FeatureDataset
 from msa_online.data.features.extraction import extract_features
-from msa_online.data.features.files import means_features, require_new_folder
+from msa_online.data.features.files import means_features, require_new_folder, why_not_writable
 from msa_online.data.features.reading import read_features
 from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.prepare import findings_table, prepare
@@ -56,8 +56,10 @@ def run_prepare(options: Namespace, console: Console) -> None:
 
 def run_evaluate(options: Namespace, console: Console) -> None:
     """Score a checkpoint on a split under the seven modality conditions, or at rates of missing frames."""
-    if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
-        options.refuse(f"--json {options.json}: there is no such folder")
+    if options.json not in (None, "-"):
+        target = Path(options.json)
+        if reason := "it is a folder" if target.is_dir() else why_not_writable(target):
+            options.refuse(f"--json {target} cannot be written: {reason}")
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         options.refuse("--mixed-precision fp16 needs a GPU: on a CPU say bf16, or no")
@@ -260,6 +262,7 @@ def _write_json(content: object, target: str, console: Console) -> None:
     if target == "-":
         console.out(text, highlight=False)
     else:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_text(text + "\n", encoding="utf-8")
 
 

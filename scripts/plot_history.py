@@ -86,6 +86,7 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
             for run, kind in zip(runs, KINDS_OF_LINE, strict=False)
         ]
         figure.legend(handles=of_runs, loc="outside lower center", ncols=len(runs), fontsize="small")
+    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
 
 

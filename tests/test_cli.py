@@ -241,7 +241,8 @@ def test_a_clip_is_shown_under_the_name_it_has(capsys, checkpoint, make_clip, tm
         ["prepare", "{data}", "--face-size", "4"],
         ["evaluate", "{checkpoint}", "{data}", "--batch-size", "0"],
         ["evaluate", "{checkpoint}", "{data}", "--mixed-precision", "fp16"],
-        ["evaluate", "{checkpoint}", "{data}", "--json", "{data}/none/report.json"],
+        ["evaluate", "{checkpoint}", "{data}", "--json", "{data}/clip.mp4/report.json"],
+        ["evaluate", "{checkpoint}", "{data}", "--json", "{data}"],
     ],
     ids=lambda words: " ".join(words[-2:]),
 )
@@ -345,6 +346,10 @@ def test_an_unknown_text_encoder_is_refused_before_clips_are_decoded(
 def test_a_model_of_features_is_scored_on_features(capsys, archive, feature_checkpoint, tmp_path):
     assert main(["evaluate", feature_checkpoint, archive, "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
+    written = tmp_path / "reports" / "today" / "features.json"  # folders that are not there yet
+    assert main(["evaluate", feature_checkpoint, archive, "--json", str(written)]) == 0
+    assert json.loads(written.read_text()) == report
+    capsys.readouterr()
     assert report["samples"] == 4 and set(report["conditions"]["text+audio+vision"]) >= {"mae", "corr"}
     assert main(["evaluate", feature_checkpoint, archive]) == 0
     assert "test (4 samples)" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from msa_online.data.corpus import CorpusError
+from msa_online.data.features.files import why_not_writable
 from msa_online.data.synthetic_plan import (
     CorpusRecipe,
     PlannedClip,
@@ -104,6 +105,8 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
             )
     elif folder.exists() and any(folder.iterdir()):
         raise CorpusError(f"{folder} is not empty and has no recipe.json: name a new folder to render into")
+    if reason := why_not_writable(folder):
+        raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     if not note.exists():
         note.write_text(content, encoding="utf-8")

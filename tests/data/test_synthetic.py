@@ -105,6 +105,8 @@ def test_nothing_of_another_recipe_or_of_somebody_else_is_overwritten(small_corp
         render_corpus(tmp_path, SMALL)
     with pytest.raises(CorpusError, match="is a file"):
         render_corpus(tmp_path / "thesis.txt", SMALL)
+    with pytest.raises(CorpusError, match=r"thesis\.txt is a file, not a folder"):
+        render_corpus(tmp_path / "thesis.txt" / "corpus", SMALL)
 
 
 @pytest.mark.parametrize("library", ["skimage", "espeakng_loader"])

@@ -37,8 +37,9 @@ def test_it_succeeds_on_clips_that_lack_something(tmp_path, make_clip, capsys, o
 def test_the_contact_sheet_shows_frames_and_crops(tmp_path, make_clip, face_image):
     frames = np.stack([face_image] * 4 + [np.zeros_like(face_image)] * 4)
     path = make_clip(tmp_path / "clip.mkv", frames=frames, fps=8)
-    assert main([str(path), "--save-contact-sheet", str(tmp_path / "sheet.png")]) == 0
-    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    target = tmp_path / "pictures" / "of faces" / "sheet.png"  # folders that are not there yet
+    assert main([str(path), "--save-contact-sheet", str(target)]) == 0
+    sheet = cv2.imread(str(target))
     assert 300 < sheet.shape[0] < 1000 and 1000 < sheet.shape[1] <= 1600
     shown = cv2.resize(face_image, (168, 168), interpolation=cv2.INTER_AREA)[..., ::-1]
     match = cv2.matchTemplate(sheet, np.ascontiguousarray(shown), cv2.TM_CCOEFF_NORMED)

@@ -30,14 +30,15 @@ def plot(repository, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["one/history.json", "curves.png"],
+        ["one/history.json", "new/folder/curves.png"],
         ["one/history.json", "other/history.json", "curves.png", "--panels", "energy", "validation, mae"],
     ],
 )
 def test_histories_become_a_picture(arguments, plot, tmp_path):
     done = plot(*arguments)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    target = next(word for word in arguments if word.endswith(".png"))
+    assert (tmp_path / target).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -175,15 +175,25 @@ def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | 
 
 
 def require_new_folder(folder: Path) -> None:
-    """Check that a corpus can be written to a folder before the work begins.
+    """Check that a corpus can be written to a folder before the work begins; its parents are made later.
 
     Raises:
-        CorpusError: Something is there already, or it lies in no folder.
+        CorpusError: Something is there already, or the folder cannot be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CorpusError(f"{folder} is there already: name a new folder, or delete this one")
-    if not folder.absolute().parent.is_dir():
-        raise CorpusError(f"{folder}: there is no folder {folder.absolute().parent} to make it in")
+    if reason := why_not_writable(folder):
+        raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why `path` cannot be written, or None. Parent folders that are missing are no reason."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"this user has no permission to write in {there}"
+    return None
 
 
 def write_feature_folder(
@@ -195,7 +205,7 @@ def write_feature_folder(
     """Write a corpus of features; the folder appears whole or not at all.
 
     Args:
-        folder: Where to, see `require_new_folder`.
+        folder: Where to, see `require_new_folder`; parent folders are made.
         rows: Cells of each sample by column: those of `COLUMNS`, and the same further ones in every row.
         steps: Features by modality, samples in the order of `rows`.
         origin: How the features were made.
@@ -204,8 +214,11 @@ def write_feature_folder(
         CorpusError: It cannot be written.
     """
     require_new_folder(folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
+    parent = folder.absolute().parent
+    draft = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
         with open(draft / METADATA, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())])))
             writer.writeheader()
@@ -228,7 +241,8 @@ def write_feature_folder(
             f"{folder} cannot be written ({error}): make room, or name a folder on another disk"
         ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _checked_steps(

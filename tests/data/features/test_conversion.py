@@ -122,8 +122,15 @@ def test_nothing_is_written_over_and_nothing_half_written_is_left(feature_arrays
     with pytest.raises(CorpusError, match="is there already"):
         convert_features(source, tmp_path / "taken")
     assert os.listdir(tmp_path / "taken") == ["mine.txt"]
-    with pytest.raises(CorpusError, match=f"there is no folder {tmp_path / 'none'} to make it in"):
-        convert_features(source, tmp_path / "none" / "corpus")
+
+
+def test_parent_folders_are_made_and_a_file_in_the_way_is_named(feature_arrays, write_archive, tmp_path):
+    source = write_archive(feature_arrays)
+    convert_features(source, tmp_path / "features" / "mosi" / "aligned")
+    assert len(read_features(tmp_path / "features" / "mosi" / "aligned").samples) == 12
+    (tmp_path / "file").touch()
+    with pytest.raises(CorpusError, match=f"cannot be made: {tmp_path / 'file'} is a file, not a folder"):
+        convert_features(source, tmp_path / "file" / "features" / "mosi")
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path):
