@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check every value of every row, so that no run stops half-way over one that was wrong before."""
 
+import logging
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from feature_extractors.clip import Clip
-from msa_online.data.corpus import BrokenRow, Sample, place
+from msa_online.data.corpus import BrokenRow, CorpusError, Sample, place
 from msa_online.data.layouts import Row, RowTable
 from msa_online.data.metadata import did_you_mean
 from msa_online.data.splits import SPLIT_NAMES, split_of
 
+OUTSIDE = 0.1  # share of labels outside the range from which the range is the mistake, not the labels
+MANY_CLASSES = 30  # numbers as class names: more than this are probably ratings
 SEARCHED_NAMES = 10  # missing files for which a similar name is searched, since that is slow
 Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
 
 
 class RowProblem(ValueError):
@@ -71,6 +75,81 @@ def check_rows(
                 )
             )
     return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
+
+
+def check_label_column(
+    rows: Sequence[Row], column: str, label_range: tuple[float, float] | None, skip_broken: bool
+) -> None:
+    """Refuse a column that suits the task in few rows only, in one line instead of one for each row.
+
+    Args:
+        rows: All rows, with their labels as written.
+        column: Name of the label column.
+        label_range: Smallest and largest legal label of a regression; None where labels are class names.
+        skip_broken: Rows without a label, or with one out of range, will be left out on request.
+
+    Raises:
+        CorpusError: Most labels are words where numbers are needed, most are empty, or many are out of range.
+    """
+    filled = [row for row in rows if row.label is not None and row.label.strip()]
+    if not skip_broken and len(filled) < len(rows) / 2:
+        first = next(row for row in rows if not (row.label or "").strip())
+        raise CorpusError(
+            f"{place(first.source, first.line)}: the label column {column!r} is empty, as in "
+            f"{len(rows) - len(filled):,} of {len(rows):,} rows: name the column of the labels "
+            "(data.label_column, or --label-column)"
+        )
+    if label_range is None:
+        return
+    low, high = label_range
+    words = [row for row in filled if _number(row.label) is None]
+    if len(words) > len(filled) / 2:
+        raise CorpusError(
+            f"{place(words[0].source, words[0].line)}: the label column {column!r} holds words "
+            f"({words[0].label.strip()!r}; {len(words):,} of {len(rows):,} rows), but a regression needs "
+            f"numbers from {low:g} to {high:g}: train with data.task=classification, or name a column of "
+            "numbers (data.label_column, or --label-column)"
+        )
+    numbers = [(row, value) for row in filled if math.isfinite(value := _number(row.label) or 0.0)]
+    outside = [row for row, value in numbers if not low <= value <= high]
+    if not skip_broken and len(outside) > max(2, OUTSIDE * len(rows)):
+        lowest, highest = min(value for _, value in numbers), max(value for _, value in numbers)
+        raise CorpusError(
+            f"{place(outside[0].source, outside[0].line)}: label {outside[0].label.strip()!r} is outside "
+            f"[{low:g}, {high:g}], as in {len(outside):,} of {len(rows):,} rows; column {column!r} runs from "
+            f"{lowest:g} to {highest:g}: train with data.label_range=[{math.floor(lowest)},"
+            f"{math.ceil(highest)}], or name another column (data.label_column, or --label-column)"
+        )
+
+
+def check_class_names(source: Path, column: str, names: Collection[str]) -> None:
+    """Refuse to make a class of every score; whole numbers may be classes, but many of them earn a warning.
+
+    Args:
+        source: The file that holds the labels.
+        column: Name of the label column.
+        names: All different labels.
+
+    Raises:
+        CorpusError: All labels are numbers, and not all are whole.
+    """
+    numbers = [_number(name) for name in names]
+    if None in numbers or not all(map(math.isfinite, numbers)):
+        return
+    if fractions := sorted(name for name in names if not float(name).is_integer()):
+        raise CorpusError(
+            f"{source}: the label column {column!r} holds scores ({len(numbers):,} different numbers, like "
+            f"{fractions[0]!r}), and data.task=classification would make a class of each: set "
+            "data.task=regression, or name a column of class names with data.label_column"
+        )
+    if len(numbers) > MANY_CLASSES:
+        logger.warning(
+            "%s: column %r gives %s classes, all of them whole numbers; if they are ratings, set "
+            "data.task=regression and data.label_range",
+            source,
+            column,
+            len(numbers),
+        )
 
 
 def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:

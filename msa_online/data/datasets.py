@@ -10,7 +10,7 @@ from pathlib import Path
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.data.arrow_tables import is_arrow, read_arrow
-from msa_online.data.checks import check_rows
+from msa_online.data.checks import check_label_column, check_rows
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.data.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.data.splits import SPLITS, seeded_split
@@ -46,9 +46,12 @@ def read_corpus(
         seed: Of the split, where the data give none.
 
     Raises:
-        CorpusError: There is no metadata, a column is missing, or rows are broken: all of them are listed.
+        CorpusError: There is no metadata, a column is missing or holds no labels of this task, or rows are
+            broken: all of them are listed.
     """
     table = _read_rows(path, label_column)
+    if label_column is not None:
+        check_label_column(table.rows, label_column, label_range, skip_broken)
     samples, broken = check_rows(table, label_range)
     if broken and not skip_broken:
         raise CorpusError.of_rows(table.source, broken)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from feature_extractors import FeatureCache
 from msa_online.balancing import MODULATORS, GradientModulator
 from msa_online.configuration_msa import MSAConfig
+from msa_online.data.checks import check_class_names
 from msa_online.data.collate import BucketBatchSampler, make_loader
 from msa_online.data.datasets import Corpus, read_corpus, require_splits
 from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
@@ -103,8 +104,16 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
 
 
 def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[str, ...]:
-    """Names of the labels in sorted order; none for regression."""
-    return tuple(sorted({sample.label for sample in corpus.samples})) if data.task == "classification" else ()
+    """Names of the labels in sorted order; none for regression.
+
+    Raises:
+        CorpusError: The labels are scores, not classes.
+    """
+    if data.task != "classification":
+        return ()
+    names = {sample.label for sample in corpus.samples}
+    check_class_names(corpus.source, data.label_column, names)
+    return tuple(sorted(names))
 
 
 def prepare_data(

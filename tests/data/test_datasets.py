@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from msa_online.data.checks import check_class_names
 from msa_online.data.datasets import CorpusError, read_corpus, require_splits
 
 SENTIMENT = {"label_range": (-3.0, 3.0)}
@@ -439,7 +440,7 @@ def test_link_that_stays_inside_is_fine(folder):
 
 
 def test_all_broken_rows_and_all_their_problems_come_at_once(folder, caplog):
-    rows = [f"gone{number}.mp4,x,{number},nowhere" for number in range(4, 104)]
+    rows = [f"gone{number}.mp4,x,{4 if number < 14 else 1},nowhere" for number in range(4, 104)]
     write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", *rows)
     error = complaint(folder)
     assert len(error.broken) == 100 and len(str(error).splitlines()) == 53
@@ -453,6 +454,60 @@ def test_all_broken_rows_and_all_their_problems_come_at_once(folder, caplog):
     assert "; split 'nowhere' is unknown" in error.broken[-1].problem
     corpus = read_corpus(folder, skip_broken=True, **SENTIMENT)
     assert len(corpus.samples) == 1 and "left out 100 broken rows of 101" in caplog.text
+
+
+# a column that is of another kind than the task
+
+
+def labelled(folder: Path, *labels: str) -> Path:
+    """A corpus of as many windows of one clip as there are labels."""
+    rows = [f"a.mp4,x,{label},{number},{number + 1}" for number, label in enumerate(labels)]
+    write_csv(folder / "metadata.csv", "file_name,text,label,start,end", *rows)
+    return folder
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_emotions_under_a_regression_name_the_other_task_once(folder, skip_broken):
+    error = complaint(labelled(folder, *["anger", "joy"] * 30, "0", "1"), skip_broken=skip_broken)
+    assert len(str(error).splitlines()) == 1
+    assert_names(
+        error,
+        "corpus/metadata.csv line 2: the label column 'label' holds words ('anger'; 60 of 62 rows)",
+        "data.task=classification",
+        "--label-column",
+    )
+
+
+def test_one_word_among_scores_is_a_broken_row(folder):
+    assert_names(complaint(labelled(folder, "1", "2", "good", "-1")), "1 broken row", "line 4: label 'good'")
+
+
+def test_ratings_of_another_scale_name_the_range_that_would_fit_once(folder):
+    stars = labelled(folder, *["1", "2.5", "5", "4"] * 30)
+    error = complaint(stars)
+    assert len(str(error).splitlines()) == 1
+    assert_names(error, "line 4: label '5' is outside [-3, 3], as in 60 of 120", "data.label_range=[1,5]")
+    assert len(read_corpus(stars, skip_broken=True, **SENTIMENT).samples) == 60
+    assert len(read_corpus(stars, label_range=(1, 5)).samples) == 120
+
+
+def test_an_empty_label_column_is_one_line_and_labels_of_a_part_are_used_on_request(folder):
+    partly = labelled(folder, *["", "", "", "1"] * 20)
+    error = complaint(partly)
+    assert len(str(error).splitlines()) == 1
+    assert_names(error, "line 2: the label column 'label' is empty, as in 60 of 80 rows", "data.label_column")
+    assert len(read_corpus(partly, skip_broken=True, **SENTIMENT).samples) == 20
+
+
+def test_scores_are_not_made_classes(caplog):
+    source = Path("corpus/metadata.csv")
+    with pytest.raises(CorpusError, match=r"scores \(3 different numbers, like '-1.8'\)"):
+        check_class_names(source, "label", {"2.0", "-1.8", "0"})
+    check_class_names(source, "emotion", {"0", "1", "2.0", "-1"})
+    check_class_names(source, "emotion", {"joy", "0.5"})
+    assert not caplog.records
+    check_class_names(source, "rating", {str(number) for number in range(101)})
+    assert "column 'rating' gives 101 classes" in caplog.text and "data.label_range" in caplog.text
 
 
 def test_all_rows_broken_is_an_error_even_when_broken_rows_may_be_skipped(folder):

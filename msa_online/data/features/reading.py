@@ -4,7 +4,7 @@
 import logging
 from pathlib import Path
 
-from msa_online.data.checks import attempt, checked_label, checked_split
+from msa_online.data.checks import attempt, check_label_column, checked_label, checked_split
 from msa_online.data.corpus import BrokenRow, CorpusError, place
 from msa_online.data.features.corpus import FeatureCorpus, FeatureSample
 from msa_online.data.features.files import (
@@ -44,6 +44,7 @@ def read_features(
     """
     local = Path(path).expanduser()
     table = _read_table(local)
+    check_label_column(_rows(table, label_column, split_column), label_column, label_range, skip_broken)
     samples, broken = check_features(
         table, label_column=label_column, split_column=split_column, label_range=label_range
     )
@@ -67,21 +68,12 @@ def check_features(
         CorpusError: A column is missing.
     """
     metadata = table.metadata
-    require_columns(metadata.path, metadata.columns, ("id", label_column, split_column))
+    rows = _rows(table, label_column, split_column)
     strange = {name: steps.non_finite() for name, steps in table.steps.items()}
     first_rows: dict[str, int] = {}
     samples, broken = [], list(metadata.broken)
-    for row, (line, cells) in zip(table.places, metadata.rows, strict=True):
-        written = Row(
-            source=metadata.path,
-            line=line,
-            folder=metadata.path.parent,
-            file=cells["id"].strip(),
-            text=cells.get("text", ""),
-            label=cells[label_column],
-            split=cells[split_column],
-            speaker=cells.get("speaker", ""),
-        )
+    for row, written in zip(table.places, rows, strict=True):
+        line = written.line
         problems = [
             f"{name} of {written.file!r} holds {strange[name][row][1]} in step {strange[name][row][0] + 1}: "
             "make the features again, or take zeros with `msa-online convert-features --non-finite zero`"
@@ -103,6 +95,25 @@ def check_features(
                 FeatureSample(written.file, written.text, label, split, speaker, metadata.path, line, row)
             )
     return samples, sorted(broken, key=lambda each: each.line)
+
+
+def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row]:
+    """The rows as written; the id of a sample stands where clips have their file."""
+    metadata = table.metadata
+    require_columns(metadata.path, metadata.columns, ("id", label_column, split_column))
+    return [
+        Row(
+            source=metadata.path,
+            line=line,
+            folder=metadata.path.parent,
+            file=cells["id"].strip(),
+            text=cells.get("text", ""),
+            label=cells[label_column],
+            split=cells[split_column],
+            speaker=cells.get("speaker", ""),
+        )
+        for line, cells in metadata.rows
+    ]
 
 
 def _read_table(path: Path) -> FeatureTable:

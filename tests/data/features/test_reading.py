@@ -30,6 +30,14 @@ def refusal(path, **options) -> str:
 # --- what is read ---
 
 
+def test_emotions_under_a_regression_name_the_other_task_once(feature_arrays, write_archive):
+    feature_arrays["emotion"] = np.array(["calm", "angry"] * 6)
+    message = refusal(write_archive(feature_arrays), label_column="emotion")
+    assert len(message.splitlines()) == 1
+    assert "label column 'emotion' holds words ('calm'; 12 of 12 rows)" in message
+    assert "data.task=classification" in message
+
+
 @pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_a_folder_and_an_archive_give_the_same_samples(kind, feature_folder, feature_arrays, write_archive):
     path = feature_folder if kind == "folder" else write_archive(feature_arrays)
