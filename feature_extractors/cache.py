@@ -10,8 +10,8 @@ are made again.
 import hashlib
 import json
 import os
-import tempfile
 import time
+import uuid
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,8 +24,8 @@ from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
-FORMAT_VERSION = 1
-"""Part of every key; raise it when the same settings come to give other features."""
+FORMAT_VERSION = 2
+"""Part of every key; raise it when settings come to give other features, or the files change."""
 
 SETTLED = 2.0
 """A file changed less than this many seconds ago may change again within one tick of its clock."""
@@ -72,10 +72,11 @@ class FeatureCache:
         try:
             with safe_open(path, framework="np") as entry:
                 arrays = {name: entry.get_tensor(name) for name in _ARRAYS}
-                about = json.loads(entry.metadata()["about"])
+                metadata = entry.metadata()
+            if int(metadata["checksum"]) != _checksum(arrays, metadata["about"]):
+                return None
+            about = json.loads(metadata["about"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            return None
-        if about["checksum"] != _checksum(arrays):
             return None
         return ClipFeatures(**arrays, findings=tuple(about["findings"]), duration=about["duration"])
 
@@ -88,8 +89,10 @@ class FeatureCache:
         from safetensors.numpy import save
 
         arrays = {name: np.ascontiguousarray(getattr(features, name)) for name in _ARRAYS}
-        about = {"findings": features.findings, "duration": features.duration, "checksum": _checksum(arrays)}
-        self._write(self._entry(key), save(arrays, {"about": json.dumps(about)}))
+        about = json.dumps({"findings": features.findings, "duration": features.duration})
+        self._write(
+            self._entry(key), save(arrays, {"about": about, "checksum": str(_checksum(arrays, about))})
+        )
 
     def get(
         self, clip: Clip, settings: ExtractionSettings, face_extractor: FaceExtractor | None = None
@@ -140,17 +143,19 @@ class FeatureCache:
         return digest
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Makes a file appear whole or not at all, whoever else writes the same one."""
-        temporary = None
+        """Makes a file appear whole or not at all, with the permissions that the umask gives.
+
+        Several processes may write the same file: each writes its own draft, and the last rename counts.
+        """
+        draft = path.with_name(f".writing-{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-            with open(descriptor, "wb") as stream:
-                stream.write(content)
-            os.replace(temporary, path)
+            try:
+                draft.write_bytes(content)
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise CacheError(
                 error.errno,
                 f"cannot write the feature cache in {self.folder} ({error.strerror}); make room, or point"
@@ -158,9 +163,10 @@ class FeatureCache:
             ) from error
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    """CRC of all arrays; a disk that lost power may hold a right header over wrong data."""
-    checksum = 0
+def _checksum(arrays: dict[str, np.ndarray], about: str) -> int:
+    """CRC of everything that `load` returns: findings and duration as stored, shapes, types and values."""
+    header = [about, *((name, arrays[name].dtype.str, arrays[name].shape) for name in _ARRAYS)]
+    checksum = zlib.crc32(json.dumps(header).encode())
     for name in _ARRAYS:
         checksum = zlib.crc32(np.ascontiguousarray(arrays[name]), checksum)
     return checksum

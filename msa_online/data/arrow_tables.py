@@ -7,7 +7,7 @@ there on they are files like any other. Tables are read a few rows at a time, si
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,10 @@ def _store(clip: Mapping[str, Any]) -> str:
     target = _stored_clips() / name
     if not target.exists() or target.stat().st_size != len(clip["bytes"]):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            file.write(clip["bytes"])
-        os.replace(file.name, target)
+        draft = target.with_name(f".writing-{uuid.uuid4().hex}")  # opened plainly: the umask applies
+        try:
+            draft.write_bytes(clip["bytes"])
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
     return name

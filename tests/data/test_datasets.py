@@ -3,8 +3,10 @@
 
 import csv
 import logging
+import os
 import random
 import re
+import stat
 import time
 from collections import Counter
 from pathlib import Path
@@ -198,10 +200,15 @@ def test_arrow_tables_bring_their_clips_into_the_cache_once(stored, kind, tmp_pa
         target = next(target.glob("*.arrow")).rename(tmp_path / "validation.arrow")
     else:
         datasets.DatasetDict(train=part.select([0]), validation=part.select([1])).save_to_disk(target)
-    first, second = read_corpus(target, **SENTIMENT).samples
+    before = os.umask(0o027)
+    try:
+        first, second = read_corpus(target, **SENTIMENT).samples
+    finally:
+        os.umask(before)
     assert first.clip.path.read_bytes() == b"one" and second.clip.path.read_bytes() == b"two"
     assert (first.clip.path.suffix, second.clip.path.suffix) == (".mkv", ".mp4")
     assert cache_dir in first.clip.path.parents
+    assert stat.S_IMODE(first.clip.path.stat().st_mode) == 0o640
     assert (first.text, first.label, first.speaker, first.line) == ("null", 1.5, "ann", 1)
     splits = {"parquet": ("train", "train"), "arrow": ("valid", "valid"), "saved": ("train", "valid")}
     assert (first.split, second.split) == splits[kind]

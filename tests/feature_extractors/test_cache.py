@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 
 import numpy as np
 import pytest
@@ -115,6 +116,53 @@ def test_a_damaged_entry_is_made_again(tmp_path, make_clip, damage):
         assert cache.load(key) is None
         assert_equal(cache.get(clip, SETTINGS, face_extractor), features)
     assert_equal(cache.load(key), features)
+
+
+@pytest.mark.parametrize(
+    ("stored", "damaged"),
+    [
+        (b"silent audio", b"silent cudio"),
+        (b"1.0}", b"1.5}"),
+        (b"[20,80]", b"[80,20]"),
+        (b'checksum":"', b'checksum":"9'),
+        (b"findings", b"fundings"),
+    ],
+)
+def test_a_damaged_header_never_changes_findings_duration_or_shapes(tmp_path, stored, damaged):
+    cache = FeatureCache(tmp_path)
+    cache.store("ab" * 32, example())
+    (entry,) = tmp_path.rglob("*.safetensors")
+    content = entry.read_bytes()
+    assert content.count(stored) == 1
+    entry.write_bytes(content.replace(stored, damaged))
+    assert cache.load("ab" * 32) is None
+
+
+def test_every_flipped_bit_of_the_header_is_noticed(tmp_path):
+    cache, features = FeatureCache(tmp_path), example(steps=3)
+    cache.store("ab" * 32, features)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    content = entry.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in range(header):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        entry.write_bytes(damaged)
+        if (loaded := cache.load("ab" * 32)) is not None:
+            assert_equal(loaded, features)  # white space that carries nothing
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_entries_and_digests_have_the_permissions_that_the_umask_gives(tmp_path, make_clip, umask, mode):
+    cache, path = FeatureCache(tmp_path / "cache"), make_clip(tmp_path / "a.mp4", seconds=0.2)
+    os.utime(path, (1e9, 1e9))
+    before = os.umask(umask)
+    try:
+        cache.store(cache.key(Clip(path), SETTINGS), example())
+    finally:
+        os.umask(before)
+    files = [path for path in cache.folder.rglob("*") if path.is_file()]
+    assert len(files) == 2 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
 def test_a_stored_clip_needs_no_face_model(tmp_path, make_clip, monkeypatch):
