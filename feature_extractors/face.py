@@ -6,7 +6,9 @@ clip to the next, so that features would depend on the order in which clips are 
 """
 
 import os
+import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,9 @@ pixels, in which a face narrower than an eighth of the frame goes unseen."""
 
 CONTINUES = 1.0
 """A face continues the tracked one if the centres lie within this many face widths."""
+
+_LOADING = threading.RLock()
+_NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|[IWE]\d{4} \d\d:\d\d:")
 
 
 @dataclass(frozen=True)
@@ -264,15 +269,23 @@ def _open_landmarker(model_path: Path) -> "vision.FaceLandmarker":  # noqa: F821
 
 @contextmanager
 def _native_log_silenced() -> Iterator[None]:
-    """Keeps MediaPipe's C++ notices, which no setting turns off, off the terminal while a model is loaded.
+    """Keeps MediaPipe's C++ notices off the terminal while a model is loaded; no setting turns them off.
 
-    They go to file descriptor 2 whatever `sys.stderr` is. Errors still arrive, as exceptions.
+    They go to file descriptor 2, which belongs to the whole process. Models are therefore loaded one after
+    the other, and lines that other threads write meanwhile are passed on afterwards. Errors of MediaPipe
+    arrive as exceptions.
     """
-    saved = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as sink:
-            os.dup2(sink.fileno(), 2)
+    with _LOADING:
+        try:
+            saved = os.dup(2)
+        except OSError:  # no standard error, as in a daemon: there is nothing to silence
             yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+            return
+        with os.fdopen(saved, "wb") as stderr, tempfile.TemporaryFile() as sink:
+            os.dup2(sink.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(saved, 2)
+                sink.seek(0)
+                stderr.writelines(line for line in sink if not _NOTICE.match(line))

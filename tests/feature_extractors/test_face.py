@@ -127,3 +127,39 @@ def test_loading_the_model_leaves_the_terminal_clean_but_own_errors_come_through
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.startswith(f"{fake}: not a MediaPipe face landmark model")
     assert len(done.stderr.splitlines()) == 1
+
+
+LOADING_IN_THREADS = """
+import sys
+import threading
+from feature_extractors import FaceExtractor
+from feature_extractors.face import _native_log_silenced
+
+def load():
+    with _native_log_silenced():  # one inside another, as when a caller silences the log too
+        FaceExtractor().close()
+
+threads = [threading.Thread(target=load) for _ in range(6)]
+for thread in threads:
+    thread.start()
+line = 0
+while any(thread.is_alive() for thread in threads):
+    line += 1
+    print("line", line, file=sys.stderr)
+    threads[line % 6].join(0.005)
+print("end", file=sys.stderr)
+"""
+
+
+def test_threads_that_load_models_at_once_lose_nothing_written_to_stderr():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING_IN_THREADS], capture_output=True, text=True, check=True
+    )
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "end" and len(lines) > 10
+    assert sorted(lines[:-1]) == sorted(f"line {number}" for number in range(1, len(lines)))
+
+
+def test_a_model_is_loaded_without_standard_error():
+    program = "import os\nos.close(2)\nfrom feature_extractors import FaceExtractor\nFaceExtractor().close()"
+    subprocess.run([sys.executable, "-c", program], check=True)
