@@ -61,8 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="predict from raw clips, sound files, or text alone")
     predict.add_argument("clips", nargs="*", metavar="CLIP", help="media files")
     predict.add_argument("--model", required=True, help="folder of a run, or Hub repository")
-    predict.add_argument("--text", action="append", help="what is said; once for each clip, in their order")
+    predict.add_argument("--text", action="append", help="transcript; once for each clip, in their order")
     predict.add_argument("--json", action="store_true", help="print JSON")
+    predict.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="go on after a clip that cannot be used; the output holds its error, the exit status is 1",
+    )
     predict.set_defaults(refuse=predict.error)
 
     describe = commands.add_parser("describe", help="show the parts of a model and their parameters")

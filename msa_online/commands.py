@@ -3,16 +3,16 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from feature_extractors import ExtractionSettings, FeatureCache
+from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
@@ -26,7 +26,7 @@ from msa_online.data.features.reading import read_features
 from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.prepare import findings_table, prepare
 from msa_online.describe import describe, description_tables
-from msa_online.errors import run_command
+from msa_online.errors import UnfinishedError, run_command
 from msa_online.evaluation.report import conditions_table, frame_rates_table, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions, evaluate_frame_rates
 from msa_online.hub import load_checkpoint
@@ -184,41 +184,68 @@ def run_predict(options: Namespace, console: Console) -> None:
         options.refuse("nothing to predict: give clips, or --text alone")
     if len(clips) != len(texts):
         options.refuse(f"{len(clips)} clips but {len(texts)} --text: give one for each clip, or none at all")
-    predictions = MSAPipeline.from_pretrained(options.model)(clips, text=texts)
-    if options.json:
-        _write_json([prediction.to_dict() for prediction in predictions], "-", console)
-    else:
-        console.print(predictions_table(predictions))
+    results: list[Prediction | ClipError] = []
+    broken = 0
+    stopped = None
+    for result in MSAPipeline.from_pretrained(options.model).stream(clips, texts):
+        if isinstance(result, ClipError):
+            broken += 1
+            if not options.skip_broken:
+                stopped = result
+                break
+        results.append(result)
+    if options.json and results:
+        _write_json([_as_json(result) for result in results], "-", console)
+    elif results:
+        for line in prediction_lines(results):
+            console.print(Text(line), soft_wrap=True)
+    if stopped is not None:
+        if len(clips) == 1:
+            raise stopped
+        raise UnfinishedError(
+            f"{stopped} (stopped here: {len(results):,} of {len(clips):,} predicted; --skip-broken goes on "
+            "with the other clips)"
+        )
+    if broken:
+        raise UnfinishedError(f"{broken:,} of {len(clips):,} clips cannot be used, as listed")
 
 
-def predictions_table(predictions: list[Prediction]) -> Table:
-    """Predictions as a table for the terminal, each as the sum of its baseline and what every modality adds.
+def _as_json(result: Prediction | ClipError) -> dict[str, Any]:
+    if isinstance(result, Prediction):
+        return result.to_dict()
+    return {"clip": str(result.path), "error": str(result).removeprefix(f"{result.path}: ")}
 
-    The bars have one scale for all clips.
+
+def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
+    """Predictions for the terminal, each as the sum of its baseline and what every modality adds.
+
+    Names of clips stand in lines of their own, so that none is broken; the other lines are short. Bars have
+    one scale for all clips.
     """
-    of_scores = predictions[0].label is None
-    legend = LEGEND_OF_SCORES if of_scores else LEGEND_OF_CLASSES
-    table = Table(title="predictions", title_justify="left", caption=legend, caption_justify="left")
-    for column in ("clip", "prediction"):
-        table.add_column(column, overflow="fold")
-    table.add_column("comes from", no_wrap=True)
-    table.add_column("adds", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)  # a bar, or why there is none
-    largest = max(abs(value) for one in predictions for value in one.contributions.values())
-    for one in predictions:
-        answer = (
-            f"{one.score:+.3f}" if of_scores else f"{one.label} ({one.probabilities[one.label]:{PERCENT}})"
-        )
-        added = {"nothing seen": one.baseline, **one.contributions}
-        amounts = (
-            "0" if name in one.missing else f"{value:+{'.3f' if of_scores else PERCENT}}"
-            for name, value in added.items()
-        )
-        bars = (one.missing.get(name) or _bar(value, largest) for name, value in one.contributions.items())
-        lines = ("\n".join(column) for column in (added, amounts, ("", *bars)))
-        table.add_section()
-        table.add_row(Text(one.clip or "(text only)"), Text(answer), *lines)
-    return table
+    predictions = [result for result in results if isinstance(result, Prediction)]
+    added = [abs(value) for one in predictions for value in one.contributions.values()]
+    lines = []
+    for result in results:
+        if isinstance(result, ClipError):
+            lines += [f"{result.path}: error", f"  {str(result).removeprefix(f'{result.path}: ')}", ""]
+        else:
+            lines += [*_lines_of(result, max(added)), ""]
+    if predictions:
+        lines.append(LEGEND_OF_SCORES if predictions[0].label is None else LEGEND_OF_CLASSES)
+    return lines
+
+
+def _lines_of(one: Prediction, largest: float) -> list[str]:
+    of_scores = one.label is None
+    answer = f"{one.score:+.3f}" if of_scores else f"{one.label} ({one.probabilities[one.label]:{PERCENT}})"
+    unit = ".3f" if of_scores else PERCENT
+    lines = [f"{one.clip or '(text only)'}: {answer}", f"  {'nothing seen':<12} {one.baseline:>+8{unit}}"]
+    for name, value in one.contributions.items():
+        if name in one.missing:
+            lines.append(f"  {name:<12} {'0':>8}  {one.missing[name]}")
+        else:
+            lines.append(f"  {name:<12} {value:>+8{unit}}  {_bar(value, largest)}".rstrip())
+    return lines
 
 
 def _bar(value: float, largest: float) -> str:

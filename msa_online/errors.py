@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command ends when its input is at fault: with one message that says it all, and no traceback."""
+"""Errors of the input: printed as one message without a traceback, with exit status 1."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,11 @@ from msa_online.encoders.text import TextEncoderError
 from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
 
+
+class UnfinishedError(RuntimeError):
+    """A command did a part of its work and printed that; the message names the rest."""
+
+
 INPUT_ERRORS = (
     AssetError,
     CacheError,
@@ -23,6 +28,7 @@ INPUT_ERRORS = (
     ConfigurationError,
     CorpusError,
     TextEncoderError,
+    UnfinishedError,
     WorkerError,
 )
 

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAPipeline: one clip in, one prediction out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from feature_extractors import Clip, ClipFeatures, FaceExtractor, FeatureCache, extract
+from feature_extractors import Clip, ClipError, ClipFeatures, FaceExtractor, FeatureCache, extract
 from msa_online.evaluation.shares import Attribution, attribute
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
+
+TOGETHER = 16  # clips in one forward pass
 
 
 @dataclass(frozen=True)
@@ -95,39 +98,76 @@ class MSAPipeline:
         self,
         clips: str | Path | Clip | None | Sequence[str | Path | Clip | None] = None,
         text: str | None | Sequence[str | None] = None,
-    ) -> Prediction | list[Prediction]:
+        *,
+        skip_broken: bool = False,
+    ) -> Prediction | list[Prediction | ClipError]:
         """Predict for one clip, or for several at once.
 
         Args:
             clips: A media file, a `Clip` with a window, None for text alone, or a list of these. Sound files
                 are legal.
-            text: What is said: one string, or a list as long as `clips`. None means the transcript is
-                missing.
+            text: The transcript: one string for one clip, a list as long as `clips` for a list. None means
+                that the transcript is missing.
+            skip_broken: In a list, put the `ClipError` of a clip that cannot be used in its place, instead of
+                raising it.
 
         Returns:
             One `Prediction`, or a list for lists.
 
         Raises:
             ClipError: A file is missing, broken or no media.
-            ValueError: Neither a clip nor a text is given, or the lists differ in length.
+            ValueError: Neither a clip nor a text is given, a list meets a single value, the lists differ in
+                length, or a value is of another kind.
         """
-        if single := not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
-            clips, text = [clips], [text]
-        clips = list(clips) if isinstance(clips, list | tuple) else [clips] * len(text)
-        text = list(text) if isinstance(text, list | tuple) else [text] * len(clips)
-        if len(clips) != len(text):
-            raise ValueError(
-                f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip"
-            )
-        for clip, transcript in zip(clips, text, strict=True):
-            if clip is None and not (transcript or "").strip():
-                raise ValueError("nothing to predict from: give a clip, a text, or both")
-        predictions = self._predict([None if clip is None else as_clip(clip) for clip in clips], text)
-        return predictions[0] if single else predictions
+        if not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
+            return self([clips], [text])[0]
+        results = []
+        for result in self.stream(clips, text):
+            if isinstance(result, ClipError) and not skip_broken:
+                raise result
+            results.append(result)
+        return results
+
+    def stream(
+        self, clips: Sequence[str | Path | Clip | None] | None, text: Sequence[str | None] | None = None
+    ) -> Iterator[Prediction | ClipError]:
+        """Predict for any number of clips, in order, with the memory that a few of them take.
+
+        Args:
+            clips: As a list for `__call__`; None for texts alone.
+            text: As a list for `__call__`; None if all transcripts are missing.
+
+        Returns:
+            An iterator over a `Prediction`, or the `ClipError` that says why there is none, for each clip.
+
+        Raises:
+            ValueError: As `__call__`.
+        """
+        return self._stream(_pairs(clips, text))
+
+    def _stream(self, pairs: Sequence[tuple[Clip | None, str | None]]) -> Iterator[Prediction | ClipError]:
+        waiting: list[tuple[Clip | None, ClipFeatures, str | None]] = []
+        with ExitStack() as stack:
+            faces = None
+            if any(clip is not None for clip, _ in pairs):
+                faces = stack.enter_context(FaceExtractor(self.processor.settings))
+            for clip, text in pairs:
+                try:
+                    waiting.append((clip, self._features(clip, faces), text))
+                except ClipError as error:
+                    yield from self._predict(waiting)
+                    yield error
+                    waiting = []
+                if len(waiting) == TOGETHER:
+                    yield from self._predict(waiting)
+                    waiting = []
+            yield from self._predict(waiting)
 
     @torch.inference_mode()
-    def _predict(self, clips: list[Clip | None], texts: list[str | None]) -> list[Prediction]:
-        features = self._extract(clips)
+    def _predict(self, samples: Sequence[tuple[Clip | None, ClipFeatures, str | None]]) -> list[Prediction]:
+        if not samples:
+            return []
+        clips, features, texts = zip(*samples, strict=True)
         batch = self.processor(features, texts).to(self.device)
         said = attribute(self.model, batch)
         present = batch["modality_present"]
@@ -136,14 +176,7 @@ class MSAPipeline:
             for row in range(len(clips))
         ]
 
-    def _extract(self, clips: list[Clip | None]) -> list[ClipFeatures]:
-        settings = self.processor.settings
-        if all(clip is None for clip in clips):
-            return [ClipFeatures.absent(settings) for _ in clips]
-        with FaceExtractor(settings) as faces:
-            return [self._features(clip, faces) for clip in clips]
-
-    def _features(self, clip: Clip | None, faces: FaceExtractor) -> ClipFeatures:
+    def _features(self, clip: Clip | None, faces: FaceExtractor | None) -> ClipFeatures:
         settings = self.processor.settings
         if clip is None:
             return ClipFeatures.absent(settings)
@@ -166,6 +199,34 @@ class MSAPipeline:
             baseline=said.baseline.item(),
             contributions=dict(zip(MODALITIES, said.contributions.tolist(), strict=True)),
         )
+
+
+def _pairs(clips: Any, text: Any) -> list[tuple[Clip | None, str | None]]:
+    """Clips and their transcripts side by side, checked."""
+    lists = (list, tuple)
+    if clips is None and isinstance(text, lists):
+        clips = [None] * len(text)
+    if text is None and isinstance(clips, lists):
+        text = [None] * len(clips)
+    if not isinstance(clips, lists):
+        raise ValueError(f"one clip but a list of {len(text)} texts: give a list of clips, or one text")
+    if not isinstance(text, lists):
+        raise ValueError(
+            f"a list of {len(clips)} clips but one text: give a list with one text (or None) for each clip"
+        )
+    if len(clips) != len(text):
+        raise ValueError(f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip")
+    for number, (clip, transcript) in enumerate(zip(clips, text, strict=True), start=1):
+        if not isinstance(clip, str | Path | Clip | None):
+            raise ValueError(f"clip {number} is {clip!r}: give a path, a Clip, or None")
+        if not isinstance(transcript, str | None):
+            raise ValueError(f"text {number} is {transcript!r}: give a string, or None if there is none")
+        if clip is None and not (transcript or "").strip():
+            raise ValueError("nothing to predict from: give a clip, a text, or both")
+    return [
+        (None if clip is None else as_clip(clip), transcript)
+        for clip, transcript in zip(clips, text, strict=True)
+    ]
 
 
 def as_clip(source: str | Path | Clip) -> Clip:

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import io
 import json
 import subprocess
 import sys
@@ -7,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from transformers import BertModel
 
 from msa_online import MSAConfig, MSAModel, Prediction
@@ -174,34 +172,32 @@ def test_predict_shows_a_table(capsys, checkpoint, monkeypatch):
     assert "(text only)" in printed and "no clip given" in printed
 
 
-def table_of(predictions: list[Prediction]) -> list[str]:
-    from msa_online.commands import predictions_table
+def lines_of(predictions: list[Prediction]) -> list[str]:
+    from msa_online.commands import prediction_lines
 
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(predictions_table(predictions))
-    return console.export_text().splitlines()
+    return prediction_lines(predictions)
 
 
 def test_a_reader_can_add_the_contributions_up_to_the_score():
     parts = {"text": 1.25, "audio": -0.5, "vision": 0.0}
     seen = ("text", "audio")
     one = Prediction("a.mp4", 0.85, None, {}, seen, {"vision": "no face"}, 0.1, parts)
-    lines = table_of([one])
+    lines = lines_of([one])
     nothing, text, audio, vision = (
         next(line for line in lines if name in line) for name in ("nothing seen", *parts)
     )
-    assert "+0.850" in nothing and "+0.100" in nothing
+    assert lines[0] == "a.mp4: +0.850" and nothing.endswith("+0.100")
     assert "+1.250" in text and "++++++++" in text and "-0.500" in audio and "------" in audio
     assert text.count("+") > 2 * audio.count("-") > 0
-    assert vision.split("│")[4:6] == ["      0 ", " no face          "]
-    assert "score with nothing seen" in "\n".join(lines)
+    assert vision.split() == ["vision", "0", "no", "face"]
+    assert "score with nothing seen" in lines[-1] and max(map(len, lines)) <= 80
 
 
 def test_contributions_to_a_class_are_shown_in_points_of_its_probability():
     parts = {"text": 0.5, "audio": -0.25, "vision": 0.0625}
     probabilities = {"calm": 0.5625, "[angry]": 0.4375}
     one = Prediction("a.mp4", None, "calm", probabilities, tuple(parts), {}, 0.25, parts)
-    printed = "\n".join(table_of([one]))
+    printed = "\n".join(lines_of([one]))
     for expected in (
         "calm (56.2%)",
         "+25.0%",
@@ -216,7 +212,53 @@ def test_contributions_to_a_class_are_shown_in_points_of_its_probability():
 def test_a_prediction_that_nothing_moved_has_no_bars():
     absent = dict.fromkeys(("text", "audio", "vision"), "no clip given")
     one = Prediction("a.mp4", 0.1, None, {}, (), absent, 0.1, dict.fromkeys(absent, 0.0))
-    assert not any("++" in line or "--" in line for line in table_of([one]))
+    assert not any("++" in line or "--" in line for line in lines_of([one]))
+
+
+@pytest.fixture
+def three_clips(make_clip, tmp_path) -> list[str]:
+    """Two sounds, and between them a file that is none."""
+    for name in ("first.wav", "third.wav"):
+        make_clip(tmp_path / name, video=False)
+    (tmp_path / "second.mp4").write_text("Dear reader, this is no video.")
+    return [str(tmp_path / name) for name in ("first.wav", "second.mp4", "third.wav")]
+
+
+def test_a_broken_clip_among_several_is_passed_over_on_request_and_reported(capsys, checkpoint, three_clips):
+    assert main(["predict", *three_clips, "--model", checkpoint, "--skip-broken", "--json"]) == 1
+    printed = capsys.readouterr()
+    first, second, third = json.loads(printed.out)
+    assert isinstance(first["score"], float) and isinstance(third["score"], float)
+    assert second["clip"] == three_clips[1] and second["error"].startswith("cannot be decoded")
+    assert printed.err == "error: 1 of 3 clips cannot be used, as listed\n"
+    assert main(["predict", *three_clips, "--model", checkpoint, "--skip-broken"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(three_clips[0] + ": ") for line in lines) == 1
+    where = lines.index(f"{three_clips[1]}: error")
+    assert "cannot be decoded" in lines[where + 1]
+
+
+def test_without_the_flag_a_broken_clip_ends_predict_but_what_was_computed_is_printed(
+    capsys, checkpoint, three_clips
+):
+    assert main(["predict", *three_clips, "--model", checkpoint, "--json"]) == 1
+    printed = capsys.readouterr()
+    (first,) = json.loads(printed.out)
+    assert first["clip"] == three_clips[0] and isinstance(first["score"], float)
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {three_clips[1]}: cannot be decoded")
+    assert "1 of 3 predicted" in line and "--skip-broken" in line
+
+
+def test_the_name_of_a_clip_is_whole_however_narrow_the_terminal(
+    capsys, checkpoint, make_clip, tmp_path, monkeypatch
+):
+    folder = tmp_path / "a folder of recordings" / "with a name that is longer than a narrow terminal"
+    folder.mkdir(parents=True)
+    clip = make_clip(folder / "take 1.wav", video=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["predict", str(clip), "--model", checkpoint]) == 0
+    assert capsys.readouterr().out.startswith(f"{clip}: ")
 
 
 def test_predict_from_a_clip_that_is_not_there_is_refused_in_one_line(capsys, checkpoint, tmp_path):

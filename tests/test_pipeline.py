@@ -139,6 +139,46 @@ def test_nothing_to_predict_from_and_unequal_lists_are_refused(pipeline, tmp_pat
         pipeline(tmp_path / "nosuch.mp4")
 
 
+@pytest.mark.parametrize(
+    ("clips", "text", "message"),
+    [
+        (["a.mp4", "b.mp4"], "well", "a list of 2 clips but one text"),
+        (["a.mp4"], "well", "a list of 1 clips but one text"),
+        ("a.mp4", ["well", "ill"], "one clip but a list of 2 texts"),
+        (["a.mp4", 3], None, "clip 2 is 3: give a path"),
+        (["a.mp4"], [float("nan")], "text 1 is nan: give a string, or None"),
+    ],
+)
+def test_one_text_is_not_taken_for_several_clips(pipeline, clips, text, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(clips, text=text)
+
+
+def test_texts_in_a_list_need_no_clips_and_clips_no_texts(pipeline, make_clip, tmp_path):
+    assert [one.modalities for one in pipeline(text=["a good movie", "bad"])] == [("text",)] * 2
+    (one,) = pipeline([make_clip(tmp_path / "a.wav", video=False)], text=None)
+    assert one.modalities == ("audio",)
+    assert pipeline([]) == []
+
+
+def test_a_broken_clip_stands_in_its_place_on_request(pipeline, make_clip, tmp_path):
+    clip = make_clip(tmp_path / "a.wav", video=False)
+    clips = [clip, tmp_path / "nosuch.mp4", clip]
+    with pytest.raises(ClipError, match="nosuch.mp4"):
+        pipeline(clips)
+    first, broken, third = pipeline(clips, text=["bad", "good", "a good movie"], skip_broken=True)
+    assert isinstance(broken, ClipError) and broken.path == tmp_path / "nosuch.mp4"
+    assert first.score == pytest.approx(pipeline(clip, text="bad").score, abs=1e-5)
+    assert third.score == pytest.approx(pipeline(clip, text="a good movie").score, abs=1e-5)
+
+
+def test_more_clips_than_fit_one_forward_pass_keep_their_order(pipeline):
+    texts = ["good", "bad", "a great film"] * 7
+    together = pipeline(text=texts)
+    alone = {text: pipeline(text=text).score for text in set(texts)}
+    assert [one.score for one in together] == pytest.approx([alone[text] for text in texts], abs=1e-5)
+
+
 def test_a_model_of_features_is_refused_saying_what_it_takes_and_what_to_do(tmp_path):
     widths = {"text": 4, "audio": 3, "vision": 2}
     MSAModel(MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8})).save_pretrained(tmp_path)
