@@ -27,13 +27,14 @@ from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, TrainingArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
-from msa_online.training.hiding import draw_masks, make_hidings
+from msa_online.training.hiding import draw_masks, make_hidings, occurring_modalities
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.setup import (
     build_model,
     class_names,
     fit_encoders,
+    fit_modulator,
     make_loaders,
     make_modulator,
     prepare_data,
@@ -79,6 +80,8 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     if masks:
         console.print(rates_table(masks))
     fit_encoders(model, data, arguments, masks)
+    occurring = occurring_modalities(data, training, masks, len(schedule.stages))
+    fit_modulator(modulator, training, occurring, console)
     hidings = make_hidings(data, training, masks, model, processor)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
     folder.open(arguments)

@@ -2,7 +2,7 @@
 """BALM: calibrated features and rebalanced gradients for any head, under missing rates; METHODS 3."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,23 +80,26 @@ class OpenGate(nn.Module):
 
 
 class RebalancingModulator(GradientModulator):
-    """GRM: speeds up the modality that learns least, and turns it to where the task goes (3.5 - 3.10).
+    """GRM: speeds up lagging modalities and aligns their gradients with the task (3.5 - 3.10).
 
         D_m     = divergence of a probe's prediction from the fused one, mean over the samples that have m
         Delta_m = what D_m fell by since the last step
         kappa_m = share of the progress that is not m's;  grad <- rho kappa_m grad
         L_mod   = 1/|M| [ sum |kappa_m| - sum kappa_m cos_m ],  kappa of the step before
 
-    cos_m compares, sample by sample, the directions in which the task loss and the probe's own loss want to
-    move z_m, the state of m as the fusion reads it. Probes read z_m detached: they change neither encoders
-    nor clipping, and are in no published checkpoint.
+    M holds the modalities that occur in training (METHODS A31). A step whose samples all lack one of them
+    keeps its coefficient and its divergence, and rebalances the others.
+
+    cos_m compares, sample by sample, the gradients of the task loss and of the probe's own loss by z_m, the
+    state of m as the fusion reads it. Probes read z_m detached: they change neither encoders nor clipping,
+    and are in no published checkpoint.
 
     Deviations (METHODS 3.3, A13): progress is smoothed, because batch noise alone would otherwise turn
-    coefficients negative (`guard`); the paper's equations of the spatial term are not to be had, the form
+    coefficients negative (`guard`); the paper's equations of the spatial term are unavailable, the form
     is that of its ancestor CGGM (`mod_form`), on gradients by z_m and not on weights.
 
     Args:
-        modalities: Whom to rebalance.
+        modalities: Modalities to rebalance.
         strength: rho; 1.5 leaves the mean coefficient of three modalities at 1.
         spatial_weight: tau, of L_mod.
         progress: "kl" of the fused from the probe's distribution, or "mse" of predictions (BALM-M).
@@ -154,6 +157,12 @@ class RebalancingModulator(GradientModulator):
         )
         self.probes = model.probes
 
+    def leave_out(self, names: Collection[str]) -> None:
+        """Rebalance the other modalities only, and drop the probes of these."""
+        for name in set(names).intersection(self.modalities):
+            del self.probes[name]
+        super().leave_out(names)
+
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         """Divergence of each probe from the fused prediction, summed over samples that have its modality."""
         statistics = {}
@@ -192,11 +201,15 @@ class RebalancingModulator(GradientModulator):
     def modulate(self, context: ModulationContext) -> Modulation:
         """Take the divergences of the step, and scale each modality by its share of the others' progress."""
         counts = {name: context.statistics[f"observed/{name}"] for name in self.modalities}
-        log = {}
-        if all(counts.values()):
-            found = {name: context.statistics[f"divergence/{name}"] / count for name, count in counts.items()}
-            self.kappa, self.divergences = rebalance(found, self.divergences, self.guard)
-            log = {f"divergence/{name}": value for name, value in found.items()}
+        found = {
+            name: context.statistics[f"divergence/{name}"] / count for name, count in counts.items() if count
+        }
+        if found:
+            equal = dict.fromkeys(self.modalities, 1 - 1 / len(self.modalities))
+            self.kappa, self.divergences = rebalance(
+                found, self.divergences or {}, self.kappa or equal, self.guard
+            )
+        log = {f"divergence/{name}": value for name, value in found.items()}
         coefficients = dict.fromkeys(self.modalities, 1.0)
         rates: dict[str, float] = {}
         if self.kappa and self.acts_in(context.epoch) and self.apply != "off":
@@ -214,31 +227,35 @@ class RebalancingModulator(GradientModulator):
 
 
 def rebalance(
-    found: Mapping[str, float], before: Mapping[str, float] | None, guard: str
+    found: Mapping[str, float], before: Mapping[str, float], kappa: Mapping[str, float], guard: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Coefficients kappa from the divergences of a step, and what the next step compares with (3.8).
 
+    1 - kappa_m is the share of m in the progress. A modality without samples in the step keeps its share;
+    the others divide the rest by what they gained. All kappa add up to |M| - 1.
+
     Args:
-        found: D_m of this step, at least 0.
-        before: What the last step left; None in the first.
-        guard: "smooth" compares running means, counts losses of ground as no progress, and draws kappa half
-            way to equal shares: kappa in [0, 1], adding up to |M| - 1. "none" is the printed form, which
-            can be negative or large.
+        found: D_m of this step, at least 0, of each modality that a sample of the step has.
+        before: D_m that earlier steps left; empty in the first.
+        kappa: Coefficients of all modalities before this step; 1 - 1 / |M| each in the first.
+        guard: "smooth" compares running means, counts losses of ground as no progress, and draws shares half
+            way to equal ones: kappa in [0, 1]. "none" is the printed form, which can be negative or large.
     """
-    count = len(found)
+    free = 1 - sum(1 - value for name, value in kappa.items() if name not in found)
     if guard == "none":
-        progress = found if before is None else {name: before[name] - value for name, value in found.items()}
+        progress = {name: before[name] - value if name in before else value for name, value in found.items()}
         total = sum(progress.values())
-        return {name: (total - value) / (total + TINY) for name, value in progress.items()}, dict(found)
+        fresh = {name: (total - free * value) / (total + TINY) for name, value in progress.items()}
+        return {**kappa, **fresh}, {**before, **found}
     running = {
-        name: value if before is None else DECAY * before[name] + (1 - DECAY) * value
+        name: DECAY * before[name] + (1 - DECAY) * value if name in before else value
         for name, value in found.items()
     }
-    least = 1e-3 * sum(running.values()) / count + 1e-12
-    gained = {name: max((before or running)[name] - value, 0.0) + least for name, value in running.items()}
+    least = 1e-3 * sum(running.values()) / len(found) + 1e-12
+    gained = {name: max(before.get(name, value) - value, 0.0) + least for name, value in running.items()}
     total = sum(gained.values())
-    kappa = {name: 1 - value / total for name, value in gained.items()}
-    return {name: 0.5 * value + 0.5 * (count - 1) / count for name, value in kappa.items()}, running
+    fresh = {name: 1 - free * (0.5 * value / total + 0.5 / len(found)) for name, value in gained.items()}
+    return {**kappa, **fresh}, {**before, **running}
 
 
 def kl_from_fused(fused: Tensor, alone: Tensor) -> Tensor:

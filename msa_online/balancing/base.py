@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every balancing method is made of: a head, a gradient modulator, a calibrator."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -179,6 +179,10 @@ class GradientModulator:
             features: Width of what the head reports of each modality.
             fused: Width of the state its prediction is read from.
         """
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Stop acting on modalities that no training sample has; called once, after `attach`."""
+        self.modalities = tuple(name for name in self.modalities if name not in names)
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name."""

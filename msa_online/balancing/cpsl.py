@@ -392,7 +392,7 @@ class ConflictModulator(GradientModulator):
     Relations: without CP it is `OGMModulator` on two modalities.
 
     Args:
-        modalities: Whom to compare and to modulate; the paper leaves the text alone.
+        modalities: Modalities to compare and to modulate; the paper leaves the text alone.
         strength: alpha.
         penalty: eta in (0, 1]; 1 is GM without CP.
         noise: Noise of GE in deviations of the gradient; 0 leaves GE out.
@@ -463,10 +463,14 @@ class ConflictModulator(GradientModulator):
 
 
 def find_conflicts(scores: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, bool]:
-    """Which modalities predict better than the others and have larger gradients too (4.9)."""
+    """Which modalities predict better than the others and have larger gradients too (4.9).
+
+    A modality without a score, because no sample of the step has it, is compared with none.
+    """
+    compared = {name: norms[name] for name in scores}
 
     def leads(values: Mapping[str, float], name: str) -> bool:
         others = mean_of_others(values, name)
         return others is not None and values[name] > others
 
-    return {name: leads(scores, name) and leads(norms, name) for name in norms}
+    return {name: leads(scores, name) and leads(compared, name) for name in norms}

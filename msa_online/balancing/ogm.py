@@ -33,7 +33,7 @@ class OGMModulator(GradientModulator):
     Relations: `ConflictModulator` adds a look at gradient norms to the same coefficients.
 
     Args:
-        modalities: Whom to compare and to modulate.
+        modalities: Modalities to compare and to modulate.
         strength: alpha.
         noise: Noise in deviations of the gradient; 0 is OGM without GE.
         epochs: First and last epoch of modulation, from 0; None for all.

@@ -322,6 +322,9 @@ class ShapleyModulator(GradientModulator):
     epoch come from the last one before it that was measured. The contributions are recorded in both phases.
     Stages of the head are judged by different things: each starts in the first phase again.
 
+    Subsets are those of the modalities that occur in training: beside one that never does, and contributes
+    nothing, all others would be slowed alike.
+
     u is "task", l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and absent
     modalities as in prediction; or "prototype", as in the published code, from the transport between the
     prototypes of a pair and their spread. The latter falls with every modality that joins: it tells how cheap
@@ -376,7 +379,7 @@ class ShapleyModulator(GradientModulator):
         self.epoch, self.steps = 0, 0
         self.measured: list[list[float]] = []  # of this epoch
         self.contributions: dict[str, float] = {}
-        self.coefficients = dict.fromkeys(MODALITIES, 1.0)
+        self.coefficients: dict[str, float] = {}  # 1 where not named
 
     def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
         """Remember the model whose modalities are to be weighed.
@@ -402,6 +405,7 @@ class ShapleyModulator(GradientModulator):
         losses = {
             name: self._loss(output.sequences, subset, labels)
             for name, subset in zip(LOSSES, SUBSETS, strict=True)
+            if subset in self._subsets
         }
         for part in deciding:
             part.train(training)
@@ -427,10 +431,10 @@ class ShapleyModulator(GradientModulator):
         if worth and all(map(math.isfinite, worth)):
             self.measured.append(worth)
         self.steps += 1
-        coefficients = dict.fromkeys(MODALITIES, 1.0)
+        coefficients = dict.fromkeys(self.modalities, 1.0)
         rates: dict[str, float] = {}
         if self.balancing and self.apply != "off":
-            coefficients = self.coefficients
+            coefficients |= self.coefficients
             rates = apply_coefficients(coefficients, context, apply=self.apply, noise=0.0)
         return Modulation(
             rates,
@@ -446,18 +450,21 @@ class ShapleyModulator(GradientModulator):
         self.best_score, self.waited, self.validated = -math.inf, 0, 0
 
     def _worth(self, statistics: Mapping[str, float]) -> list[float]:
-        """Utilities in the order of `SUBSETS`; none in a stage without a fused prediction."""
+        """Utilities in the order of `_subsets`; none in a stage without a fused prediction."""
         if self.utility == "prototype":
-            return [prototype_utility(subset, statistics) for subset in SUBSETS]
-        if LOSSES[0] not in statistics:
-            return []
-        return [statistics[LOSSES[0]] - statistics[loss] for loss in LOSSES]
+            return [prototype_utility(subset, statistics) for subset in self._subsets]
+        return [statistics[LOSSES[0]] - statistics[loss] for loss in LOSSES if loss in statistics]
+
+    @property
+    def _subsets(self) -> list[frozenset[str]]:
+        """Subsets of the modalities that occur in training, from none to all."""
+        return [subset for subset in SUBSETS if subset.issubset(self.modalities)]
 
     def _refresh(self, epoch: int) -> None:
         """Contributions and coefficients from what the epoch that is over has measured."""
         if self.measured:
             means = torch.tensor(self.measured, dtype=torch.float64).mean(dim=0)
-            shares = shapley_values(dict(zip(SUBSETS, means, strict=True)))
+            shares = shapley_values(dict(zip(self._subsets, means, strict=True)), self.modalities)
             self.contributions = {name: share.item() for name, share in shares.items()}
             self.coefficients = equilibrium(self.contributions)
         self.epoch, self.measured = epoch, []

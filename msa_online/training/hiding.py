@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from msa_online.data.missing import Hiding, ModalityDropout
 from msa_online.data.missing_frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
 from msa_online.data.missing_rates import SplitMask
+from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import MissingArguments, TrainingArguments
@@ -31,6 +32,23 @@ def draw_masks(data: ClipData | FeatureData, missing: MissingArguments) -> dict[
         )
         for name in data.sizes
     }
+
+
+def occurring_modalities(
+    data: ClipData | FeatureData, training: TrainingArguments, masks: Mapping[str, SplitMask], stages: int
+) -> tuple[str, ...]:
+    """Modalities that at least one training sample shows in at least one stage.
+
+    Args:
+        data: The data of the run.
+        training: Names the condition of the last stage, if any.
+        masks: The mask of each split; empty without missing rates.
+        stages: Number of training stages; those before the last show everything.
+    """
+    seen = masks["train"].seen if masks else data.present("train")
+    visible = CONDITIONS[training.condition] if training.condition and stages == 1 else MODALITIES
+    has = dict(zip(MODALITIES, seen.any(dim=0).tolist(), strict=True))
+    return tuple(name for name in MODALITIES if has[name] and name in visible)
 
 
 def make_hidings(

@@ -273,6 +273,43 @@ def make_modulator(
     return modulator
 
 
+def fit_modulator(
+    modulator: GradientModulator, training: TrainingArguments, occurring: Sequence[str], console: Console
+) -> None:
+    """Have a modulator leave out the modalities that never occur in training, and print which.
+
+    Args:
+        modulator: The modulator, attached to the model.
+        training: Names it, and possibly its modalities.
+        occurring: Modalities that training shows.
+        console: Where the line goes.
+
+    Raises:
+        ConfigurationError: The configuration names a modality that never occurs, or fewer than two are left.
+    """
+    absent = [name for name in modulator.modalities if name not in occurring]
+    if not absent:
+        return
+    left = [name for name in modulator.modalities if name in occurring]
+    none_has = f"no training sample has {' or '.join(absent)}"
+    if training.condition:
+        none_has += f" under training.condition={training.condition}"
+    if len(left) < 2:
+        raise ConfigurationError(
+            f"training.modulator={training.modulator} compares {', '.join(modulator.modalities)}, but "
+            f"{none_has}, which leaves fewer than two to compare: say training.modulator=identity"
+        )
+    if "modalities" in training.modulator_kwargs:
+        raise ConfigurationError(
+            f"training.modulator_kwargs.modalities names {', '.join(absent)}, but {none_has}: say "
+            f"training.modulator_kwargs.modalities=[{', '.join(left)}]"
+        )
+    modulator.leave_out(absent)
+    console.print(
+        f"training.modulator={training.modulator} acts on {' and '.join(left)}: {none_has}", soft_wrap=True
+    )
+
+
 @torch.no_grad()
 def _answer_to_nothing(model: MSAModel) -> MSAOutput:
     """What a model's head says of one empty sample: it shows what the head reports, and how wide."""

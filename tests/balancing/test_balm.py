@@ -236,9 +236,10 @@ def divergences(seed: int, count: int = 3, steps: int = 30) -> list[dict[str, fl
 
 
 def follow(found: list[dict[str, float]], guard: str) -> list[dict[str, float]]:
-    before, coefficients = None, []
+    names = set().union(*found)
+    kappa, before, coefficients = dict.fromkeys(names, 1 - 1 / len(names)), {}, []
     for each in found:
-        kappa, before = rebalance(each, before, guard)
+        kappa, before = rebalance(each, before, kappa, guard)
         coefficients.append(kappa)
     return coefficients
 
@@ -316,6 +317,42 @@ def test_smoothed_coefficients_are_those_of_the_rule():
         expected.append([0.5 * (1 - share) + 0.5 * 2 / 3 for share in shares])
     for kappa, numbers in zip(follow(found, "smooth"), expected, strict=True):
         assert [kappa[name] for name in MODALITIES] == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("guard", ["smooth", "none"])
+def test_a_modality_absent_from_a_step_keeps_its_coefficient_and_the_others_share_the_rest(guard):
+    """The sum, and with it the mean learning rate, must not jump with what a batch happens to lack."""
+    found = divergences(3)
+    lacking = (4, 5, 11)
+    for step in lacking:
+        del found[step]["audio"]
+    kappas = follow(found, guard)
+    assert all(sum(kappa.values()) == pytest.approx(2, rel=1e-3) for kappa in kappas)
+    assert all(kappas[step]["audio"] == kappas[step - 1]["audio"] for step in lacking)
+    assert len({kappa["audio"] for kappa in kappas}) > 15
+    assert any(kappas[step]["text"] != kappas[step - 1]["text"] for step in lacking)
+    if guard == "smooth":
+        assert all(0 <= value <= 1 for kappa in kappas for value in kappa.values())
+
+
+def test_a_modality_first_seen_late_starts_from_an_equal_share():
+    found = divergences(4)
+    for step in range(5):
+        del found[step]["vision"]
+    kappas = follow(found, "smooth")
+    assert {kappa["vision"] for kappa in kappas[:5]} == {1 - 1 / 3}
+    assert len({kappa["text"] for kappa in kappas[:5]}) == 5
+    assert all(sum(kappa.values()) == pytest.approx(2) for kappa in kappas)
+    assert len({kappa["vision"] for kappa in kappas[5:]}) > 20
+
+
+@pytest.mark.parametrize("guard", ["smooth", "none"])
+def test_a_step_with_one_modality_alone_changes_no_coefficient(guard):
+    found = divergences(5)[:6]
+    found[3] = {"text": found[3]["text"]}
+    kappas = follow(found, guard)
+    assert kappas[3] == pytest.approx(kappas[2], rel=1e-4)
+    assert kappas[4] != pytest.approx(kappas[3], rel=1e-2)
 
 
 def test_divergence_is_zero_of_equal_predictions_and_positive_of_others():
@@ -430,16 +467,41 @@ def test_without_a_fused_prediction_nothing_is_judged_and_nothing_scaled():
     assert modulation.log == {f"coefficient/{name}": 1.0 for name in MODALITIES}
 
 
-def test_a_step_in_which_nobody_has_a_modality_keeps_the_coefficients_it_found():
+@pytest.mark.parametrize("absent", MODALITIES)
+def test_a_step_whose_samples_all_lack_a_modality_rebalances_the_others(absent):
     modulator = MODULATORS["rebalance"]()
     modulate(modulator, make_output())
     modulate(modulator, make_output(logits=torch.full((6, 1), 0.3)), step=1)
     before = copy.deepcopy(modulator.state_dict())
-    lacking = make_output()
-    lacking.present["audio"] = torch.zeros(6, dtype=torch.bool)
-    _, gradients = modulate(modulator, lacking, step=2)
-    assert modulator.state_dict() == before
+    lacking = make_output(logits=torch.full((6, 1), 0.1))
+    lacking.present[absent] = torch.zeros(6, dtype=torch.bool)
+    modulation, gradients = modulate(modulator, lacking, step=2)
+    after = modulator.state_dict()
+    for part in ("divergences", "kappa"):
+        assert [name for name in MODALITIES if after[part][name] == before[part][name]] == [absent]
+    assert f"divergence/{absent}" not in modulation.log
     assert gradients == pytest.approx({name: 1.4 * value for name, value in modulator.kappa.items()})
+    assert sum(gradients.values()) == pytest.approx(1.4 * 2)
+
+
+@pytest.mark.parametrize("guard", ["smooth", "none"])
+def test_a_corpus_without_a_modality_is_rebalanced_over_the_two_it_has(guard, tiny_model):
+    """All coefficients used to stay at 1 for the whole run, without a word (METHODS A31)."""
+    modulator = MODULATORS["rebalance"](guard=guard)
+    modulator.attach(tiny_model, dict.fromkeys(MODALITIES, 16), 16)
+    modulator.leave_out(["text"])
+    assert modulator.modalities == tuple(tiny_model.probes) == ("audio", "vision")
+    found = []
+    for step, value in enumerate((1.0, 0.8, 0.1)):
+        output = make_output(logits=torch.full((6, 1), value))
+        output.present["text"] = torch.zeros(6, dtype=torch.bool)
+        modulation, gradients = modulate(modulator, output, step)
+        found.append({name: modulation.log[f"divergence/{name}"] for name in ("audio", "vision")})
+        assert "coefficient/text" not in modulation.log and gradients["text"] == 1.0
+        assert gradients["audio"] + gradients["vision"] == pytest.approx(1.4)
+    expected = follow(found, guard)[-1]
+    assert expected["audio"] != pytest.approx(0.5, abs=1e-3)
+    assert modulator.kappa == pytest.approx(expected)
 
 
 def test_probes_are_two_layers_as_wide_as_what_the_prediction_reads_and_no_part_of_the_model(tiny_model):

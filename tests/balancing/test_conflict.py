@@ -129,6 +129,19 @@ def test_a_modality_that_no_sample_of_the_step_had_leaves_both_alone():
     assert all(math.isfinite(value) for value in modulation.log.values())
 
 
+def test_a_modality_that_no_sample_has_does_not_lower_the_norm_the_others_are_compared_with():
+    """Its gradient is zero: half of that of the rival would be exceeded by both, and be a conflict."""
+    errors, norms = {"text": 0.0, "audio": 0.5, "vision": 0.7}, {"text": 0.0, "audio": 1.0, "vision": 1.5}
+    context = make_context(errors, norms)
+    context.statistics.update({"observed/text": 0.0})
+    of_three = ConflictModulator(modalities=MODALITIES, noise=0).modulate(context).log
+    of_two = ConflictModulator(noise=0).modulate(context).log
+    assert of_three["conflict/audio"] == of_two["conflict/audio"] == 0.0
+    for name in PAIR:
+        assert of_three[f"coefficient/{name}"] == of_two[f"coefficient/{name}"]
+    assert of_three["coefficient/text"] == 1.0
+
+
 def test_the_norms_that_decide_are_those_taken_before_anything_was_modulated():
     """What lies on the parameters by then may be anything."""
     found = []

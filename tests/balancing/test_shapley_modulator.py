@@ -137,6 +137,26 @@ def test_a_modality_that_nobody_has_contributes_exactly_nothing(head):
     assert found["vision"] == 0.0 and found["text"] and found["audio"]
 
 
+@pytest.mark.parametrize("utility", ["task", "prototype"])
+def test_on_a_corpus_without_a_modality_the_other_two_are_compared_with_each_other(utility):
+    """Beside one that never occurs, and contributes nothing, both used to be slowed by e in all steps."""
+    model = make_model().train()
+    modulator = attached(model, utility=utility, interval=1, latest=0)
+    modulator.leave_out(["vision"])
+    present = torch.tensor([True, True, False]).expand(8, 3)
+    seen = observe(modulator, model, make_inputs(present=present)) if utility == "task" else PUBLISHED
+    modulator.modulate(context(model, seen))
+    log = modulator.modulate(context(model, {} if utility == "task" else PUBLISHED, epoch=1, step=1)).log
+    coefficients = {name: log[f"coefficient/{name}"] for name in ("text", "audio")}
+    assert max(coefficients.values()) == 1.0 > min(coefficients.values())
+    assert coefficients == equilibrium(modulator.contributions)
+    assert not any("vision" in name for name in log)
+    if utility == "task":
+        assert set(seen) == {"loss/none", "loss/text", "loss/audio", "loss/audio+text"}
+        saved = seen["loss/none"] - seen["loss/audio+text"]
+        assert sum(modulator.contributions.values()) == pytest.approx(saved.item(), rel=1e-5)
+
+
 def test_a_measurement_runs_the_encoders_no_second_time_and_leaves_everything_as_it_was(
     tiny_config, make_batch
 ):

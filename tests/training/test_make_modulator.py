@@ -3,6 +3,8 @@
 
 import importlib.util
 import inspect
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -317,18 +319,120 @@ def test_gradients_in_shards_are_refused_naming_a_launch_that_works(kind, modula
     assert PartialState().distributed_type == DistributedType.NO  # nothing else was changed
 
 
-@pytest.fixture
-def archive(tmp_path) -> Path:
+def write_features(path: Path, *absent: str) -> Path:
+    """Features of twelve samples of which no training sample has the modalities `absent`."""
     random = np.random.default_rng(0)
-    path = tmp_path / "features.npz"
+    labels = random.uniform(-3, 3, size=12).round(3)
+    values = {
+        name: random.normal(size=(12, 3, width)) + labels[:, None, None] for name, width in WIDTHS.items()
+    }
+    for name in absent:
+        values[name][:8] = 0  # validation and test have it
     np.savez(
         path,
         id=np.array([f"s{number}" for number in range(12)]),
-        label=random.uniform(-3, 3, size=12).round(3),
+        label=labels,
         split=np.array(["train"] * 8 + ["valid"] * 2 + ["test"] * 2),
-        **{name: random.normal(size=(12, 3, width)) for name, width in WIDTHS.items()},
+        **values,
     )
     return path
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    return write_features(tmp_path / "features.npz")
+
+
+def run_on(train, folder: Path, absent: list[str], modulator: str, head="late_fusion", **training) -> dict:
+    """What the first epoch records when no training sample has the modalities `absent`."""
+    path = write_features(folder / "features.npz", *absent)
+    settings = document(modulator, **training.pop("modulator_kwargs", {}))
+    settings["model"] |= {"head": head, "head_kwargs": {"hidden_size": 8}}
+    settings["data"] |= {"path": str(path), **training.pop("data", {})}
+    settings["training"] |= {
+        "output_dir": str(folder / "run"), "epochs": 4, "batch_size": 4, "log_with": None, **training
+    }  # fmt: skip
+    run = train(settings)
+    return json.loads((run / "history.json").read_text())[-1]["losses"]
+
+
+LEFT_OUT = [
+    ("rebalance", {}),
+    ("rebalance", {"guard": "none"}),
+    ("ogm", {}),
+    ("shapley", {"latest": 1, "interval": 1}),
+]
+
+
+@pytest.mark.parametrize("absent", MODALITIES)
+@pytest.mark.parametrize(("modulator", "kwargs"), LEFT_OUT, ids=str)
+def test_a_modality_that_never_occurs_is_left_out_with_one_line_and_the_others_are_modulated(
+    modulator, kwargs, absent, train, tmp_path, capsys
+):
+    losses = run_on(train, tmp_path, [absent], modulator, modulator_kwargs=kwargs)
+    left = [name for name in MODALITIES if name != absent]
+    expected = (
+        f"training.modulator={modulator} acts on {left[0]} and {left[1]}: no training sample has {absent}"
+    )
+    assert [line for line in capsys.readouterr().out.splitlines() if "acts on" in line] == [expected]
+    assert f"coefficient/{absent}" not in losses
+    coefficients = [losses[f"coefficient/{name}"] for name in left]
+    assert all(math.isfinite(value) for value in losses.values())
+    assert coefficients[0] != coefficients[1]
+
+
+def test_a_corpus_that_has_everything_prints_no_such_line(train, tmp_path, capsys):
+    losses = run_on(train, tmp_path, [], "rebalance")
+    assert "acts on" not in capsys.readouterr().out
+    assert all(f"coefficient/{name}" in losses for name in MODALITIES)
+
+
+def test_under_one_condition_and_under_missing_rates_what_never_occurs_is_left_out_too(
+    train, tmp_path, capsys
+):
+    losses = run_on(train, tmp_path, [], "rebalance", condition="audio+vision")
+    assert "no training sample has text under training.condition=audio+vision" in capsys.readouterr().out
+    assert "coefficient/text" not in losses and losses["coefficient/audio"] != losses["coefficient/vision"]
+    rates = {"missing": {"rates": {"audio": 0.5, "text": 0.0}}}
+    losses = run_on(train, tmp_path, ["vision"], "rebalance", data=rates, overwrite=True)
+    assert "acts on text and audio: no training sample has vision" in capsys.readouterr().out
+    assert losses["coefficient/text"] != losses["coefficient/audio"]
+
+
+@pytest.mark.parametrize("modulator", [name for name in REAL if takes(name, {"modalities": []})])
+def test_a_modality_that_is_named_and_never_occurs_is_refused_before_training(modulator, train, tmp_path):
+    expected = (
+        "training.modulator_kwargs.modalities names text, but no training sample has text: say "
+        r"training.modulator_kwargs.modalities=\[audio, vision\]"
+    )
+    named = {"modalities": list(MODALITIES)}
+    with pytest.raises(ConfigurationError, match=expected):
+        run_on(train, tmp_path, ["text"], modulator, modulator_kwargs=named)
+    assert not (tmp_path / "run").exists()
+    chosen = {"modalities": ["audio", "vision"]}  # the remedy
+    assert run_on(train, tmp_path, ["text"], modulator, modulator_kwargs=chosen)["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("modulator", "absent", "compared"),
+    [
+        ("conflict", ["audio"], "audio, vision"),
+        ("conflict", ["vision"], "audio, vision"),
+        ("rebalance", ["text", "vision"], "text, audio, vision"),
+        ("shapley", ["text", "audio"], "text, audio, vision"),
+    ],
+)
+def test_a_modulator_left_with_one_modality_is_refused_and_not_silent(
+    modulator, absent, compared, train, tmp_path
+):
+    """Alone, BALM would stop it from learning and the others would do nothing."""
+    expected = (
+        f"training.modulator={modulator} compares {compared}, but no training sample has "
+        f"{' or '.join(absent)}, which leaves fewer than two to compare: say training.modulator=identity"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        run_on(train, tmp_path, absent, modulator, head="cpsl" if modulator == "conflict" else "late_fusion")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_written_before_a_modulator_that_does_not_fit_is_refused(archive, repository, tmp_path):

@@ -31,8 +31,11 @@ STEPS = 20  # 64 samples in batches of 16 altogether, five epochs
 LINEAR = {"recon": 0.0, "unimodal": 0.0, "div": 0.0, "stat": 0.0}
 
 
-def write_archive(path: Path, complete: bool) -> Path:
-    """Features of 80 samples; either all of one length, or of several and some modalities missing."""
+def write_archive(path: Path, complete: bool, without: str | None = None) -> Path:
+    """Features of 80 samples; either all of one length, or of several and some modalities missing.
+
+    `without` is a modality that no sample has.
+    """
     random = np.random.default_rng(0)
     labels = random.uniform(-3, 3, size=80)
     arrays = {}
@@ -42,7 +45,8 @@ def write_archive(path: Path, complete: bool) -> Path:
             for row in range(80):
                 values[row, random.integers(1, 6) :] = 0
             values[number::5] = 0
-        arrays[name] = values
+        if name != without:
+            arrays[name] = values
     split = np.array(["train"] * 64 + ["valid"] * 8 + ["test"] * 8)
     names = np.array([f"s{number}" for number in range(80)])
     np.savez(path, id=names, label=labels.round(3), split=split, **arrays)
@@ -152,12 +156,14 @@ REBALANCED = {
     "modulator": "rebalance",
     "modulator_kwargs": {"modalities": ["audio", "vision"], "epochs": [0, 3]},
 }
+WITHOUT_TEXT = {"modulator": "rebalance", "modulator_kwargs": {"epochs": [0, 3]}}
 EQUILIBRIUM = {"modulator": "shapley", "modulator_kwargs": {"latest": 1, "interval": 2}}
 PROTOTYPES_STILL = {"unimodal": 0.0, "pcl": 0.0, "cal": 0.0}
 KINDS = {
     "all losses on complete samples": (True, {}, {}),
     "modalities missing, the task loss": (False, LINEAR, {}),
     "rebalanced, the task loss": (True, LINEAR, REBALANCED),
+    "rebalanced without any text": (True, {"unimodal": 0.0}, WITHOUT_TEXT),
     "prototypes and Shapley values, the task loss": (False, PROTOTYPES_STILL, EQUILIBRIUM),
     "prototypes and Shapley values, all losses": (False, {"pcl": 0.1, "cal": 0.1}, EQUILIBRIUM),
 }
@@ -172,13 +178,18 @@ def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     still = {"dropout": 0.0, "classifier_dropout": 0.0, "ame": False}
     runs, launched = {}, []
     for number, (kind, (complete, weights, training)) in enumerate(KINDS.items()):
-        archive = write_archive(folder / f"features{number}.npz", complete)
+        lacking = "text" if training == WITHOUT_TEXT else None
+        archive = write_archive(folder / f"features{number}.npz", complete, lacking)
         settings = {"head": still, "weights": weights, **training}
         one = configure(folder / f"one{number}", archive, **settings, batch_size=16)
         launched.append(configure(folder / f"two{number}", archive, **settings, batch_size=8))
         if kind in OF_PASE:
             for document in (one, launched[-1]):
                 document["model"] |= {"head": "pase", "head_kwargs": {"hidden_size": 8, "dropout": 0.0}}
+        if training == WITHOUT_TEXT:
+            for document in (one, launched[-1]):
+                kwargs = {"hidden_size": 8, "dropout": 0.0}
+                document["model"] |= {"head": "late_fusion", "head_kwargs": kwargs}
         one = train(one)
         runs[kind] = one, folder / f"two{number}"
     on_two_processes(launched, folder, repository)
@@ -236,6 +247,7 @@ OF_TWO = {"modalities": ["audio", "vision"]}
 STOPPED = {
     "conflict": (ConflictModulator, {}, "identity"),
     "rebalance": (RebalancingModulator, OF_TWO, "fcm"),
+    "rebalance without any text": (RebalancingModulator, {}, "fcm"),
     "rebalance as printed": (
         RebalancingModulator,
         OF_TWO | {"guard": "none", "mod_form": "abs"},
@@ -249,7 +261,10 @@ def test_a_stopped_run_goes_on_with_the_same_noise_and_coefficients(kind, train,
     modulator, kwargs, calibrator = STOPPED[kind]
     interrupted = stopping(modulator)
     monkeypatch.setitem(MODULATORS, "stopping", interrupted)
-    archive = write_archive(tmp_path / "features.npz", complete=False)
+    without_text = kind.endswith("without any text")
+    archive = write_archive(
+        tmp_path / "features.npz", complete=False, without="text" if without_text else None
+    )
     settings = {
         "epochs": 3,
         "accumulation": 2,
@@ -262,6 +277,8 @@ def test_a_stopped_run_goes_on_with_the_same_noise_and_coefficients(kind, train,
     def described(folder: str, **more) -> dict:
         document = configure(tmp_path / folder, archive, **settings, **more)
         document["model"]["calibrator"] = calibrator
+        if without_text:
+            document["model"] |= {"head": "late_fusion", "head_kwargs": {"hidden_size": 8}}
         return document
 
     whole = train(described("whole"))
