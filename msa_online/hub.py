@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -80,7 +81,7 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
     Raises:
         CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
     """
-    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False)
+    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False, dtype="auto")
     if strange := sorted(found["missing_keys"] | found["unexpected_keys"]):
         raise CheckpointError(f"{source}: the weights do not fit config.json, for example {strange[0]}")
     return model.eval(), processor
@@ -91,17 +92,18 @@ def load_for_fine_tuning(
 ) -> tuple[MSAModel, PreTrainedTokenizerBase | None]:
     """Model of another configuration with whatever weights of a checkpoint fit it, and the tokenizer.
 
-    A model that takes features made elsewhere has no tokenizer.
+    The model is in fp32, even if the checkpoint was saved in half precision. A model of precomputed features
+    has no tokenizer.
 
     Raises:
         CheckpointError: The weights or the processor are missing or damaged.
     """
-    model, _, processor = _load(source, config, ignore_mismatched_sizes=True)
+    model, _, processor = _load(source, config, ignore_mismatched_sizes=True, dtype=torch.float32)
     return model, processor and processor.tokenizer
 
 
 def _load(
-    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool
+    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool, dtype: torch.dtype | str
 ) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
     processor = None
     try:
@@ -111,6 +113,7 @@ def _load(
             use_safetensors=True,  # or nothing: a pickle could execute what it likes
             output_loading_info=True,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            dtype=dtype,
             local_files_only=_only_local(source),
         )
         if config.feature_widths is None:

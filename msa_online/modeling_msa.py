@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAModel: encoders -> calibrator -> balancing head."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from msa_online.balancing import CALIBRATORS, HEADS, HeadOutput
+from msa_online.balancing.blocks import no_wider
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -101,7 +102,7 @@ class MSAModel(PreTrainedModel):
         teacher: Tensor | None = None,
     ) -> MSAOutput:
         """Calibrate and fuse encoded sequences; `labels` and `teacher` as in `forward`."""
-        output = self.head(self.calibrator(dict(sequences)), labels, teacher)
+        output = self.head(self._calibrate(sequences), labels, teacher)
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
         present = {name: sequence.present for name, sequence in sequences.items()}
@@ -119,7 +120,27 @@ class MSAModel(PreTrainedModel):
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""
-        return self.head.teach(self.calibrator(self.encode(**inputs)))
+        return self.head.teach(self._calibrate(self.encode(**inputs)))
+
+    def _calibrate(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:
+        """What the head reads, narrowed to the type of its weights in a model of half precision."""
+        return self.calibrator(
+            {
+                name: replace(sequence, values=no_wider(sequence.values, self.head))
+                for name, sequence in sequences.items()
+            }
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MSAModel":
+        """Convert or move the model; buffers, which have the scale of the data, are never less than fp32."""
+        buffers = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, before in buffers.items():
+            after = self.get_buffer(name)
+            if after.is_floating_point() and after.dtype.itemsize < 4 <= before.dtype.itemsize:
+                owner, _, own_name = name.rpartition(".")
+                setattr(self.get_submodule(owner), own_name, before.to(after.device, torch.float32))
+        return self
 
     def forward(
         self,

@@ -9,7 +9,13 @@ import yaml
 from transformers import BertModel
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.hub import CheckpointError, load_checkpoint, load_config, write_model_card
+from msa_online.hub import (
+    CheckpointError,
+    load_checkpoint,
+    load_config,
+    load_for_fine_tuning,
+    write_model_card,
+)
 
 RESULTS = {
     "text": {"mae": 0.81, "corr": 0.5, "acc2_has0": 0.75, "acc2_non0": 0.7654, "f1_non0": 0.76, "acc7": 0.4},
@@ -169,6 +175,13 @@ def test_a_processor_with_settings_of_another_version_is_refused(checkpoint):
     path = checkpoint / "processor_config.json"
     path.write_text(path.read_text().replace('"face_size"', '"face_pixels"'))
     refused(checkpoint)
+
+
+def test_fine_tuning_goes_on_in_fp32_from_a_checkpoint_in_half_precision(checkpoint):
+    MSAModel.from_pretrained(checkpoint).half().save_pretrained(checkpoint)
+    assert load_checkpoint(checkpoint)[0].dtype == torch.float16
+    model, _ = load_for_fine_tuning(checkpoint, load_config(checkpoint))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 # --- the model card ---

@@ -5,7 +5,7 @@ from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModel, BertModel
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import HEADS
+from msa_online.balancing import CALIBRATORS, HEADS
 
 every_head = pytest.mark.parametrize("head", HEADS)
 
@@ -134,6 +134,118 @@ def test_gradients_stay_finite_in_bf16(tiny_model, make_batch):
     assert all(
         torch.isfinite(value.grad).all() for value in tiny_model.parameters() if value.grad is not None
     )
+
+
+HALVES = {torch.bfloat16: 0.03, torch.float16: 0.004}
+VARIANTS = [
+    ("late_fusion", {}),
+    ("ebmc", {}),
+    (
+        "ebmc",
+        {"cce": "shared", "uncertainty": "disagreement", "learned_scalars": True, "missing_tokens": True},
+    ),
+    ("ebmc", {"cce_in_fusion": "off"}),
+    ("cpsl", {}),
+    ("cpsl", {"ame": False, "pooling": "first"}),
+    *(("pase", {"gate": gate}) for gate in ("entropy", "learned", "uniform")),
+]
+WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+
+
+def half_config(head: str, switches: dict, calibrator: str, of_features: bool, tiny_config) -> MSAConfig:
+    settings = {"head": head, "head_kwargs": {"hidden_size": 16, **switches}, "calibrator": calibrator}
+    if of_features:
+        return MSAConfig(feature_widths=WIDTHS, label_range=[-3, 3], **settings)
+    return MSAConfig(**{**tiny_config.to_dict(), **settings})
+
+
+def feature_batch(batch_size: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch = {"labels": torch.rand(batch_size, generator=generator) * 6 - 3}
+    batch["modality_present"] = torch.rand(batch_size, 3, generator=generator) > 0.2
+    for name, width in WIDTHS.items():
+        batch[f"{name}_values"] = torch.randn(batch_size, 7, width, generator=generator)
+        batch[f"{name}_mask"] = torch.arange(7) < torch.randint(1, 8, (batch_size, 1), generator=generator)
+    return batch
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("of_features", [False, True])
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize(("head", "switches"), VARIANTS)
+def test_a_model_in_half_precision_takes_fp32_inputs_and_predicts_the_same(
+    head, switches, calibrator, of_features, dtype, tiny_config, make_batch
+):
+    torch.manual_seed(0)
+    model = MSAModel(half_config(head, switches, calibrator, of_features, tiny_config)).eval()
+    batch = feature_batch() if of_features else make_batch(6)
+    if not of_features:
+        batch["audio_values"] = batch["audio_values"] * 4 - 11  # as loud as log-mel spectrograms are
+    exact = model(**batch)
+    rough = model.to(dtype)(**batch)
+    assert rough.logits.dtype == dtype
+    torch.testing.assert_close(rough.logits.float(), exact.logits, atol=HALVES[dtype], rtol=HALVES[dtype])
+    torch.testing.assert_close(rough.loss.float(), exact.loss, atol=HALVES[dtype], rtol=HALVES[dtype])
+    for stage in model.head.stages:
+        model.train().head.start_stage(stage)
+        model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@every_head
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, "float16"])
+def test_a_checkpoint_opens_in_the_precision_that_is_asked_for(
+    head, asked, tiny_config, make_batch, tmp_path
+):
+    torch.manual_seed(0)
+    MSAModel(half_config(head, {}, "fcm", False, tiny_config)).save_pretrained(tmp_path)
+    batch = {name: value for name, value in make_batch().items() if name != "labels"}
+    exact = AutoModel.from_pretrained(tmp_path)(**batch).logits
+    model = AutoModel.from_pretrained(tmp_path, dtype=asked)
+    dtype = torch.float16 if asked == "float16" else asked
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    torch.testing.assert_close(model(**batch).logits.float(), exact, atol=HALVES[dtype], rtol=HALVES[dtype])
+    model.save_pretrained(tmp_path / "half")  # and once more, as it was saved
+    again = AutoModel.from_pretrained(tmp_path / "half", dtype="auto")
+    assert again.dtype == dtype and torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_text_encoder_in_half_precision_does_not_make_the_model_so(tiny_config):
+    config = MSAConfig(**tiny_config.to_dict())
+    config.text_config.dtype = torch.float16
+    assert {parameter.dtype for parameter in MSAModel(config).parameters()} == {torch.float32}
+    assert config.text_config.dtype == torch.float32  # what a checkpoint then says of it
+
+
+def test_statistics_of_features_keep_their_range_in_half_precision(tmp_path):
+    """Energies of 1e6 and probabilities of 1e-7 are both beyond fp16."""
+    model = MSAModel(half_config("late_fusion", {}, "identity", True, None)).eval()
+    for encoder in model.encoders.values():
+        encoder.standardize_by(torch.full_like(encoder.mean, 1e6), torch.full_like(encoder.deviation, 1e-9))
+    batch = feature_batch()
+    for name in WIDTHS:
+        batch[f"{name}_values"] = 1e6 + 1e-9 * batch[f"{name}_values"]
+    exact = model(**batch).logits
+    model.half()
+    model.save_pretrained(tmp_path)
+    for half in (model, AutoModel.from_pretrained(tmp_path, dtype=torch.float16)):
+        assert half.encoders["text"].mean.dtype == torch.float32
+        torch.testing.assert_close(half(**batch).logits.float(), exact, atol=4e-3, rtol=0)
+    assert model.double().encoders["text"].mean.dtype == torch.float64
+    assert model.float().encoders["text"].mean.dtype == torch.float32
+
+
+def test_log_mel_is_scaled_before_it_is_rounded(tiny_model):
+    """At -11 bf16 has steps of 0.06: a signal that is rounded first is off by more than one that is not."""
+    values = torch.linspace(-22, 2, 80 * 40).reshape(1, 40, 80)
+    exact = tiny_model.encoders["audio"].scale(values)
+    scale = tiny_model.to(torch.bfloat16).encoders["audio"].scale
+    rough = scale(values)
+    assert rough.dtype == torch.bfloat16
+    with_rounded_weights = values * scale.weight.float() + scale.bias.float()
+    assert torch.equal(rough, with_rounded_weights.to(torch.bfloat16))
+    torch.testing.assert_close(rough.float(), exact, atol=0.02, rtol=0)  # deviations
 
 
 @pytest.mark.parametrize(("field", "message"), [("head", "late_fusion"), ("calibrator", "identity")])

@@ -256,8 +256,8 @@ class RunningMinMax(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("low", torch.empty(width))
-        self.register_buffer("high", torch.empty(width))
+        self.register_buffer("low", torch.empty(width, dtype=torch.float32))
+        self.register_buffer("high", torch.empty(width, dtype=torch.float32))
         self.register_buffer("batches", torch.empty((), dtype=torch.long))
         self.reset_parameters()
 
@@ -273,7 +273,7 @@ class RunningMinMax(nn.Module):
             self._follow(sequence)
         spread = self.high - self.low
         values = (sequence.values - self.low) / torch.where(spread > SMALL, spread, 1.0)
-        return ModalitySequence.of(values, sequence.mask)
+        return ModalitySequence.of(values.to(sequence.values.dtype), sequence.mask)
 
     @torch.no_grad()
     def _follow(self, sequence: ModalitySequence) -> None:

@@ -24,6 +24,7 @@ from msa_online.balancing.blocks import (
     in_fp32,
     masked_mean,
     mean_where,
+    no_wider,
     sample_losses,
     task_loss,
     without_autocast,
@@ -316,7 +317,7 @@ class EBMCHead(BalancingHead):
         if self.balancing:
             swapped = filled.expand(len(MODALITIES), *filled.shape).clone()  # (swapped, modalities, ...)
             swapped.diagonal(dim1=0, dim2=1).copy_(rebuilt.movedim(0, -1))
-            predicted = self._classify(self._fuse(swapped.transpose(0, 1)))
+            predicted = self._classify(self._fuse(no_wider(swapped.transpose(0, 1), self.classifier)))
         else:
             predicted = _each(self.predictors, rebuilt)[..., : self.num_labels]
         task = mean_where(sample_losses(predicted, labels), present).mean()
@@ -324,8 +325,8 @@ class EBMCHead(BalancingHead):
 
     def _emc(self, states: Tensor, labels: Tensor, present: Tensor) -> dict[str, Tensor]:
         """L_EMC = L_gap + delta sum_m G(m) (1.9), the predictors inside the energy held fixed."""
-        weights = torch.stack([self.predictors[name].weight.detach() for name in MODALITIES])
-        biases = torch.stack([self.predictors[name].bias.detach() for name in MODALITIES])
+        weights = in_fp32(torch.stack([self.predictors[name].weight.detach() for name in MODALITIES]))
+        biases = in_fp32(torch.stack([self.predictors[name].bias.detach() for name in MODALITIES]))
         states = in_fp32(states)
         outputs = torch.baddbmm(biases.unsqueeze(1), states, weights.mT)
         energies, slopes = self.energy(states, outputs, weights, labels, present)
@@ -509,4 +510,5 @@ def distillation_distances(logits: Tensor, means: Tensor, temperature: float) ->
 
 def _each(modules: nn.ModuleDict, values: Iterable[Tensor]) -> Tensor:
     """Each modality's own module on its own values, stacked: `(modalities, batch, width)`."""
-    return torch.stack([modules[name](value) for name, value in zip(MODALITIES, values, strict=True)])
+    pairs = zip(MODALITIES, values, strict=True)
+    return torch.stack([modules[name](no_wider(value, modules[name])) for name, value in pairs])

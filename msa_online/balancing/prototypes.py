@@ -30,7 +30,7 @@ class PrototypeBanks(nn.Module):
     def __init__(self, classes: int, width: int, momentum: float) -> None:
         super().__init__()
         self.classes, self.momentum = classes, momentum
-        self.register_buffer("means", torch.empty(len(MODALITIES), classes, width))
+        self.register_buffer("means", torch.empty(len(MODALITIES), classes, width, dtype=torch.float32))
         self._seen: Tensor | None = None  # of the step; no buffer, because DDP would spread rank 0's
         self.reset_parameters()
 

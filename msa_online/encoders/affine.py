@@ -29,5 +29,10 @@ class InputAffine(nn.Module):
         nn.init.constant_(self.bias, -self.mean / self.deviation)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Scale `(..., channels)`."""
-        return values * self.weight + self.bias
+        """Scale `(..., channels)` of any type; the result has that of the weights.
+
+        In a model of half precision the raw signal is scaled in fp32 and rounded once, because half precision
+        resolves its range badly.
+        """
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        return (values * self.weight.to(exact) + self.bias.to(exact)).to(self.weight.dtype)

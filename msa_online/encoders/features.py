@@ -27,8 +27,9 @@ class FeatureEncoder(nn.Module):
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("mean", torch.empty(width))
-        self.register_buffer("deviation", torch.empty(width))
+        # fp32 in a model of half precision too: they have the scale of the data
+        self.register_buffer("mean", torch.empty(width, dtype=torch.float32))
+        self.register_buffer("deviation", torch.empty(width, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -44,6 +45,8 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Standardise `<name>_values` `(batch, time, width)` under `<name>_mask` `(batch, time)` bool.
+
+        The result is in fp32, in a model of half precision too.
 
         What lies further out than `LIMIT` deviations is cut there: a feature that hardly ever moved in
         training would else drown all others on the one sample where it does.

@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
@@ -66,6 +67,9 @@ class TextEncoder(nn.Module):
     The pooler is left out wherever the architecture allows: no head reads it, and a parameter that never
     receives a gradient stops distributed training.
 
+    Its parameters have torch's default type, fp32 if nothing else is asked for, whatever type the encoder was
+    published in.
+
     Args:
         config: Configuration of the HuggingFace encoder.
     """
@@ -73,7 +77,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.frozen = False
-        self.model = AutoModel.from_config(config, **_without_pooler(config))
+        dtype = torch.get_default_dtype()
+        self.model = AutoModel.from_config(config, dtype=dtype, **_without_pooler(config))
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `text_input_ids` `(batch, tokens)` int64 under `text_mask` `(batch, tokens)` bool."""

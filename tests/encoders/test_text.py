@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
@@ -93,6 +95,24 @@ def test_pretrained_weights_arrive(tiny_text_config, tiny_text_encoder):
     encoder.load_pretrained(tiny_text_encoder)
     expected = AutoModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False).state_dict()
     assert all(torch.equal(encoder.model.state_dict()[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_an_encoder_published_in_half_precision_is_trained_in_fp32(
+    stored, key, tiny_text_encoder, tiny_tokenizer, tmp_path
+):
+    """In fp16 neither would its products with fp32 states be defined nor its gradients be unscaled."""
+    AutoModel.from_pretrained(tiny_text_encoder, dtype=stored).save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document[key] = document.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    encoder = TextEncoder(load_text_config(str(tmp_path)))
+    encoder.load_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    expected = AutoModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False, dtype=stored)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(encoder.model.state_dict()[name], value.float()), name
 
 
 def test_a_frozen_encoder_has_no_gradients_and_no_dropout_in_training(tiny_text_config):
