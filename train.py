@@ -112,12 +112,18 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         seed=training.seed,
         measure_gradients=training.measure_gradients,
     )
-    accelerator.register_for_checkpointing(scheduler, schedule, loop.modulator, loop.progress)
+    parts = {
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "schedule": schedule,
+        "modulator": loop.modulator,
+        "progress": loop.progress,
+    }
     accelerator.init_trackers("msa_online")
     if not accelerator.is_main_process:
         seed_everything(training.seed + accelerator.process_index)  # the model is alike, dropout need not be
     if training.resume:
-        folder.load_state()
+        folder.load_state(loop.bare_model, parts)
         console.print(f"resuming after epoch {schedule.epoch}")
 
     stage, condition = None, COMPLETE
@@ -145,7 +151,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
             folder.publish(loop.bare_model, processor)
         elif best and stage.name in loop.bare_model.head.teachers.values():
             folder.keep_stage(stage.name, loop.bare_model)
-        folder.save_state()
+        folder.save_state(loop.bare_model, parts)
         folder.write_history(loop.progress.history)
         line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
         console.print(line, soft_wrap=True)

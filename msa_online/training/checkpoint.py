@@ -4,21 +4,24 @@
 import json
 import os
 import shutil
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments
+from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, seal, verify
 
 STATE = "state"
 STAGES = "stages"
-SETTINGS = "run.yaml"
 FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with", "prepare_workers", "loader_workers"}
 
 
@@ -82,15 +85,18 @@ class RunFolder:
         launch = {
             "processes": self.accelerator.num_processes,
             "mixed_precision": str(self.accelerator.mixed_precision),
+            "device": self.accelerator.device.type,
         }
         return {**arguments.to_dict(), "launch": launch}
 
     def _check_resumable(self, arguments: RunArguments) -> None:
-        if self._state is None:
+        state = self._state
+        if state is None:
             raise ConfigurationError(
                 f"{self.path}: nothing to resume: no epoch of a run has been finished there, or all have"
             )
-        before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8"))
+        verify(state)
+        before = self._read_settings()
         for section, values in self._record(arguments).items():
             started = before.get(section, {})
             for key in (values.keys() | started.keys()) - FREE_TO_CHANGE_ON_RESUME:
@@ -99,21 +105,43 @@ class RunFolder:
                         f"{self.path}: the run was started with {section}.{key}={started.get(key)!r}, not "
                         f"{values.get(key)!r}; resume it unchanged, or start another"
                     )
+        verify(state, self.path / SETTINGS)
+
+    def _read_settings(self) -> dict[str, dict[str, Any]]:
+        """What `_record` said at the start of the run."""
+        path = self.path / SETTINGS
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(
+                f"{path}: the configuration of the run cannot be read "
+                f"({' '.join(str(error).split())}); {REMEDY}"
+            ) from error
+        if not isinstance(settings, dict) or not all(isinstance(part, dict) for part in settings.values()):
+            raise ConfigurationError(f"{path}: this is not the configuration of a run; {REMEDY}")
+        return settings
 
     @property
     def _state(self) -> Path | None:
         """The newest whole state: a stop between the two renames of `save_state` leaves the older one."""
         return next((state for name in (STATE, f"{STATE}.old") if (state := self.path / name).is_dir()), None)
 
-    def save_state(self) -> None:
-        """Save model, optimizer, random numbers and what is registered; never leaves half a state behind."""
+    def save_state(self, model: MSAModel, parts: Mapping[str, Stateful]) -> None:
+        """Save all that a resumed run continues from; never leaves half a state behind.
+
+        Args:
+            model: The model, not wrapped.
+            parts: What else has a state, by name: optimizer, schedules, modulator, progress.
+        """
         new, current, old = (self.path / name for name in (f"{STATE}.new", STATE, f"{STATE}.old"))
         if self.accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
+        self._run_state(model, parts).write(new)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            seal(new, self.accelerator.num_processes, self.path / SETTINGS)
             if current.exists():  # else `old` is the only whole state that a resumed run would find
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(current, old)
@@ -121,9 +149,21 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def load_state(self) -> None:
-        """Take up the run where `save_state` left it."""
-        self.accelerator.load_state(str(self._state))
+    def load_state(self, model: MSAModel, parts: Mapping[str, Stateful]) -> None:
+        """Continue the run where `save_state` left it; arguments as there.
+
+        Raises:
+            ConfigurationError: The state is damaged, incomplete, or that of another run.
+        """
+        self._run_state(model, parts).read(self._state)
+
+    def _run_state(self, model: MSAModel, parts: Mapping[str, Stateful]) -> RunState:
+        accelerator = self.accelerator
+        if accelerator.scaler is not None:
+            parts = {**parts, "scaler": accelerator.scaler}
+        return RunState(
+            model, parts, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
 
     def forget_state(self) -> None:
         """Remove what only an interrupted run needs."""
@@ -155,24 +195,39 @@ class RunFolder:
         model.save_pretrained(staging, state_dict=weights)
         if processor is not None:
             processor.save_pretrained(staging)
+        mode = self._mode_of_new_files()
         for file in staging.iterdir():
+            file.chmod(mode)  # safetensors writes files that only their owner may read
             os.replace(file, self.path / file.name)
         staging.rmdir()
+
+    def _mode_of_new_files(self) -> int:
+        """Permissions that the system gives to a new file in this folder."""
+        empty = self.path / "mode.new"
+        empty.touch()
+        mode = stat.S_IMODE(empty.stat().st_mode)
+        empty.unlink()
+        return mode
 
     def load_best(self, model: MSAModel) -> None:
         """Give a model the weights that were published, without a second copy of it in memory.
 
         Raises:
-            ConfigurationError: Nothing was published: no epoch of the last stage had a score.
+            ConfigurationError: Nothing was published: no epoch of the last stage had a score; or the file is
+                damaged, or holds the weights of another model.
         """
         published = self.path / SAFE_WEIGHTS_NAME
         if not published.exists():
             raise ConfigurationError(
                 f"{self.path}: no epoch had a validation score that is a number; lower the learning rates"
             )
-        missing, unexpected = load_model(model, published, strict=False)
+        try:
+            missing, unexpected = load_model(model, published, strict=False)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigurationError(f"{published}: cannot be read ({reason}); {REMEDY}") from error
         if unexpected or not all(name.startswith(PROBES) for name in missing):
-            raise ConfigurationError(f"{published}: these are the weights of another model")
+            raise ConfigurationError(f"{published}: these are the weights of another model; {REMEDY}")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write what every epoch brought to history.json."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import pickle
 import shutil
+import stat
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from msa_online import MSAModel
@@ -37,7 +40,6 @@ class Run:
         layer = torch.nn.Linear(2, 1)
         self.layer, self.optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
         self.progress = Progress()
-        accelerator.register_for_checkpointing(self.progress)
         self.folder = RunFolder(path, accelerator)
 
     def train(self) -> None:
@@ -46,6 +48,16 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
+
+    def save(self) -> None:
+        self.folder.save_state(self.layer, self.parts)
+
+    def load(self) -> None:
+        self.folder.load_state(self.layer, self.parts)
+
+    @property
+    def parts(self) -> dict:
+        return {"optimizer": self.optimizer, "progress": self.progress}
 
     @property
     def weights(self) -> list[float]:
@@ -63,7 +75,7 @@ def begun(path) -> Run:
     run = Run(path)
     run.folder.open(configured(path))
     run.train()
-    run.folder.save_state()
+    run.save()
     return run
 
 
@@ -145,7 +157,7 @@ def test_a_resumed_run_lands_where_an_uninterrupted_one_does(begun, path):
 
     resumed = Run(path)
     resumed.folder.open(configured(path, resume=True))
-    resumed.folder.load_state()
+    resumed.load()
     assert resumed.progress.step == 1
     resumed.train()  # draws the same data: the random numbers were resumed as well
     assert resumed.weights == expected
@@ -153,7 +165,7 @@ def test_a_resumed_run_lands_where_an_uninterrupted_one_does(begun, path):
 
 def test_saving_leaves_one_state_and_nothing_else(begun, path):
     begun.train()
-    begun.folder.save_state()
+    begun.save()
     assert sorted(file.name for file in path.iterdir()) == ["run.yaml", "state"]
 
 
@@ -173,13 +185,13 @@ def test_a_stop_while_saving_costs_one_epoch_at_most(begun, path, stopped):
         (path / "state.old" / "model.safetensors").write_text("older")
     resumed = Run(path)
     resumed.folder.open(configured(path, resume=True))
-    resumed.folder.load_state()
+    resumed.load()
     assert resumed.weights == first
     resumed.train()
-    resumed.folder.save_state()
+    resumed.save()
     assert sorted(file.name for file in path.iterdir()) == ["run.yaml", "state"]
     again = Run(path)
-    again.folder.load_state()
+    again.load()
     assert again.weights == resumed.weights
 
 
@@ -192,9 +204,81 @@ def test_two_stops_in_a_row_while_saving_cost_no_more_than_one(begun, path, monk
     begun.train()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "rename", stop)
-        begun.folder.save_state()
+        begun.save()
     Run(path).folder.open(configured(path, resume=True))  # there still is a whole state
-    Run(path).folder.load_state()
+    Run(path).load()
+
+
+def test_a_state_that_cannot_be_read_is_refused_before_anything_else_is_done(begun, path):
+    (path / "state" / "rank_0.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"rank_0\.json.*1 bytes, not .*training\.overwrite=true"):
+        Run(path).folder.check(configured(path, resume=True))
+
+
+class Malicious:
+    """Leaves a folder behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_state_of_pickles_is_refused_unread(path, tmp_path):
+    """As Accelerate writes it, which earlier versions used."""
+    run = Run(path)
+    run.folder.open(configured(path))
+    run.folder.accelerator.register_for_checkpointing(run.progress)
+    run.folder.accelerator.save_state(str(path / "state"))
+    for file in (path / "state").glob("*.pkl"):
+        file.write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    with pytest.raises(ConfigurationError, match=r"state: .*pickles.*training\.overwrite=true"):
+        Run(path).folder.check(configured(path, resume=True))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_state_moved_in_from_another_run_is_refused(begun, path, tmp_path):
+    other = Run(tmp_path / "other")
+    other.folder.open(configured(tmp_path / "other", seed=7))
+    other.save()
+    shutil.rmtree(path / "state")
+    shutil.copytree(tmp_path / "other" / "state", path / "state")
+    with pytest.raises(
+        ConfigurationError, match=r"run\.yaml: .*not the configuration that .*state was written"
+    ):
+        Run(path).folder.check(configured(path, resume=True))
+
+
+@pytest.mark.parametrize("content", [None, "training: [", "- 1", "training: 3", b"\xff\xfe"])
+def test_a_damaged_record_of_the_configuration_is_named(content, begun, path):
+    settings = path / "run.yaml"
+    settings.unlink()
+    if content is not None:
+        settings.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: .*training\.overwrite=true") as caught:
+        Run(path).folder.check(configured(path, resume=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_scale_of_half_precision_is_resumed(path):
+    def scaled() -> Run:
+        run = Run(path)
+        run.folder.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        return run
+
+    run = scaled()
+    run.folder.open(configured(path))
+    scaler = run.folder.accelerator.scaler
+    for _ in range(3):  # grows once, and one step counts towards the next growth
+        scaler.scale(run.layer(torch.randn(8, 2)).sum()).backward()
+        scaler.step(run.optimizer.optimizer)
+        scaler.update()
+    run.save()
+    resumed = scaled()
+    resumed.load()
+    found = resumed.folder.accelerator.scaler.state_dict()
+    assert found == scaler.state_dict() and found["scale"] == 128.0 and found["_growth_tracker"] == 1
 
 
 def test_a_finished_run_keeps_no_state(begun, path):
@@ -211,6 +295,36 @@ def test_a_published_folder_is_a_checkpoint_as_it_is(begun, path, tiny_model, ti
     weights = MSAModel.from_pretrained(path).state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in tiny_model.state_dict().items())
     assert AutoProcessor.from_pretrained(path).extraction == tiny_processor.extraction
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_published_files_can_be_read_by_whom_the_umask_allows(
+    umask, path, tmp_path, tiny_model, tiny_processor
+):
+    """Safetensors writes files for their owner alone."""
+    before = os.umask(umask)
+    try:
+        run = Run(path)
+        run.folder.open(configured(path))
+        run.folder.publish(tiny_model, tiny_processor)
+        run.folder.write_history([])
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert "model.safetensors" in modes
+
+
+@pytest.mark.parametrize("harm", ["cut short", "of another model"])
+def test_a_published_model_that_was_damaged_meanwhile_is_named(harm, begun, path, tiny_model, tiny_processor):
+    begun.folder.publish(tiny_model, tiny_processor)
+    published = path / "model.safetensors"
+    if harm == "cut short":
+        published.write_bytes(published.read_bytes()[:1000])
+    else:
+        save_file({"_orig_mod.bias": torch.zeros(1)}, published)
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors: .*training\.overwrite=true"):
+        begun.folder.load_best(tiny_model)
 
 
 def test_a_stop_while_publishing_is_made_good_by_the_next(begun, path, tiny_model, tiny_processor):
