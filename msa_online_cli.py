@@ -39,7 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--label-column", help="column of the labels (default: the one trained on)")
     evaluate.add_argument("--split-column", help="column of the splits, among features (default: as above)")
     evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
-    evaluate.add_argument("--mixed-precision", default="no", choices=("no", "fp16", "bf16"))
+    evaluate.add_argument(
+        "--mixed-precision",
+        default="auto",
+        choices=("auto", "no", "fp16", "bf16"),
+        help="default auto: what the device computes natively",
+    )
     evaluate.add_argument(
         "--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table"
     )

@@ -63,10 +63,6 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     """
     training = arguments.training
     console = Console(quiet=not accelerator.is_main_process)
-    console.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}"
-    )
     folder = RunFolder(training.output_dir, accelerator)
     folder.check(arguments)
     corpus = read_data(arguments.data)

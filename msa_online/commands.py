@@ -33,6 +33,7 @@ from msa_online.hub import load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.processing_msa import MSAProcessor
+from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import label2id_of
 
 LONGEST_BAR = 16
@@ -60,9 +61,13 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         target = Path(options.json)
         if reason := "it is a folder" if target.is_dir() else why_not_writable(target):
             options.refuse(f"--json {target} cannot be written: {reason}")
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        options.refuse("--mixed-precision fp16 needs a GPU: on a CPU say bf16, or no")
+    try:
+        precision = choose_precision(options.mixed_precision, "--mixed-precision")
+    except ValueError as error:
+        options.refuse(str(error))
+    if precision.warning:
+        Console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
+    accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
     make_dataset = _clips_to_score if model.config.feature_widths is None else _features_to_score
     dataset = make_dataset(options, model.config, processor)
@@ -70,7 +75,7 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     loader = accelerator.prepare(make_loader(dataset, sampler))
     model.to(accelerator.device)
     report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
-    report["samples"] = len(dataset)
+    report |= {"samples": len(dataset), "mixed_precision": precision.name}
     title = f"{options.checkpoint} on {options.split} ({len(dataset)} samples)"
     if level := options.frame_rates:
         stand_ins = stand_ins_of(model, processor) if level == "input" else {}

@@ -4,7 +4,12 @@
 # clips, score the checkpoint with all modalities and with each alone, and predict from one raw clip.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-say() { printf '\n== %s\n' "$*"; }
+step=""
+say() {
+    if [ -n "$step" ]; then printf -- '-- took %d s: %s\n' $((SECONDS - began)) "$step"; fi
+    step="$*" began=$SECONDS
+    printf '\n== %s\n' "$step"
+}
 
 say "1/5 pretrained models"
 msa-online get-models face_landmarker all-MiniLM-L6-v2
@@ -19,14 +24,15 @@ say "4/5 what is inside the checkpoint"
 msa-online describe runs/demo
 
 say "5/5 predictions from raw clips of the test split, by the reloaded checkpoint"
-read -r clip text < <(python - <<'E2'
+read -r clip text < <(python - <<'PYTHON'
 import csv
 rows = csv.DictReader(open("runs/demo_corpus/metadata.csv", encoding="utf-8"))
 row = next(row for row in rows if row["split"] == "test" and row["text"] and float(row["label"]) > 1)
 print(f"runs/demo_corpus/{row['file_name']}", row["text"])
-E2
+PYTHON
 )
 echo "clip: $clip"
 echo "text: $text"
 msa-online predict "$clip" --text "$text" --model runs/demo
 msa-online predict "$clip" --model runs/demo
+say "done in $SECONDS s"

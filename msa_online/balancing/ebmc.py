@@ -75,8 +75,7 @@ class EBMCHead(BalancingHead):
             structure gives the published parameter counts.
         uncertainty: "probabilistic": regression predictors have a second output, the log-variance.
             "disagreement": they have none.
-        cce_in_fusion: "fill" puts z~_m where m is absent; "off" (in quotes: YAML reads a bare one as False)
-            leaves it to the token, or to zero.
+        cce_in_fusion: "fill" puts z~_m where m is absent; "off" leaves it to the token, or to zero.
         learned_scalars: Learn the temperature of the alignment and a gain of the fused logits.
         missing_tokens: An absent modality is a learned step and not an empty sequence.
         temperature: Of the alignment, where it starts (1.1).

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from msa_online.modeling_msa import look_up
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.training.problems import problems
 
+TRUTHS = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
 NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")
 
 
@@ -132,7 +134,9 @@ class TrainingArguments:
         stages: Stages of a head that has several, in place of `epochs` and `patience`.
         batch_size: Samples of one process in one forward pass.
         accumulation: Forward passes to one optimizer step.
-        mixed_precision: "no", "fp16" or "bf16"; None takes what `accelerate launch` says.
+        mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
+            `accelerate launch`, else bf16 where the device computes it natively, else fp16 on a GPU and fp32
+            on a CPU.
         text_learning_rate: Peak learning rate of the text encoder.
         learning_rate: Peak learning rate of everything else.
         weight_decay: AdamW's decay of matrices; vectors (biases, norms, scalings) are not decayed.
@@ -161,7 +165,7 @@ class TrainingArguments:
     stages: list[StageArguments] | None = None
     batch_size: int = 32
     accumulation: int = 1
-    mixed_precision: str | None = None
+    mixed_precision: str = "auto"
     text_learning_rate: float = 2e-5
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -221,6 +225,23 @@ class RunArguments:
         return plain
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans: no, off, yes and on are words, as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", TRUTHS, list("tTfF"))
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data of a YAML document; raises `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)  # noqa: S506  a safe loader
+
+
 def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArguments:
     """Read a configuration file and apply changes to it.
 
@@ -233,7 +254,7 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
             value has the wrong type or lies out of range.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,7 +284,7 @@ def _apply(document: dict[str, Any], change: str) -> None:
         if not isinstance(document, dict):
             raise ConfigurationError(f"{change!r}: {section!r} holds a value, not a section")
     try:
-        document[name] = yaml.safe_load(value)
+        document[name] = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{change!r}: the value is not YAML") from error
 

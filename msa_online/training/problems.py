@@ -9,11 +9,11 @@ from accelerate.utils import LoggerType
 
 from msa_online.data.missing_rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.training.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from msa_online.training.arguments import MissingArguments, RunArguments, TrainingArguments
 
-MIXED_PRECISION = ("no", "fp16", "bf16")
 DECAYS = ("linear", "constant")
 TASKS = ("regression", "classification")
 OF_RAW_CLIPS = ("audio_channels", "audio_width", "face_channels", "face_width", "blendshapes")
@@ -31,8 +31,8 @@ def problems(arguments: "RunArguments") -> Iterator[str]:
         yield f"data.task is {data.task!r}: one of {', '.join(TASKS)}"
     if not data.label_range[0] < data.label_range[1]:
         yield f"data.label_range is {list(data.label_range)}: the lower end comes first"
-    if training.mixed_precision not in (None, *MIXED_PRECISION):
-        yield f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(MIXED_PRECISION)}"
+    if training.mixed_precision not in PRECISIONS:
+        yield f"training.mixed_precision is {training.mixed_precision!r}: one of {', '.join(PRECISIONS)}"
     trackers = sorted(str(tracker) for tracker in LoggerType)
     if training.log_with not in (None, *trackers):
         yield f"training.log_with is {training.log_with!r}: null, or one of {', '.join(trackers)}"

@@ -31,6 +31,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
+from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import ClipData, FeatureData
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -39,13 +40,17 @@ RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
 
 
 def start_accelerator(training: TrainingArguments) -> Accelerator:
-    """Accelerate with what the configuration says, and what `accelerate launch` said for the rest.
+    """Start Accelerate as the configuration and `accelerate launch` ask, and print processes and precision.
 
     Raises:
         ConfigurationError: fp16 without a GPU, which would silently compute in fp32.
     """
+    try:
+        precision = choose_precision(training.mixed_precision, "training.mixed_precision")
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
+        mixed_precision=precision.name,
         gradient_accumulation_steps=training.accumulation,
         log_with=training.log_with,
         project_dir=f"{training.output_dir}/logs",
@@ -53,8 +58,10 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
         # stages, and heads that ignore part of an encoder, leave parameters without a gradient
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigurationError("fp16 needs a GPU: on a CPU say training.mixed_precision=bf16, or no")
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    accelerator.print(f"{processes} on {accelerator.device.type}, {precision}")
+    if precision.warning:
+        accelerator.print(f"warning: {precision.warning}")
     if accelerator.device.type == "cpu" and sys.platform == "linux":
         _return_freed_memory()
     return accelerator

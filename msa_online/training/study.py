@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from msa_online.balancing import HEADS
-from msa_online.training.arguments import ConfigurationError, RunArguments, read_arguments
+from msa_online.training.arguments import ConfigurationError, RunArguments, read_arguments, read_yaml
 from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
 from msa_online.training.stages import make_schedule
 
@@ -147,7 +147,7 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
         if not equals:
             raise ConfigurationError(f"{option!r} is no change: write key=value, for example seeds=[1111]")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigurationError(f"{option!r}: the value is not YAML") from error
         (of_runs if "." in key else document)[key] = value
@@ -168,7 +168,7 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
 
 def _read_section(path: str | Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot read the study ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

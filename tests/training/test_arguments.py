@@ -184,7 +184,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ("training: {seed: -1}", "training.seed is -1"),
         ("training: {warmup: 1.5}", "training.warmup is 1.5"),
         ("training: {warmup: -0.1}", "training.warmup is -0.1"),
-        ("training: {mixed_precision: fp8}", "training.mixed_precision is 'fp8': one of no, fp16, bf16"),
+        ("training: {mixed_precision: fp8}", "training.mixed_precision is 'fp8': one of auto, no"),
         ("training: {resume: true, overwrite: true}", "exclude each other"),
         ("training: {stages: [{name: a, epochs: 0}]}", "stage 'a' has 0 epochs"),
         (
@@ -320,3 +320,14 @@ def test_the_task_decides_the_outputs_of_the_model():
     assert classification.label2id == {"angry": 0, "happy": 1, "sad": 2}
     assert (classification.num_labels, classification.label_range) == (3, None)
     assert parse_arguments(document).data.legal_range is None
+
+
+def test_yaml_words_that_used_to_mean_false_are_words(read):
+    """`training.mixed_precision=no` is what messages tell users to write."""
+    arguments = read(MODEL + "training: {mixed_precision: no, resume: false}", "training.overwrite=True")
+    assert arguments.training.mixed_precision == "no"
+    assert arguments.training.resume is False and arguments.training.overwrite is True
+    changed = read(MODEL, "training.modulator=shapley", "training.modulator_kwargs={apply: off}")
+    assert changed.training.modulator_kwargs == {"apply": "off"}
+    with pytest.raises(ConfigurationError, match="training.resume is 'yes', but must be bool"):
+        read(MODEL, "training.resume=yes")
