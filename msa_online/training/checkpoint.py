@@ -99,7 +99,9 @@ class RunFolder:
         before = self._read_settings()
         for section, values in self._record(arguments).items():
             started = before.get(section, {})
-            for key in (values.keys() | started.keys()) - FREE_TO_CHANGE_ON_RESUME:
+            # `auto` and its outcome are the same run: `launch` records the precision in use
+            free = FREE_TO_CHANGE_ON_RESUME | ({"mixed_precision"} if section == "training" else set())
+            for key in (values.keys() | started.keys()) - free:
                 if values.get(key) != started.get(key):
                     raise ConfigurationError(
                         f"{self.path}: the run was started with {section}.{key}={started.get(key)!r}, not "

@@ -141,6 +141,15 @@ def test_a_key_given_up_since_the_start_counts_as_a_change(begun, path):
         Run(path).folder.open(configured(path, resume=True))
 
 
+def test_a_run_goes_on_in_the_precision_it_began_in(begun, path):
+    """On a machine that would choose another one, the user names the precision of the start."""
+    Run(path).folder.open(configured(path, resume=True, mixed_precision="no"))  # which `auto` came to
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = RunFolder(path, Accelerator(cpu=True, mixed_precision="bf16"))
+    with pytest.raises(ConfigurationError, match="started with launch.mixed_precision='no', not 'bf16'"):
+        folder.open(configured(path, resume=True))
+
+
 @pytest.mark.parametrize("section", ["data", "training"])
 def test_resuming_may_change_what_does_not_touch_the_result(begun, path, section):
     arguments = configured(path, resume=True, log_with=None)
