@@ -14,6 +14,9 @@ from pathlib import Path
 
 from msa_online.data.corpus import BrokenRow, CorpusError
 
+MOST_ROWS = 2_000_000
+"""Rows that a corpus may have; a hundred times those of the largest public ones."""
+
 
 @dataclass(frozen=True)
 class CsvTable:

@@ -2,6 +2,8 @@
 """MMSA's pickled features as a table, by way of a process that may build nothing but plain data."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,12 +17,21 @@ from safetensors.numpy import load_file
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
 from msa_online.data.features.files import FeatureTable, fitting, table_of, unpadded
-from msa_online.data.features.mmsa_pickle import COLUMNS, TENSORS
+from msa_online.data.features.mmsa_pickle import (
+    COLUMNS,
+    FOREIGN,
+    SHOWN,
+    TENSORS,
+    TOO_MANY_ROWS,
+    TOO_MUCH_MEMORY,
+    TOO_MUCH_OUTPUT,
+)
+from msa_online.data.metadata import MOST_ROWS
 from msa_online.data.splits import split_of
 from msa_online.modalities import MODALITIES
 
-FOREIGN = 3  # exit status of a process that met something else than plain data
 READER = Path(__file__).with_name("mmsa_pickle.py")
+SMALL, SECONDS = 1 << 28, 60  # bytes and processor time that any pickle may need
 SEPARATOR = "$_$"  # between the video and the clip in MMSA's ids; one video shows one speaker
 
 
@@ -32,22 +43,13 @@ def read_mmsa_features(path: Path) -> FeatureTable:
     padding. `text_bert` is passed over.
 
     Raises:
-        CorpusError: The file is missing, corrupt, holds anything but arrays and plain data, or has another
-            layout.
+        CorpusError: The file is missing, corrupt, holds anything but arrays and plain data, needs more memory
+            or time than a file of its size should, or has another layout.
     """
     if not path.is_file():
         raise CorpusError(f"{path} does not exist: give the pickle itself")
     with tempfile.TemporaryDirectory(prefix="msa-features-") as folder:
-        command = [sys.executable, "-P", str(READER), str(path), folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == FOREIGN:
-            raise CorpusError(
-                f"{path} holds {done.stdout.strip()}, which is neither an array nor plain data: nothing of "
-                "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
-            )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise CorpusError(f"{path} cannot be read as a pickle ({reason}): copy or download it again")
+        _read_in_a_process(path, folder)
         tensors = load_file(Path(folder, TENSORS))  # a copy: the folder goes
         columns = json.loads(Path(folder, COLUMNS).read_text(encoding="utf-8"))
     splits = {name: split_of(name) for name in columns}
@@ -64,6 +66,52 @@ def read_mmsa_features(path: Path) -> FeatureTable:
         if any(f"{split}/{name}" in tensors for split in columns)
     }
     return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+
+
+def _read_in_a_process(path: Path, folder: str) -> None:
+    """Have the reader write what a pickle holds into a folder, within limits that follow from its size.
+
+    Arrays need three times the size of their pickle: its bytes, the arrays, and what is written of them.
+    """
+    size = path.stat().st_size
+    memory, output = min(SMALL + 8 * size, _installed()), SMALL + 4 * size
+    seconds = SECONDS + size // 1_000_000
+    limits = {
+        TOO_MUCH_MEMORY: f"{memory / 1e9:.1f} GB of memory",
+        -signal.SIGABRT: f"{memory / 1e9:.1f} GB of memory",
+        TOO_MUCH_OUTPUT: f"{output / 1e9:.1f} GB on disk",
+    }
+    if hasattr(signal, "SIGXCPU"):
+        limits[-signal.SIGXCPU] = f"{seconds} s of processor time"
+    arguments = map(str, (path, folder, MOST_ROWS, memory, seconds, output))
+    command = [sys.executable, "-P", str(READER), *arguments]
+    one_thread = {"OPENBLAS_NUM_THREADS": "1"}  # each would map memory of its own
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env=os.environ | one_thread
+    )
+    if done.returncode in limits:
+        raise CorpusError(
+            f"{path} ({size:,} bytes) needs more than {limits[done.returncode]} to be read, the limit for a "
+            "pickle of its size: it is damaged or made to do harm. If you trust it, save its arrays as an "
+            ".npz file."
+        )
+    if done.returncode == TOO_MANY_ROWS:
+        raise CorpusError(f"{path} has a split of more than {MOST_ROWS:,} samples: split it into parts")
+    if done.returncode == FOREIGN:
+        raise CorpusError(
+            f"{path} holds {done.stdout.strip()}, which is neither an array nor plain data: nothing of "
+            "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
+        )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:SHOWN]
+        raise CorpusError(f"{path} cannot be read as a pickle ({reason}): copy or download it again")
+
+
+def _installed() -> int:
+    """Bytes of memory in the machine; without a limit where the platform does not tell."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _joined_columns(

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read MMSA's pickled features in a process of its own: `python mmsa_pickle.py FILE FOLDER`.
+"""Read MMSA's pickled features in a process of its own.
+
+    mmsa_pickle.py FILE FOLDER ROWS MEMORY SECONDS OUTPUT
 
 A pickle is a program. This one may build arrays, containers, strings and numbers and call nothing else, in
-a process that ends with it. What it builds goes back as safetensors and JSON. Only numpy and safetensors are
-imported: the file is run by its path, so that nothing heavier starts with it.
+a process that ends with it and has limits on memory, time and output. What it builds goes back as safetensors
+and JSON. Only numpy and safetensors are imported: the file is run by its path, so that nothing heavier starts
+with it.
 """
 
 import codecs
+import errno
 import json
+import os
 import pickle
 import sys
 from collections import OrderedDict
@@ -18,14 +23,21 @@ from typing import Any
 import numpy as np
 from numpy._core.multiarray import _reconstruct, scalar
 from numpy._core.numeric import _frombuffer
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 MODALITIES = ("text", "audio", "vision")
 TENSORS, COLUMNS = "features.safetensors", "columns.json"
+FOREIGN, TOO_MANY_ROWS, TOO_MUCH_MEMORY, TOO_MUCH_OUTPUT = 3, 4, 5, 6  # exit statuses
+SHOWN = 100  # characters of a name that the file chose
 
 
 class ForeignObject(Exception):
     """The pickle wants something that is no plain data; the argument names it."""
+
+
+class TooManyRows(Exception):
+    """A split has more samples than a corpus may have."""
 
 
 def _array(_: object, shape: tuple, kind: bytes) -> np.ndarray:
@@ -94,27 +106,42 @@ def read_pickle(path: Path) -> Any:
         return PlainUnpickler(file, encoding="latin1").load()
 
 
-def plain_parts(content: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[str]]]]:
+def plain_parts(
+    content: Any, most_rows: int
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[str]]]]:
     """Features and columns of each split.
 
     Args:
         content: What the pickle holds: splits by name, each a dict of keys.
+        most_rows: Samples that a split may have.
 
     Returns:
         Features as `split/modality`, `(samples, width)` or `(samples, time, width)`; where samples come one
         by one, `(all steps, width)` with `split/modality/lengths` `(samples,)`. All one-dimensional keys by
         split, as cells of text.
+
+    Raises:
+        TooManyRows: A key has more.
     """
     tensors: dict[str, np.ndarray] = {}
     columns: dict[str, dict[str, list[str]]] = {}
     for split, part in content.items() if isinstance(content, Mapping) else ():
         columns[str(split)] = {}
         for key, value in part.items() if isinstance(part, Mapping) else ():
+            if _rows(value) > most_rows:
+                raise TooManyRows
             if key in MODALITIES and _is_features(value):
                 tensors |= {f"{split}/{name}": array for name, array in _features(key, value).items()}
             elif cells := _cells(value):
                 columns[str(split)][str(key)] = cells
     return tensors, columns
+
+
+def _rows(value: Any) -> int:
+    """Samples in a key; 0 where it is no column."""
+    if isinstance(value, np.ndarray):
+        return len(value) if value.ndim else 0
+    return len(value) if isinstance(value, list | tuple) else 0
 
 
 def _is_features(value: Any) -> bool:
@@ -140,16 +167,53 @@ def _cells(value: Any) -> list[str]:
     return [cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell) for cell in value]
 
 
+def limit_process(memory: int, seconds: int, output: int) -> None:
+    """Limit what this process may use from now on, as far as the platform can.
+
+    Beyond the limit of memory an allocation raises `MemoryError`, beyond that of output a write raises
+    `OSError` (EFBIG), and beyond that of time SIGXCPU ends the process. Limits that are lower already stay.
+
+    Args:
+        memory: Bytes beside those it has mapped already; Linux only.
+        seconds: Processor time.
+        output: Bytes of one file.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limits = {"RLIMIT_CORE": 0, "RLIMIT_CPU": seconds, "RLIMIT_FSIZE": output}
+    mapped = Path("/proc/self/statm")
+    if mapped.exists():
+        limits["RLIMIT_AS"] = int(mapped.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
+    for name, limit in limits.items():
+        kind = getattr(resource, name)
+        before, most = resource.getrlimit(kind)
+        allowed = [limit, *(other for other in (before, most) if other != resource.RLIM_INFINITY)]
+        resource.setrlimit(kind, (min(allowed), most))
+
+
 def main(argv: list[str]) -> int:
     """Write what the pickle in the first argument holds into the folder of the second; exit status."""
-    path, folder = map(Path, argv)
+    path, folder = map(Path, argv[:2])
+    most_rows, *limits = map(int, argv[2:])
+    limit_process(*limits)
     try:
-        tensors, columns = plain_parts(read_pickle(path))
+        tensors, columns = plain_parts(read_pickle(path), most_rows)
+        save_file(tensors, folder / TENSORS)
+        with open(folder / COLUMNS, "w", encoding="utf-8") as file:
+            json.dump(columns, file)  # in pieces, so that the limit of output ends it
     except ForeignObject as error:
-        print(error)  # the only thing on standard output
-        return 3
-    save_file(tensors, folder / TENSORS)
-    (folder / COLUMNS).write_text(json.dumps(columns), encoding="utf-8")
+        print(str(error)[:SHOWN])  # the only thing on standard output
+        return FOREIGN
+    except TooManyRows:
+        return TOO_MANY_ROWS
+    except MemoryError:
+        return TOO_MUCH_MEMORY
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.EFBIG and "File too large" not in str(error):
+            raise
+        return TOO_MUCH_OUTPUT
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from msa_online.data.corpus import CorpusError
+from msa_online.data.features import mmsa
 from msa_online.data.features.conversion import convert_features
 from msa_online.data.features.mmsa import READER, read_mmsa_features
 from msa_online.data.features.reading import read_features
@@ -103,6 +104,79 @@ def test_bytes_are_not_taken_for_addresses_of_objects(write_pickle, tmp_path):
             return scalar, (np.dtype(object), b"\1" * 8)
 
     assert "neither an array nor plain data" in refusal(write_pickle({"train": Pointer()}))
+
+
+def in_train(column: bytes) -> bytes:
+    """A pickle of one split whose ids are what `column` builds."""
+    return b'(dS"train"\n(dS"id"\n' + column + b"ss."
+
+
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+ONE_MEGABYTE = np.ones((2500, 100), np.float32)
+HARMFUL = {  # a pickle, and the limit that stops it
+    "a buffer": (in_train(b"cbuiltins\nbytearray\n(I3000000000\ntR"), "0.3 GB of memory"),
+    "an array": (in_train(RECONSTRUCT + b'(I1000000\nI800\ntS"f"\ntR'), "0.3 GB of memory"),
+    "an array of objects": (in_train(RECONSTRUCT + b'(I400000000\ntS"O"\ntR'), "0.3 GB of memory"),
+    "lists in lists": (b"\x80\x04" + b"]" * 3_000_000 + b"a" * 2_999_999 + b".", "0.3 GB of memory"),
+    "one array many times": (
+        pickle.dumps({"train": {"id": ["a"] * 5000, "text": [ONE_MEGABYTE] * 5000}}),
+        "0.3 GB of memory",
+    ),
+    "one string many times": (pickle.dumps({"train": {"id": ["x" * 1_000_000] * 1000}}), "0.3 GB on disk"),
+}
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_a_pickle_that_needs_far_more_than_its_size_is_refused_naming_file_and_limit(kind, tmp_path):
+    path = tmp_path / "features.pkl"
+    content, limit = HARMFUL[kind]
+    path.write_bytes(content)
+    with pytest.raises(CorpusError) as caught:
+        convert_features(path, tmp_path / "corpus")
+    expected = f"{path} ({len(content):,} bytes) needs more than {limit} to be read, the limit for a pickle"
+    assert str(caught.value).startswith(expected)
+    assert os.listdir(tmp_path) == ["features.pkl"]
+
+
+@pytest.mark.parametrize("kind", ["b", "O"])
+def test_a_pickle_of_more_samples_than_any_corpus_has_is_refused(kind, tmp_path):
+    """A hundred bytes can name sixty million of them."""
+    path = tmp_path / "features.pkl"
+    count = {"b": b"60000000", "O": b"20000000"}[kind]
+    path.write_bytes(in_train(RECONSTRUCT + b"(I" + count + b'\ntS"' + kind.encode() + b'"\ntR'))
+    assert refusal(path) == f"{path} has a split of more than 2,000,000 samples: split it into parts"
+
+
+def test_a_pickle_that_keeps_the_processor_busy_is_refused_naming_the_limit(tmp_path, monkeypatch):
+    """Numbers that all have one hash: a set of them takes hours to build."""
+    monkeypatch.setattr(mmsa, "SECONDS", 1)
+    numbers = b"".join(pickle.dumps(k * (2**61 - 1), 4)[2:-1] for k in range(1, 60_000))
+    path = tmp_path / "features.pkl"
+    path.write_bytes(b"\x80\x04\x8f(" + numbers + b"\x90.")
+    assert "needs more than 2 s of processor time to be read" in refusal(path)
+
+
+def test_a_large_pickle_of_arrays_may_use_the_memory_its_arrays_need(write_pickle, monkeypatch):
+    """The limits grow with the file: three times its size is what an honest one takes."""
+    monkeypatch.setattr(mmsa, "SMALL", 1 << 20)
+    count = 400
+    content = {
+        split: {
+            "id": [f"{split}{number}" for number in range(count)],
+            "regression_labels": np.zeros(count, np.float32),
+            "text": np.ones((count, 50, 300), np.float32),  # 24 MB
+            "audio": [np.ones((20, 74)) for _ in range(count)],
+        }
+        for split in ("train", "valid", "test")
+    }
+    table = read_mmsa_features(write_pickle(content))
+    assert len(table.steps["text"].values) == 3 * count * 50
+
+
+def test_a_long_name_in_a_pickle_is_cut_in_the_message(tmp_path):
+    path = tmp_path / "features.pkl"
+    path.write_bytes(b"\x80\x04c" + b"a" * 1_000_000 + b"\nb\n.")
+    assert len(refusal(path)) < 500
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
