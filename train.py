@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from rich.text import Text
 from torch.utils.data import DataLoader
 
 from msa_online.data.collate import in_order
@@ -27,6 +28,7 @@ from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, TrainingArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.hiding import draw_masks, make_hidings, occurring_modalities
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
@@ -122,6 +124,8 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         folder.load_state(loop.bare_model, parts)
         console.print(f"resuming after epoch {schedule.epoch}")
 
+    constant = ConstantModel.fit(loaders["train"].dataset.labels, loop.bare_model.config)
+    floor = constant.metrics(loaders["valid"].dataset.labels)
     stage, condition = None, COMPLETE
     while not schedule.finished:
         if schedule.stage != stage:
@@ -136,6 +140,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, for_validation, accelerator, condition)
+        check_epoch(title, losses, metrics, floor, accelerator.scaler)
         score = selection_score(metrics, loop.bare_model.config.is_regression)
         loop.modulator.on_validation(score)
         best = schedule.advance(score)
@@ -172,7 +177,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     folder.load_best(loop.bare_model)
     loop.bare_model.head.start_stage(loop.bare_model.head.stages[-1])  # the one it predicts in
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
-    finish(loop.bare_model, folder, loaders, accelerator, record, conditions, masks, console)
+    finish(loop.bare_model, folder, loaders, accelerator, record, conditions, masks, constant, console)
 
 
 def protocol_of(training: TrainingArguments, masks: Mapping[str, SplitMask]) -> str:
@@ -194,6 +199,7 @@ def finish(
     record: dict[str, Any],
     conditions: Iterable[str],
     masks: Mapping[str, SplitMask],
+    constant: ConstantModel,
     console: Console,
 ) -> None:
     """Score the best epoch and write its card; the test split is looked at here and nowhere before.
@@ -206,6 +212,7 @@ def finish(
         record: What the checkpoint is to remember of its training; the results join it.
         conditions: Modality conditions to score under, on splits of which nothing is hidden.
         masks: What a run with missing rates hides of each split; it is scored under that as well.
+        constant: What the model is compared with.
         console: Where the tables go.
     """
     results = {
@@ -220,8 +227,21 @@ def finish(
     shares = {}
     if set(conditions) == set(CONDITIONS):  # else it never learned to do without a modality
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in results}
+    floors = {split: constant.metrics(loaders[split].dataset.labels) for split in results}
+    judged_by = MISSING_RATES if masks else list(conditions)[-1]  # as in validation
+    comparison = [
+        constant_line(split, scores[judged_by], floors[split], constant.title)
+        for split, scores in results.items()
+    ]
     selection = "validation MAE" if model.config.is_regression else "validation weighted F1"
-    model.config.trained_on = {**record, "selection": selection, "results": results, "shares": shares}
+    model.config.trained_on = {
+        **record,
+        "selection": selection,
+        "results": results,
+        "shares": shares,
+        "constant": floors,
+        "comparison": comparison,
+    }
     if accelerator.is_main_process:
         model.config.save_pretrained(folder.path)
         write_model_card(folder.path, model.config)
@@ -230,6 +250,7 @@ def finish(
         console.print(conditions_table(conditions, f"{split}, best epoch {record['epoch']}"))
         if split in shares:
             console.print(shares_table(shares[split], f"{split}: what the predictions come from"))
+    console.print(Text("\n".join(comparison)), soft_wrap=True)
     console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
 
 

@@ -12,8 +12,10 @@ from feature_extractors.assets import AssetError
 from msa_online.data.datasets import CorpusError
 from msa_online.data.prepare import WorkerError
 from msa_online.encoders.text import TextEncoderError
+from msa_online.evaluation.robustness import UndefinedScoreError
 from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
+from msa_online.training.divergence import DivergedError
 
 
 class UnfinishedError(RuntimeError):
@@ -27,7 +29,9 @@ INPUT_ERRORS = (
     ClipError,
     ConfigurationError,
     CorpusError,
+    DivergedError,
     TextEncoderError,
+    UndefinedScoreError,
     UnfinishedError,
     WorkerError,
 )

@@ -160,6 +160,7 @@ def write_model_card(folder: Path, config: MSAConfig) -> None:
         results="\n\n".join(
             f"**{split}**\n\n{markdown_table(conditions)}" for split, conditions in record["results"].items()
         ),
+        comparison="\n".join(f"- {line}" for line in record["comparison"]),
         command=record["command"],
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -40,6 +40,7 @@ TRAINED_ON = {
     "epoch": 7,
     "skipped_steps": 0,
     "results": {"valid": RESULTS, "test": RESULTS},
+    "comparison": ["valid: MAE 0.704; always predicting the mean training label (0.1) gives 1.310"],
     "command": "accelerate launch train.py configs/demo.yaml data.path='my clips'",
 }
 

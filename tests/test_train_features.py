@@ -269,3 +269,25 @@ def test_processes_that_load_change_neither_a_run_nor_a_resumed_one(document, tr
     for weights, history in (runs["one"], runs["resumed"]):
         assert all(torch.equal(value, weights[name]) for name, value in runs["none"][0].items())
         assert history == runs["none"][1]
+
+
+def test_a_diverged_run_stops_and_publishes_nothing(train, document, tmp_path):
+    document["training"] |= {"learning_rate": 1e4, "warmup": 0.0, "clip_norm": 1e6, "epochs": 5}
+    with pytest.raises(INPUT_ERRORS, match="training has diverged.*lower training.learning_rate"):
+        train(document)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_model_that_has_learned_nothing_is_compared_with_the_mean_label(train, document, tmp_path, capsys):
+    document["training"] |= {"learning_rate": 1e-9}
+    document["model"]["head_kwargs"]["dropout"] = 0.0
+    train(document)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "always predicting the mean training label" in output
+    trained_on = MSAConfig.from_pretrained(tmp_path / "run").trained_on
+    found, floor = trained_on["results"]["test"]["text+audio+vision"], trained_on["constant"]["test"]
+    assert ("warning: test:" in output) == (found["mae"] > floor["mae"])
+    assert all(
+        f"- {line}" in (tmp_path / "run" / "README.md").read_text() for line in trained_on["comparison"]
+    )

@@ -15,8 +15,18 @@ from msa_online.evaluation.metrics import classification_metrics, regression_met
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
 
+DIVERGED = (
+    "training has diverged: train again with a lower training.learning_rate, training.text_learning_rate or "
+    "training.clip_norm, or with training.mixed_precision=no"
+)
+"""What it means when predictions are not numbers, and what to do about it."""
+
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches of a split, on the device, from a loader the accelerator prepared."""
+
+
+class UndefinedScoreError(ValueError):
+    """A split has no score: some predictions are not finite, or no sample has anything to predict from."""
 
 
 @dataclass(frozen=True)
@@ -129,26 +139,33 @@ def validate(
 
     Those of the fused prediction under `condition`; in a stage that does not train it, the mean over
     modalities of the metrics of their own predictions, each on the samples that have the modality.
+
+    Raises:
+        UndefinedScoreError: A prediction is not finite, or no sample has any modality.
     """
 
-    def logits_of_all(batch: Mapping[str, Tensor]) -> Tensor:
+    def logits_and_presence(batch: Mapping[str, Tensor]) -> Tensor:
         sequences = model.encode(**batch)
         output = decide_under(model, sequences, CONDITIONS[condition])
         if output.fused_valid:
-            return output.logits.unsqueeze(1)
-        alone = [
-            output.modality_logits[name].where(sequences[name].present.unsqueeze(-1), torch.nan)
-            for name in MODALITIES
-        ]
-        return torch.stack(alone, dim=1)
+            return torch.cat([output.logits, torch.ones_like(output.logits[:, :1])], dim=-1).unsqueeze(1)
+        alone = []
+        for name in MODALITIES:
+            present = sequences[name].present.unsqueeze(-1)
+            alone.append(torch.cat([output.modality_logits[name].where(present, 0.0), present], dim=-1))
+        return torch.stack(alone, dim=1)  # (batch, predictions, outputs + 1)
 
-    logits, labels = over_split(model, batches, accelerator, logits_of_all)
-    observed = ~np.isnan(logits).any(axis=-1)  # (samples, predictions)
+    answers, labels = over_split(model, batches, accelerator, logits_and_presence)
+    logits, observed = answers[..., :-1], answers[..., -1] > 0
     each = [
         metrics_of(logits[seen, column], labels[seen], model.config)
         for column, seen in enumerate(observed.T)
         if seen.any()
     ]
+    if not each:
+        raise UndefinedScoreError(
+            "no validation sample has text, sound or a face: there is nothing to judge by"
+        )
     return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
 
 
@@ -170,6 +187,9 @@ def over_split(
     Returns:
         The answers `(samples, ...)` float64 and the labels `(samples,)`, from all ranks, in dataset order,
         each sample once.
+
+    Raises:
+        UndefinedScoreError: An answer is not finite.
     """
     training = model.training
     model.eval()
@@ -184,7 +204,12 @@ def over_split(
     gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, answers, labels))
     index, answers, labels = gathered
     _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
-    return answers[first].astype(np.float64), labels[first]
+    answers = answers[first].astype(np.float64)
+    finite = np.isfinite(answers).reshape(len(answers), -1).all(axis=1)
+    if not finite.all():
+        found = f"{np.count_nonzero(~finite):,} of {len(finite):,} samples have predictions that are not finite"
+        raise UndefinedScoreError(f"{found}; {DIVERGED}")
+    return answers, labels[first]
 
 
 def decide_under(

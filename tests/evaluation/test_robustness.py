@@ -6,6 +6,7 @@ import torch
 from msa_online import MSAConfig, MSAModel
 from msa_online.data.missing_frames import FrameDrop
 from msa_online.evaluation.robustness import (
+    UndefinedScoreError,
     evaluate_conditions,
     evaluate_frame_rates,
     predict_conditions,
@@ -232,3 +233,26 @@ def test_a_modality_that_no_sample_of_a_split_has_is_not_judged(ebmc, make_batch
         scores = ebmc(**batch).modality_logits["text"][:, 0].clamp(-3, 3)
     expected = (scores - batch["labels"]).abs().mean().item()
     assert validate(ebmc, [batch], accelerator)["mae"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["enhance", "balance"])
+def test_a_score_is_never_computed_from_a_part_of_the_split(stage, ebmc, make_batch, accelerator):
+    """Predictions that are not numbers were left out, and the rest chose the best epoch."""
+    ebmc.head.start_stage(stage)
+    batch = make_batch(6)
+    batch["audio_values"][[1, 4]] = float("nan")
+    with pytest.raises(UndefinedScoreError, match="2 of 6 samples.*not finite.*lower training.learning_rate"):
+        validate(ebmc, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
+
+
+def test_a_checkpoint_whose_predictions_are_not_numbers_gets_no_score(ebmc, make_batch, accelerator):
+    with torch.no_grad():
+        next(ebmc.encoders["text"].parameters()).fill_(float("inf"))
+    with pytest.raises(UndefinedScoreError, match="4 of 4 samples"):
+        evaluate_conditions(ebmc, [make_batch(4)], accelerator)
+
+
+def test_a_split_that_shows_nothing_at_all_cannot_judge_single_modalities(ebmc, make_batch, accelerator):
+    ebmc.head.start_stage("enhance")
+    with pytest.raises(UndefinedScoreError, match="no validation sample has text, sound or a face"):
+        validate(ebmc, [make_batch(4, present=(False, False, False))], accelerator)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognise a run that has diverged, and a model that is worse than a constant."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.amp import GradScaler
+
+from msa_online.configuration_msa import MSAConfig
+from msa_online.evaluation.robustness import DIVERGED, metrics_of, selection_score
+
+ABSURD = 100.0
+"""A validation MAE of more than this many times that of the constant means a diverged run."""
+
+
+class DivergedError(RuntimeError):
+    """Training has diverged; the message names the epoch, the figure and the remedy."""
+
+
+@dataclass(frozen=True)
+class ConstantModel:
+    """Gives every sample the same answer: the mean training label, or the most frequent training class.
+
+    A model that does worse has learned nothing.
+
+    Attributes:
+        config: Says the task.
+        logits: The answer, `(outputs,)`.
+    """
+
+    config: MSAConfig
+    logits: np.ndarray
+
+    @classmethod
+    def fit(cls, labels: Sequence[float], config: MSAConfig) -> "ConstantModel":
+        """The constant for training labels `(samples,)`, scores or class numbers."""
+        if config.is_regression:
+            return cls(config, np.array([np.mean(labels)]))
+        return cls(config, np.bincount(np.asarray(labels), minlength=config.num_labels).astype(np.float64))
+
+    @property
+    def title(self) -> str:
+        """The answer in words."""
+        if self.config.is_regression:
+            return f"the mean training label ({self.logits[0]:.3f})"
+        return f"the most frequent training class ({self.config.id2label[int(self.logits.argmax())]})"
+
+    def metrics(self, labels: Sequence[float]) -> dict[str, float]:
+        """Metrics of the constant on a split with `labels` `(samples,)`; its correlation is 0."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a constant has no correlation
+            return metrics_of(np.tile(self.logits, (len(labels), 1)), np.asarray(labels), self.config)
+
+
+def check_epoch(
+    title: str,
+    losses: Mapping[str, float],
+    metrics: Mapping[str, float],
+    constant: Mapping[str, float],
+    scaler: GradScaler | None,
+) -> None:
+    """Stop a run that has diverged before anything of the epoch is kept.
+
+    Args:
+        title: Names the epoch.
+        losses: Training losses of the epoch; empty if every step was skipped.
+        metrics: Validation metrics of the epoch.
+        constant: Metrics of the constant model on the same split.
+        scaler: Of fp16; while it searches for its scale, skipped steps are normal.
+
+    Raises:
+        DivergedError: No step had a finite gradient, or the validation MAE is absurd.
+    """
+    if not losses and (scaler is None or scaler.get_scale() < 1):
+        raise DivergedError(f"{title}: every step was skipped, because no gradient was finite; {DIVERGED}")
+    if "mae" in metrics and metrics["mae"] > ABSURD * constant["mae"]:
+        raise DivergedError(
+            f"{title}: validation MAE {metrics['mae']:.3g}, where predicting the mean training label gives "
+            f"{constant['mae']:.3g}; {DIVERGED}"
+        )
+
+
+def is_worse(metrics: Mapping[str, float], constant: Mapping[str, float], is_regression: bool) -> bool:
+    """Whether a model scores below the constant model by the measure that epochs are chosen by."""
+    return selection_score(metrics, is_regression) < selection_score(constant, is_regression)
+
+
+def constant_line(split: str, metrics: Mapping[str, float], constant: Mapping[str, float], title: str) -> str:
+    """One line that compares a model with the constant model `title` on a split."""
+    name, measure = ("mae", "MAE") if "mae" in metrics else ("f1_weighted", "weighted F1")
+    line = f"{split}: {measure} {metrics[name]:.3f}; always predicting {title} gives {constant[name]:.3f}"
+    if not is_worse(metrics, constant, name == "mae"):
+        return line
+    return f"warning: {line}: the model is worse than that, do not use it; train longer, or check the labels"
