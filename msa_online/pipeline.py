@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from feature_extractors import Clip, ClipError, ClipFeatures, FaceExtractor, FeatureCache, extract
+from msa_online.evaluation.robustness import DIVERGED, UndefinedScoreError
 from msa_online.evaluation.shares import Attribution, attribute
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
@@ -118,6 +119,7 @@ class MSAPipeline:
             ClipError: A file is missing, broken or no media.
             ValueError: Neither a clip nor a text is given, a list meets a single value, the lists differ in
                 length, or a value is of another kind.
+            UndefinedScoreError: The model's predictions are not finite.
         """
         if not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
             return self([clips], [text])[0]
@@ -170,6 +172,8 @@ class MSAPipeline:
         clips, features, texts = zip(*samples, strict=True)
         batch = self.processor(features, texts).to(self.device)
         said = attribute(self.model, batch)
+        if not said.outputs.isfinite().all():
+            raise UndefinedScoreError(f"the predictions of this model are not finite; {DIVERGED}")
         present = batch["modality_present"]
         return [
             self._prediction(clips[row], features[row], present[row].tolist(), said.of_sample(row))

@@ -8,6 +8,7 @@ import torch
 from feature_extractors import ClipError
 from msa_online import MSAConfig, MSAModel, MSAPipeline, Prediction
 from msa_online.balancing import HEADS
+from msa_online.evaluation.robustness import UndefinedScoreError
 from msa_online.hub import CheckpointError
 
 
@@ -34,6 +35,13 @@ def test_text_alone_is_legal(pipeline):
     prediction = pipeline(text="a good movie")
     assert prediction.modalities == ("text",)
     assert prediction.missing == {"audio": "no clip given", "vision": "no clip given"}
+
+
+def test_a_model_that_has_diverged_gives_no_score(pipeline):
+    with torch.no_grad():
+        next(pipeline.model.encoders["text"].parameters()).fill_(float("nan"))
+    with pytest.raises(UndefinedScoreError, match="not finite; training has diverged"):
+        pipeline(text="a good film")
 
 
 def test_sound_alone_is_legal(pipeline, make_clip, tmp_path):

@@ -207,7 +207,9 @@ def over_split(
     answers = answers[first].astype(np.float64)
     finite = np.isfinite(answers).reshape(len(answers), -1).all(axis=1)
     if not finite.all():
-        found = f"{np.count_nonzero(~finite):,} of {len(finite):,} samples have predictions that are not finite"
+        found = (
+            f"{np.count_nonzero(~finite):,} of {len(finite):,} samples have predictions that are not finite"
+        )
         raise UndefinedScoreError(f"{found}; {DIVERGED}")
     return answers, labels[first]
 
