@@ -11,10 +11,18 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from msa_online.configuration_msa import MSAConfig
 from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.pipeline import MSAPipeline, Prediction
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import MSADataCollator, MSAProcessor
 
 __version__ = "0.1.0"
-__all__ = ["MSAConfig", "MSAModel", "MSAOutput", "MSAPipeline", "MSAProcessor", "Prediction"]
+__all__ = [
+    "MSAConfig",
+    "MSADataCollator",
+    "MSAModel",
+    "MSAOutput",
+    "MSAPipeline",
+    "MSAProcessor",
+    "Prediction",
+]
 
 AutoConfig.register(MSAConfig.model_type, MSAConfig)
 AutoModel.register(MSAConfig, MSAModel)

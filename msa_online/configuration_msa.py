@@ -38,6 +38,9 @@ class MSAConfig(PretrainedConfig):
     """
 
     model_type = "msa_online"
+    keys_to_ignore_at_inference = [  # by transformers.Trainer, so that predictions are logits alone
+        *("modality_logits", "features", "fused", "losses", "diagnostics", "present"),
+    ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)
     }

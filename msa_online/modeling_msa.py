@@ -18,12 +18,18 @@ from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 PROBES = "probes."
-"""What names of parameters begin with that are trained for a modulator alone and are never published."""
+"""Prefix of parameters that are trained for a modulator alone and never published."""
+
+INTERNALS = ("fused_valid", "probe_logits", "sequences", "of_head")
+"""Fields of `MSAOutput` that only training loops read."""
 
 
 @dataclass
 class MSAOutput(ModelOutput):
-    """What the model hands back; the fields of `HeadOutput` with the weighted sum of its losses.
+    """Prediction of the model and everything computed on the way to it.
+
+    The fields are tensors or dicts of tensors, but for the last four, which `forward` returns only with
+    `output_internals`.
 
     Attributes:
         loss: Sum of the named losses under `config.loss_weights`, a scalar; None without labels.
@@ -31,15 +37,14 @@ class MSAOutput(ModelOutput):
         modality_logits: Prediction of each modality alone, `(batch, outputs)` each.
         features: Pooled state of each modality, `(batch, hidden)` each.
         fused: State the fused prediction is read from, `(batch, width)`.
-        losses: Loss terms by name, unweighted scalars.
-        fused_valid: False in a stage that does not train the fused prediction yet.
+        losses: Loss terms by name, unweighted scalars; empty without labels.
         diagnostics: Detached tensors worth logging, by name.
-        present: Which samples each modality was seen of, `(batch,)` bool each.
+        present: Samples that have each modality, `(batch,)` bool each.
+        fused_valid: False in a stage that does not train the fused prediction yet.
         probe_logits: Predictions of the probes a modulator trains beside the model, `(batch, outputs)` each.
-        sequences: What the encoders made of the batch, detached, so that a modulator can ask what the model
-            would say of less.
-        of_head: What the head handed back. Half precision and several processes wrap the model and copy the
-            tensors above: only these are the very ones that its losses were computed from.
+        sequences: Encoded batch before the calibrator, detached, by modality.
+        of_head: The head's own output. Half precision and distributed training wrap the model and copy the
+            tensors above; only these are the ones that the losses were computed from.
     """
 
     loss: Tensor | None = None
@@ -48,12 +53,16 @@ class MSAOutput(ModelOutput):
     features: dict[str, Tensor] | None = None
     fused: Tensor | None = None
     losses: dict[str, Tensor] | None = None
-    fused_valid: bool | None = None
     diagnostics: dict[str, Tensor] | None = None
     present: dict[str, Tensor] | None = None
+    fused_valid: bool | None = None
     probe_logits: dict[str, Tensor] | None = None
     sequences: dict[str, ModalitySequence] | None = None
     of_head: HeadOutput | None = None
+
+    def without_internals(self) -> "MSAOutput":
+        """The same output without the fields that only training loops read."""
+        return MSAOutput(**{name: value for name, value in self.items() if name not in INTERNALS})
 
 
 class MSAModel(PreTrainedModel):
@@ -71,6 +80,8 @@ class MSAModel(PreTrainedModel):
     config_class = MSAConfig
     base_model_prefix = "msa"
     main_input_name = "text_input_ids"
+    # the only attention that can be chosen is the text encoder's, which refuses what it does not support
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: MSAConfig) -> None:
         super().__init__(config)
@@ -145,25 +156,69 @@ class MSAModel(PreTrainedModel):
     def forward(
         self,
         modality_present: Tensor,
+        text_input_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        vision_values: Tensor | None = None,
+        vision_blendshapes: Tensor | None = None,
+        vision_mask: Tensor | None = None,
+        text_values: Tensor | None = None,
         labels: Tensor | None = None,
         teacher: Tensor | None = None,
-        **inputs: Tensor,
+        index: Tensor | None = None,
+        output_internals: bool = False,
     ) -> MSAOutput:
         """Predict for a batch as `MSAProcessor` or `FeatureDataset` makes it.
 
+        A model of raw clips reads `text_input_ids`; a model of precomputed features reads `text_values`, and
+        features in the other `_values`.
+
         Args:
             modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is legal.
-            labels: `(batch,)`, float in regression and int64 in classification; None for prediction alone.
-            teacher: What `teach` of an earlier stage's best model said of these samples, for heads that
-                learn from it.
-            inputs: From raw clips `text_input_ids` (token ids, `(batch, tokens)` int64), `text_mask`,
-                `audio_values` (natural-log mel spectrogram, `(batch, steps, 80)`), `audio_mask`,
-                `vision_values` (aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB),
-                `vision_blendshapes` (scores in [0, 1], `(batch, frames, 52)`) and `vision_mask` (frames with
-                a face). From features made elsewhere `<modality>_values` `(batch, time, width)` and
-                `<modality>_mask`. Masks are `(batch, time)` bool. What no encoder reads is passed over.
+            text_input_ids: Token ids, `(batch, tokens)` int64.
+            text_mask: Tokens that are no padding, `(batch, tokens)` bool.
+            audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`; or features
+                `(batch, time, width)`.
+            audio_mask: Steps that are no padding, `(batch, steps)` bool.
+            vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB; or features
+                `(batch, time, width)`.
+            vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
+            vision_mask: Frames with a face, `(batch, frames)` bool.
+            text_values: Features `(batch, time, width)`.
+            labels: `(batch,)`, numbers in regression and int64 in classification; None for prediction alone.
+            teacher: Answers of `teach` of an earlier stage's best model on these samples, `(batch, ...)`, for
+                heads that learn from it.
+            index: Position of each sample in its dataset, `(batch,)`: in every batch, not read by the model.
+            output_internals: Return the fields that only training loops read as well.
+
+        Raises:
+            ValueError: An input that the model reads is missing.
         """
-        return self.decide(self.encode(modality_present, **inputs), labels, teacher)
+        inputs = {
+            "text_input_ids": text_input_ids,
+            "text_mask": text_mask,
+            "text_values": text_values,
+            "audio_values": audio_values,
+            "audio_mask": audio_mask,
+            "vision_values": vision_values,
+            "vision_blendshapes": vision_blendshapes,
+            "vision_mask": vision_mask,
+        }
+        if missing := [name for name in self.input_names if inputs[name] is None]:
+            raise ValueError(
+                f"the model needs {', '.join(missing)}: make batches with the checkpoint's processor, in "
+                "transformers.Trainer with data_collator=MSADataCollator(processor)"
+            )
+        if labels is not None and self.config.is_regression and not labels.is_floating_point():
+            labels = labels.float()
+        output = self.decide(self.encode(modality_present, **inputs), labels, teacher)
+        return output if output_internals else output.without_internals()
+
+    @property
+    def input_names(self) -> list[str]:
+        """Inputs that `forward` needs beside `modality_present`."""
+        return [name for encoder in self.encoders.values() for name in encoder.input_names]
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """What belongs to one modality: its encoder, and what the head declares; the rest is shared."""

@@ -2,7 +2,7 @@
 """MSAProcessor: a clip and its transcript to model inputs, saved and loaded with the model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,29 @@ class MSAProcessor(ProcessorMixin):
             *("text_input_ids", "text_mask", "audio_values", "audio_mask"),
             *("vision_values", "vision_blendshapes", "vision_mask", "modality_present"),
         ]
+
+
+class MSADataCollator:
+    """Pads samples to a batch with labels: the `data_collator` of `transformers.Trainer`, or a `collate_fn`.
+
+    Args:
+        processor: `MSAProcessor`, or `FeatureProcessor` for precomputed features.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Batch of tensors that `MSAModel.forward` takes.
+
+        Args:
+            samples: What `MSAProcessor.encode` returns, tensors or nested lists, and beside it `labels` (a
+                number) and `index` (an integer), if there are any.
+        """
+        columns = {key: [torch.as_tensor(sample[key]) for sample in samples] for key in samples[0]}
+        plain = {key: torch.stack(columns.pop(key)) for key in ("labels", "index") if key in columns}
+        inputs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return {**self.processor.pad(inputs), **plain}
 
 
 def at_least_one(values: Tensor) -> Tensor:

@@ -87,14 +87,16 @@ def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
     assert (tmp_path / "faces.png").exists()
 
 
-def test_the_python_in_the_readme_runs(checkpoint, tiny_corpus):
+def test_the_python_in_the_readme_runs(checkpoint, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
     for block in blocks("python"):
         code = block.replace("runs/mine", str(checkpoint)).replace(
             "clip.mp4", str(tiny_corpus / "clip_00.mp4")
         )
-        names: dict = {}
         exec(compile(ast.parse(code), "README.md", "exec"), names)
-        assert names["prediction"].modalities == ("text", "audio", "vision")
+    assert names["prediction"].modalities == ("text", "audio", "vision")
+    assert (tmp_path / "runs" / "trainer" / "model.safetensors").is_file()
 
 
 def test_every_method_has_a_file_a_test_a_configuration_and_a_row():

@@ -227,14 +227,16 @@ class ExpertLayer(nn.Module):
     def _attend_within(self, query_key: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Attention within one modality: `(stacks, batch * time, ...)` under a mask `(batch, time)`."""
         query, key = rearrange(
-            query_key, "s (b t) (two h d) -> two (s b) h t d", b=len(mask), two=2, h=self.heads
+            query_key, "s (b t) (two h d) -> two (s b) h t d", b=mask.shape[0], two=2, h=self.heads
         )
-        value = rearrange(values, "s (b t) (h d) -> (s b) h t d", b=len(mask), h=self.heads)
+        value = rearrange(values, "s (b t) (h d) -> (s b) h t d", b=mask.shape[0], h=self.heads)
         observed = mask.any(dim=1)
-        keys = (mask | ~observed.unsqueeze(-1)).repeat(len(values), 1)[:, None, None]  # no row without any
+        keys = (mask | ~observed.unsqueeze(-1)).repeat(values.shape[0], 1)[
+            :, None, None
+        ]  # no row without any
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
-        attended = attended * observed.repeat(len(values))[:, None, None, None]
-        return rearrange(attended, "(s b) h t d -> s (b t) (h d)", s=len(values))
+        attended = attended * observed.repeat(values.shape[0])[:, None, None, None]
+        return rearrange(attended, "(s b) h t d -> s (b t) (h d)", s=values.shape[0])
 
 
 def masked_mean(sequence: ModalitySequence) -> Tensor:

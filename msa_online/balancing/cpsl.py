@@ -195,7 +195,7 @@ class CPSLHead(BalancingHead):
         """One state for a sample from those on its grid, `(batch, tokens, width)` to `(batch, width)`."""
         if self.pooling == "mean":
             return masked_mean(ModalitySequence.of(states, grid))
-        return states[torch.arange(len(grid), device=grid.device), grid.long().argmax(dim=1)]
+        return states[torch.arange(grid.shape[0], device=grid.device), grid.long().argmax(dim=1)]
 
 
 class GaussianEncoder(nn.Module):

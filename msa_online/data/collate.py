@@ -2,7 +2,6 @@
 """From prepared samples to padded batches: the last step before the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_extractors import CacheError, FeatureCache
 from msa_online.data.datasets import Sample
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import MSADataCollator, MSAProcessor
 
 # effective batches among which lengths are sorted: long enough to save padding, short enough to stay random
 POOL = 16
@@ -132,7 +131,7 @@ def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int 
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=partial(_collate, dataset.processor),
+        collate_fn=MSADataCollator(dataset.processor),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else starting it draws from the generator that dropout draws from
     )
@@ -144,12 +143,3 @@ def in_order(loader: DataLoader) -> DataLoader:
     return DataLoader(
         loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=torch.Generator()
     )
-
-
-def _collate(processor: MSAProcessor, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad inputs and stack `labels` and `index` `(batch,)` beside them: a flat dict of tensors."""
-    plain = ("labels", "index")
-    inputs = processor.pad(
-        [{key: value for key, value in sample.items() if key not in plain} for sample in samples]
-    )
-    return {**inputs, **{key: torch.stack([sample[key] for sample in samples]) for key in plain}}

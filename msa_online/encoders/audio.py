@@ -36,6 +36,8 @@ class AudioEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(outputs) for outputs in (first, second, second))
         self.project = nn.Linear(second, width)
 
+    input_names = ("audio_values", "audio_mask")
+
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `audio_values` `(batch, steps, 80)` under `audio_mask` `(batch, steps)` bool.
 

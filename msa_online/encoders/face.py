@@ -29,6 +29,7 @@ class FaceEncoder(nn.Module):
     def __init__(self, channels: int, width: int, blendshapes: bool) -> None:
         super().__init__()
         widths = (3, channels, 2 * channels, 4 * channels, 8 * channels)
+        self.input_names = ("vision_values", "vision_mask") + ("vision_blendshapes",) * blendshapes
         self.scale = InputAffine(3, *TYPICAL_PIXEL)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)

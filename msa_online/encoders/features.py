@@ -27,6 +27,7 @@ class FeatureEncoder(nn.Module):
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
         self.name = name
+        self.input_names = (f"{name}_values", f"{name}_mask")
         # fp32 in a model of half precision too: they have the scale of the data
         self.register_buffer("mean", torch.empty(width, dtype=torch.float32))
         self.register_buffer("deviation", torch.empty(width, dtype=torch.float32))

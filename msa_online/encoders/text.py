@@ -80,6 +80,8 @@ class TextEncoder(nn.Module):
         dtype = torch.get_default_dtype()
         self.model = AutoModel.from_config(config, dtype=dtype, **_without_pooler(config))
 
+    input_names = ("text_input_ids", "text_mask")
+
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `text_input_ids` `(batch, tokens)` int64 under `text_mask` `(batch, tokens)` bool."""
         states = self.model(input_ids=inputs["text_input_ids"], attention_mask=inputs["text_mask"].long())

@@ -123,7 +123,7 @@ class TrainingLoop:
 
     def _forward_backward(self, batch: Mapping[str, Tensor], measure: bool) -> "MicroBatch":
         """Losses and diagnostics of a micro-batch, detached; gradients are left on the parameters."""
-        output = self.model(**batch)
+        output = self.model(**batch, output_internals=True)
         if measure:
             self._measure(output.losses)
         observed = self.modulator.observe(output, batch["labels"])

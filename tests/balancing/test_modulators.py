@@ -37,7 +37,7 @@ def make(name: str, step: "Step | None" = None, **settings) -> GradientModulator
     if step is not None:
         widths = {name: state.shape[-1] for name, state in step.output.features.items()}
         modulator.attach(step.model, widths, step.output.fused.shape[-1])
-        step.output = step.model(**step.batch)
+        step.output = step.model(**step.batch, output_internals=True)
     return modulator
 
 
@@ -50,7 +50,7 @@ class Step:
         self.labels = batch["labels"]
         batch["modality_present"][0, 1] = batch["modality_present"][1, 2] = False
         self.batch = batch
-        self.output = self.model(**batch)
+        self.output = self.model(**batch, output_internals=True)
         self.owned = self.model.modality_parameters()
 
     def backward(self) -> "Step":

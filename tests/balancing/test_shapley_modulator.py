@@ -91,7 +91,7 @@ def attached(model: MSAModel, **settings) -> ShapleyModulator:
 
 
 def observe(modulator: ShapleyModulator, model: MSAModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return modulator.observe(model(**inputs), inputs["labels"])
+    return modulator.observe(model(**inputs, output_internals=True), inputs["labels"])
 
 
 def context(model: MSAModel, statistics, epoch: int = 0, step: int = 0) -> ModulationContext:
@@ -166,7 +166,7 @@ def test_a_measurement_runs_the_encoders_no_second_time_and_leaves_everything_as
     calls: list[int] = []
     hooks = [each.register_forward_hook(lambda *_: calls.append(1)) for each in model.encoders.values()]
     modulator = attached(model)
-    output = model(**batch)
+    output = model(**batch, output_internals=True)
     output.loss.backward()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {
@@ -187,13 +187,13 @@ def test_a_measurement_runs_the_encoders_no_second_time_and_leaves_everything_as
     for hook in hooks:
         hook.remove()
     model.eval()
-    modulator.observe(model(**batch), batch["labels"])
+    modulator.observe(model(**batch, output_internals=True), batch["labels"])
     assert not any(module.training for module in model.modules())
 
 
 def test_the_sequences_a_model_hands_back_hold_no_graph():
     """A modulator may keep them beyond the step."""
-    sequences = make_model().train()(**make_inputs()).sequences
+    sequences = make_model().train()(**make_inputs(), output_internals=True).sequences
     assert tuple(sequences) == MODALITIES
     assert not any(sequence.values.requires_grad for sequence in sequences.values())
 

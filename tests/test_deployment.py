@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model in the hands of other libraries: `transformers.Trainer`, attention kernels, `torch.export`."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from torch.export import Dim
+from transformers import AutoModel, AutoProcessor, MPNetConfig, Trainer, TrainingArguments
+
+from feature_extractors import ClipFeatures
+from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
+from msa_online.balancing import HEADS
+from msa_online.training.callback import RunningStateCallback
+
+SENTENCES = ["i loved the film", "a bad ending", "it was not really good but great", "", "awful", "the movie"]
+SCORES = [2.5, -1.5, 1, 0, -3, 0.5]
+WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+every_head = pytest.mark.parametrize("head", HEADS)
+
+
+@pytest.fixture
+def samples(tiny_processor) -> list[dict]:
+    """Samples as a user makes them: of different lengths, one without a transcript, labels as numbers."""
+    random = np.random.default_rng(0)
+    made = []
+    for number, (text, label) in enumerate(zip(SENTENCES, SCORES, strict=True)):
+        frames = 2 + number % 3
+        features = ClipFeatures(
+            log_mel=random.normal(-11, 4, size=(20 + 10 * number, 80)).astype(np.float32),
+            face_crops=random.integers(0, 256, size=(frames, 32, 32, 3)).astype(np.uint8),
+            blendshapes=random.random((frames, 52)).astype(np.float32),
+            face_found=np.ones(frames, dtype=bool),
+            timestamps=np.arange(frames, dtype=np.float32),
+            findings=(),
+            duration=float(frames),
+        )
+        made.append({**tiny_processor.encode(features, text), "labels": label})
+    return made
+
+
+@pytest.fixture
+def make_model(tiny_config):
+    def make(head: str, **settings) -> MSAModel:
+        torch.manual_seed(0)
+        return MSAModel(MSAConfig(**{**tiny_config.to_dict(), "head": head, **settings}))
+
+    return make
+
+
+@every_head
+def test_a_trainer_with_its_defaults_trains_evaluates_predicts_and_saves(
+    head, make_model, tiny_processor, samples, tmp_path
+):
+    model = make_model(head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "out"), report_to="none", disable_tqdm=True, num_train_epochs=2),
+        train_dataset=samples,
+        eval_dataset=samples,
+        data_collator=MSADataCollator(tiny_processor),
+        processing_class=tiny_processor,
+        compute_metrics=lambda found: {"mae": abs(found.predictions[:, 0] - found.label_ids).mean()},
+    )
+    assert np.isfinite(trainer.train().training_loss)
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    for part in ("encoders.text", "encoders.audio", "encoders.vision", "head."):
+        assert any(name.startswith(part) for name in moved), part
+    found = trainer.predict(samples)
+    assert found.predictions.shape == (6, 1)
+    assert found.label_ids == pytest.approx(SCORES)
+    scores = trainer.evaluate()
+    assert scores["eval_mae"] == pytest.approx(found.metrics["test_mae"])
+    assert scores["eval_mae"] == pytest.approx(abs(found.predictions[:, 0] - np.array(SCORES)).mean())
+    trainer.save_model()
+    again = AutoModel.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = again(**MSADataCollator(processor)(samples)).logits
+    np.testing.assert_allclose(logits.numpy(), found.predictions, atol=1e-5)
+
+
+def test_a_trainer_trains_a_classifier(make_model, tiny_processor, samples, tmp_path):
+    names = {"id2label": {0: "sad", 1: "happy"}, "label2id": {"sad": 0, "happy": 1}, "label_range": None}
+    trainer = Trainer(
+        make_model("late_fusion", **names),
+        TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, num_train_epochs=1),
+        train_dataset=[{**sample, "labels": int(sample["labels"] > 0)} for sample in samples],
+        data_collator=MSADataCollator(tiny_processor),
+    )
+    assert np.isfinite(trainer.train().training_loss)
+    assert trainer.predict(trainer.train_dataset).predictions.shape == (6, 2)
+
+
+def test_prototypes_move_in_a_trainer_that_is_told_of_them(make_model, tiny_processor, samples, tmp_path):
+    model = make_model("pase")
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, num_train_epochs=1),
+        train_dataset=samples,
+        data_collator=MSADataCollator(tiny_processor),
+        callbacks=[RunningStateCallback()],
+    )
+    trainer.train()
+    assert model.head.prototypes.known.any()
+
+
+def test_batches_of_the_collator_are_those_of_the_processor(tiny_processor, samples):
+    as_lists = [
+        {key: value.tolist() if key == "audio_values" else value for key, value in sample.items()}
+        for sample in samples
+    ]
+    labels = torch.tensor(SCORES)
+    expected = tiny_processor.pad(
+        [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
+    )
+    for given in (samples, as_lists):
+        batch = MSADataCollator(tiny_processor)(given)
+        assert torch.equal(batch.pop("labels"), labels)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    without = [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
+    assert "labels" not in MSADataCollator(tiny_processor)(without)
+
+
+def test_an_input_that_is_missing_is_named_with_the_remedy(tiny_model, make_batch):
+    batch = make_batch()
+    del batch["text_mask"], batch["vision_blendshapes"]
+    with pytest.raises(ValueError, match="needs text_mask, vision_blendshapes: .*MSADataCollator"):
+        tiny_model(**batch)
+    kinds = {value.kind for value in inspect.signature(MSAModel.forward).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds  # Trainer would hide typing errors, and rescale losses
+
+
+def test_integers_are_legal_labels_of_a_regression(make_model, make_batch):
+    batch = make_batch()
+    whole = batch["labels"].round()
+    for head in HEADS:
+        model = make_model(head).eval()
+        expected = model(**{**batch, "labels": whole}).loss
+        assert torch.equal(model(**{**batch, "labels": whole.long()}).loss, expected)
+
+
+@every_head
+def test_the_public_output_holds_tensors_only(head, make_model, make_batch):
+    """DataParallel, torch.export and Trainer take outputs apart and put them together again."""
+    output = make_model(head)(**make_batch())
+    assert isinstance(output, MSAOutput)
+    for name, value in output.items():
+        values = value.values() if isinstance(value, dict) else [value]
+        assert all(isinstance(each, torch.Tensor) for each in values), name
+
+
+# --- attention of the text encoder ---
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    make_model("late_fusion").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [({}, "sdpa"), *(({"attn_implementation": it}, it) for it in ("sdpa", "eager"))]
+)
+def test_the_text_encoder_takes_the_attention_that_is_asked_for(asked, used, saved, make_batch):
+    model = AutoModel.from_pretrained(saved, **asked)
+    assert model.encoders["text"].model.config._attn_implementation == used
+    batch = make_batch()
+    expected = AutoModel.from_pretrained(saved, attn_implementation="eager")(**batch).logits
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=0)
+    model.set_attn_implementation("eager")
+    assert model.encoders["text"].model.config._attn_implementation == "eager"
+
+
+def test_attention_that_a_text_encoder_lacks_is_refused_in_words(make_model, tmp_path):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    make_model("late_fusion", text_config=MPNetConfig(vocab_size=50, **small)).save_pretrained(tmp_path)
+    for asked in ({}, {"attn_implementation": "eager"}):
+        model = AutoModel.from_pretrained(tmp_path, **asked)
+        assert model.encoders["text"].model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="MPNetModel does not support.*eager"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+
+
+# --- torch.export ---
+
+SMALL_HEADS = {
+    head: {"hidden_size": 8, **({"depth": 1} if head in ("ebmc", "pase") else {})} for head in HEADS
+}
+
+
+def features_batch(size: int, steps: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    batch = {"modality_present": torch.rand(size, 3, generator=generator) > 0.2}
+    for name, width in WIDTHS.items():
+        batch[f"{name}_values"] = torch.randn(size, steps, width, generator=generator)
+        batch[f"{name}_mask"] = torch.arange(steps) < torch.randint(1, steps, (size, 1), generator=generator)
+    return batch
+
+
+@every_head
+def test_an_exported_model_predicts_the_same_for_batches_of_any_size(head, make_model, make_batch, tmp_path):
+    model = make_model(head, calibrator="fcm", head_kwargs=SMALL_HEADS[head]).eval()
+
+    def inputs(size: int) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in make_batch(size).items() if k not in ("labels", "index")}
+
+    sizes = {name: {0: Dim.DYNAMIC} for name in inputs(4)}
+    exported = torch.export.export(model, (), kwargs=inputs(4), dynamic_shapes=sizes)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for size in (4, 7):
+        expected = model(**inputs(size)).logits
+        torch.testing.assert_close(program(**inputs(size)).logits, expected, atol=1e-6, rtol=0)
+
+
+@every_head
+def test_an_exported_model_of_features_takes_any_number_of_steps(head):
+    torch.manual_seed(0)
+    model = MSAModel(MSAConfig(feature_widths=WIDTHS, head=head, head_kwargs=SMALL_HEADS[head])).eval()
+    batch = features_batch(4, 7)
+    sizes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in batch} | {
+        "modality_present": {0: Dim.DYNAMIC}
+    }
+    program = torch.export.export(model, (), kwargs=batch, dynamic_shapes=sizes).module()
+    for size, steps in ((4, 7), (2, 11)):
+        batch = features_batch(size, steps)
+        torch.testing.assert_close(program(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
