@@ -23,8 +23,8 @@ from msa_online.errors import run_command
 from msa_online.evaluation.report import conditions_table, epoch_line, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
 from msa_online.evaluation.shares import modality_shares
-from msa_online.hub import write_model_card
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
+from msa_online.model_card import write_model_card
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, TrainingArguments, read_arguments
 from msa_online.training.checkpoint import RunFolder, require_space

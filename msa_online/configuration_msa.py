@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAConfig: the whole model as plain data."""
 
+import os
+import re
+import shlex
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +11,11 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from msa_online.modalities import MODALITIES
+
+LOCAL_PATH = re.compile(r"~|\.{1,2}$|\.{0,2}[\\/]|[A-Za-z]:[\\/]|file:")
+"""Start of a path that cannot be the name of a repository."""
+INNER_PATH = re.compile(r"(?<![\w./:\\~-])(~|\.{1,2}|[A-Za-z]:)?[\\/][^\s,;'\"\])}]*")
+"""Such a path within a longer word, like a list."""
 
 
 @strict
@@ -20,7 +28,8 @@ class MSAConfig(PretrainedConfig):
     Attributes:
         text_config: Configuration of the text encoder, as a config object or the dict it saves; None in a
             model of features.
-        text_encoder: Name or folder the text encoder was taken from; for the record only.
+        text_encoder: Name or folder the text encoder was taken from; for the record only. A folder's path is
+            not saved, its name is.
         feature_widths: Width of each modality's features, for a model that takes features made elsewhere in
             place of raw clips; None for raw clips.
         audio_channels: Widths of the audio front-end's convolutions (METHODS 6.3, A1 and A2).
@@ -34,7 +43,8 @@ class MSAConfig(PretrainedConfig):
         head_kwargs: Keyword arguments of the head.
         loss_weights: Weight of each loss term the head returns by name; a term not named weighs 1.
         label_range: Lowest and highest legal label of a regression; None for classification.
-        trained_on: What a checkpoint was trained on and how it scored, for `describe` and the model card.
+        trained_on: Data, training and scores of a checkpoint, for `describe` and the model card.
+        id2label: Names of the classes by number; or of the one output of a regression, "score" by default.
     """
 
     model_type = "msa_online"
@@ -68,6 +78,8 @@ class MSAConfig(PretrainedConfig):
         if self.feature_widths is None and self.text_config is None:
             self.text_config = AutoConfig.for_model("bert")
         super().__post_init__(**kwargs)
+        if self.id2label == {0: "LABEL_0"}:  # transformers' name for a class
+            self.id2label, self.label2id = {0: "score"}, {"score": 0}
         self.calibrator_kwargs = self.calibrator_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
         self.loss_weights = self.loss_weights or {}
@@ -91,3 +103,54 @@ class MSAConfig(PretrainedConfig):
         A model without a text encoder answers with its own, as transformers expects of one.
         """
         return self.text_config or self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, as it is saved and published: without paths on this machine."""
+        output = super().to_dict()
+        if output["text_config"] is not None:
+            output["text_config"].pop("_name_or_path", None)
+        output["text_encoder"] = without_path(output["text_encoder"])
+        output["trained_on"] = without_path(output["trained_on"])
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: classes too where their names are transformers' own, or two would reload as one."""
+        return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
+
+
+def without_path(value: Any) -> Any:
+    """`value` with the name alone of each local file or folder in it; names on the Hub stay as they are.
+
+    Args:
+        value: Plain data. In a dict, the string under "command" is a command line, whose relative paths stay.
+    """
+    if isinstance(value, dict):
+        return {
+            key: (_command_without_paths if key == "command" else without_path)(it)
+            for key, it in value.items()
+        }
+    if isinstance(value, list):
+        return [without_path(it) for it in value]
+    if isinstance(value, str) and (LOCAL_PATH.match(value) or os.path.exists(value)):
+        return _last_name(value)
+    return value
+
+
+def _command_without_paths(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # quotes that do not end: written by hand
+        words = command.split()
+    published = [_word_without_path(word) for word in words]
+    return command if published == words else shlex.join(published)
+
+
+def _word_without_path(word: str) -> str:
+    key, equals, value = word.rpartition("=") if "=" in word else ("", "", word)
+    if LOCAL_PATH.match(value):
+        return key + equals + _last_name(value)
+    return INNER_PATH.sub(lambda found: _last_name(found.group()), word)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[\\/]", os.path.abspath(path).rstrip("\\/"))[-1]

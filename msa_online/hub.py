@@ -1,46 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as others meet them: opening one, and the model card that goes with it."""
+"""Opening checkpoints, from folders or from the Hub."""
 
-import re
-from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.report import markdown_table
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
-REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises, all over its layers, on files that are missing, damaged or of another version."""
-
-CLIP_USAGE = """\
-Trained with `msa_online`; the checkpoint carries its own processor.
-
-```python
-from msa_online import MSAPipeline
-
-pipeline = MSAPipeline.from_pretrained("{name}")  # this folder, or the repository it was pushed to
-prediction = pipeline("clip.mp4", text="what is said in it")
-print(prediction)
-print(prediction.baseline, prediction.contributions)  # the answer with nothing seen; what each modality adds
-```"""
-FEATURE_USAGE = """\
-Trained with `msa_online`; the checkpoint carries the statistics by which it standardises features.
-
-```
-msa-online evaluate {name} FEATURES   # a folder of `msa-online convert-features`, or an .npz file
-```"""
 
 
 class CheckpointError(ValueError):
@@ -129,70 +103,3 @@ def _only_local(source: str | Path) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def write_model_card(folder: Path, config: MSAConfig) -> None:
-    """Write the README.md of a checkpoint from what its configuration says it was trained on."""
-    record: dict[str, Any] = config.trained_on or {}
-    template = Template(files("msa_online").joinpath("model_card_template.md").read_text(encoding="utf-8"))
-    task = "regression" if config.is_regression else "classification"
-    outputs = (
-        f"a score in {config.label_range}"
-        if config.is_regression
-        else "one of " + ", ".join(config.id2label.values())
-    )
-    card = template.substitute(
-        metadata=yaml.safe_dump(_card_metadata(config, task), sort_keys=False).strip(),
-        name=folder.name,
-        task=task,
-        outputs=outputs,
-        **_card_inputs(folder.name, config),
-        head=config.head,
-        modulator=record["modulator"],
-        calibrator=config.calibrator,
-        data=record["data"],
-        splits=", ".join(f"{name} {count}" for name, count in record["splits"].items()),
-        seed=record["seed"],
-        precision=record["mixed_precision"],
-        selection=record["selection"],
-        epoch=record["epoch"],
-        protocol=record["protocol"],
-        results="\n\n".join(
-            f"**{split}**\n\n{markdown_table(conditions)}" for split, conditions in record["results"].items()
-        ),
-        comparison="\n".join(f"- {line}" for line in record["comparison"]),
-        command=record["command"],
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _card_inputs(name: str, config: MSAConfig) -> dict[str, str]:
-    """What a model reads and how it is used: raw clips, or features made elsewhere."""
-    if config.feature_widths is None:
-        return {
-            "inputs": "a clip of a person talking: text, audio and face",
-            "usage": CLIP_USAGE.format(name=name),
-            "front_end": f"text encoder | {config.text_encoder}",
-        }
-    widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
-    return {
-        "inputs": f"features of a person talking, made elsewhere ({widths})",
-        "usage": FEATURE_USAGE.format(name=name),
-        "front_end": f"features | {widths}",
-    }
-
-
-def _card_metadata(config: MSAConfig, task: str) -> Mapping[str, Any]:
-    return {
-        "library_name": "msa_online",
-        **({"pipeline_tag": "video-classification"} if config.feature_widths is None else {}),
-        "tags": [
-            "multimodal",
-            "sentiment-analysis",
-            "missing-modality",
-            "audio-classification",
-            task,
-            config.head,
-        ],
-        **({"base_model": config.text_encoder} if REPOSITORY.fullmatch(config.text_encoder or "") else {}),
-    }

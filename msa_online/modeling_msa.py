@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from msa_online.balancing.blocks import no_wider
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
 from msa_online.modalities import MODALITIES, ModalitySequence
+from msa_online.model_card import write_model_card
 
 PROBES = "probes."
 """Prefix of parameters that are trained for a modulator alone and never published."""
@@ -219,6 +221,12 @@ class MSAModel(PreTrainedModel):
     def input_names(self) -> list[str]:
         """Inputs that `forward` needs beside `modality_present`."""
         return [name for encoder in self.encoders.values() for name in encoder.input_names]
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload to the Hub, for `push_to_hub`, with the model card of this checkpoint in that repository."""
+        if self.config.trained_on:
+            write_model_card(Path(working_dir), self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """What belongs to one modality: its encoder, and what the head declares; the rest is shared."""

@@ -16,6 +16,8 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.configuration_msa": 1.0,
     "msa_online.encoders": 1.0,
     "msa_online.balancing": 1.0,
+    "msa_online.evaluation.report": 1.0,  # tables of plain data
+    "msa_online.model_card": 1.5,
     "msa_online.modeling_msa": 2.0,
     "msa_online.processing_msa": 2.0,
     "msa_online.data": 3.0,

@@ -131,8 +131,13 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
         names: All different labels.
 
     Raises:
-        CorpusError: All labels are numbers, and not all are whole.
+        CorpusError: There is only one class; or all labels are numbers, and not all are whole.
     """
+    if len(names) == 1:
+        raise CorpusError(
+            f"{source}: the label column {column!r} holds one class only, {next(iter(names))!r}: a "
+            "classification needs two or more; name another column with data.label_column"
+        )
     numbers = [_number(name) for name in names]
     if None in numbers or not all(map(math.isfinite, numbers)):
         return

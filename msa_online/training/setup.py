@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from feature_extractors import FeatureCache
 from msa_online.balancing import MODULATORS, GradientModulator
-from msa_online.configuration_msa import MSAConfig
+from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.data.checks import check_class_names
 from msa_online.data.collate import BucketBatchSampler, make_loader
 from msa_online.data.datasets import Corpus, read_corpus, require_splits
@@ -114,7 +114,7 @@ def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[st
     """Names of the labels in sorted order; none for regression.
 
     Raises:
-        CorpusError: The labels are scores, not classes.
+        CorpusError: The labels are scores, not classes, or all of one class.
     """
     if data.task != "classification":
         return ()
@@ -212,7 +212,7 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     config = load_config(source)
     for key in ("text_encoder", "feature_widths"):
         before = getattr(config, key)
-        if (named := arguments.model.get(key, before)) != before:
+        if without_path(named := arguments.model.get(key, before)) != without_path(before):
             raise ConfigurationError(
                 f"training.init_from={source} has {key} {before!r}, but model.{key} says {named!r}"
             )

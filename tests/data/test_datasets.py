@@ -512,6 +512,8 @@ def test_scores_are_not_made_classes(caplog):
         check_class_names(source, "label", {"2.0", "-1.8", "0"})
     check_class_names(source, "emotion", {"0", "1", "2.0", "-1"})
     check_class_names(source, "emotion", {"joy", "0.5"})
+    with pytest.raises(CorpusError, match="holds one class only, 'joy'.*needs two or more"):
+        check_class_names(source, "emotion", {"joy"})
     assert not caplog.records
     check_class_names(source, "rating", {str(number) for number in range(101)})
     assert "column 'rating' gives 101 classes" in caplog.text and "data.label_range" in caplog.text
