@@ -7,6 +7,7 @@ the csv module does neither.
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +17,10 @@ from msa_online.data.corpus import BrokenRow, CorpusError
 
 MOST_ROWS = 2_000_000
 """Rows that a corpus may have; a hundred times those of the largest public ones."""
+
+MOST_COLUMNS = 10_000
+MOST_BYTES = 1 << 28  # of a csv file; two million rows of 130 characters
+SHOWN = 60  # characters of a cell in a message
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,15 @@ def read_csv(path: Path) -> CsvTable:
     """Read a UTF-8 csv file with a header; empty lines are passed over and cells are left as they are.
 
     Raises:
-        CorpusError: The file is not UTF-8, is not well-formed csv, has no header or names a column twice.
+        CorpusError: The file is not UTF-8, is not well-formed csv, has no header, names a column twice, or
+            is larger than a corpus can be.
     """
     records = _records(path, _decoded(path))
     columns = _header(path, next(records, None))
     rows, broken = [], []
     for line, cells in records:
+        if len(rows) + len(broken) == MOST_ROWS:
+            raise CorpusError(f"{path} has more than {MOST_ROWS:,} rows: split it into parts")
         if len(cells) == len(columns):
             rows.append((line, dict(zip(columns, cells, strict=True))))
         else:
@@ -69,7 +77,10 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
 
 
 def _decoded(path: Path) -> str:
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise CorpusError(f"{path} is larger than {MOST_BYTES / 1e6:.0f} MB: split it into parts")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -104,7 +115,11 @@ def _header(path: Path, record: tuple[int, list[str]] | None) -> tuple[str, ...]
         raise CorpusError(
             f"{path} line {record[0]}: the columns are separated by {found[0]!r}. Save the file with commas."
         )
-    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    if len(columns) > MOST_COLUMNS:
+        raise CorpusError(
+            f"{path} line {record[0]}: the header names {len(columns):,} columns, more than {MOST_COLUMNS:,}"
+        )
+    repeated = sorted(name for name, count in Counter(columns).items() if name and count > 1)
     if repeated:
         raise CorpusError(
             f"{path} line {record[0]}: the header names {', '.join(map(repr, repeated))} more than once. "
@@ -115,7 +130,7 @@ def _header(path: Path, record: tuple[int, list[str]] | None) -> tuple[str, ...]
 
 def _misfit(cells: list[str], columns: Sequence[str]) -> str:
     if len(cells) > len(columns):
-        extra = ",".join(cells[len(columns) :])
+        extra = ",".join(cells[len(columns) :])[:SHOWN]
         return (
             f"{len(cells)} cells under {len(columns)} columns, {extra!r} is left over: a text that holds a "
             "comma must be in quotes"

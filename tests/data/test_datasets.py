@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from msa_online.data import metadata
 from msa_online.data.checks import check_class_names
 from msa_online.data.datasets import CorpusError, read_corpus, require_splits
+from msa_online.data.metadata import read_csv
 
 SENTIMENT = {"label_range": (-3.0, 3.0)}
 
@@ -382,6 +384,32 @@ def test_file_in_another_encoding_names_byte_and_line(folder):
 def test_open_quote_names_the_line_where_it_begins(folder):
     write_csv(folder / "metadata.csv", "file_name,text,label", "a.mp4,x,1", 'b.mp4,"y,1', "c.mp4,z,1")
     assert_names(complaint(folder), "metadata.csv line 3", "not well-formed csv", "Close every quoted cell")
+
+
+def test_a_csv_file_without_end_is_refused(tmp_path):
+    """A device, or a link to one, in place of the metadata."""
+    with pytest.raises(CorpusError, match="/dev/zero is larger than 268 MB: split it into parts"):
+        read_csv(Path("/dev/zero"))
+
+
+def test_more_rows_than_any_corpus_has_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(metadata, "MOST_ROWS", 3)
+    rows = ["a.mp4,x,1", "b.mp4,x,1", "c.mp4,broken"]
+    write_csv(folder / "metadata.csv", "file_name,text,label", *rows)
+    assert "cells under 3 columns" in str(complaint(folder))
+    write_csv(folder / "metadata.csv", "file_name,text,label", *rows, "d.mp4,x,1")
+    assert_names(complaint(folder), "metadata.csv has more than 3 rows: split it into parts")
+
+
+def test_a_header_of_a_hundred_thousand_names_is_refused_at_once(folder):
+    """Looking for repeated names among them used to take hours."""
+    write_csv(folder / "metadata.csv", ",".join(f"column{number}" for number in range(100_000)))
+    assert_names(complaint(folder), "metadata.csv line 1: the header names 100,000 columns, more than 10,000")
+
+
+def test_what_is_left_over_in_a_row_is_shown_in_part(folder):
+    write_csv(folder / "metadata.csv", "file_name,text,label", "a.mp4,x,1," + "y" * 10_000)
+    assert len(str(complaint(folder))) < 1000
 
 
 HEADER = "file_name,text,label,split,start,end"

@@ -3,8 +3,10 @@
 
 import csv
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
-from msa_online.data.metadata import CsvTable, read_csv
+from msa_online.data.metadata import MOST_ROWS, CsvTable, read_csv
 from msa_online.modalities import MODALITIES
 
 METADATA = "metadata.csv"
@@ -31,6 +33,10 @@ COLUMNS = ("id", "text", "label", "split", "speaker")
 TRANSCRIPT = "raw_text"  # what an .npz or a pickle calls the text, since `text` is its features
 DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)
 """What numpy raises on an archive that is cut off, is none, or holds Python objects."""
+
+MOST_CELLS = 20_000_000  # of text
+SMALL, RATIO = 1 << 28, 100  # bytes that any archive may unpack to, and by which share of its size more
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,15 @@ def read_feature_archive(path: Path) -> FeatureTable:
     the end; `raw_text` and `speaker` where they are known. No key is ever unpickled.
 
     Raises:
-        CorpusError: It is no such file, is damaged, or its arrays do not fit each other.
+        CorpusError: It is no such file, is damaged, unpacks to far more than its size, or its arrays do not
+            fit each other.
     """
     try:
+        _require_honest(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
+    except CorpusError:
+        raise
     except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(
@@ -116,15 +126,61 @@ def read_feature_archive(path: Path) -> FeatureTable:
     return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
 
 
+def _require_honest(path: Path) -> None:
+    """Check what an archive says of its arrays before any is unpacked.
+
+    Raises:
+        CorpusError: They are larger than an archive of its size should hold, or more than a corpus can be.
+        ValueError: A member is no array of numbers or text, is not as long as its shape says, or is packed in
+            another way than numpy packs; like `zipfile`'s own errors, for the caller to report.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked, size = sum(member.file_size for member in members), path.stat().st_size
+        if unpacked > (most := min(SMALL + RATIO * size, installed_memory())):
+            raise CorpusError(
+                f"{path} ({size:,} bytes) unpacks to {unpacked / 1e9:,.1f} GB, more than the "
+                f"{most / 1e9:,.1f} GB that an archive of its size may hold: it is damaged or made to do "
+                "harm. If you trust it, save its arrays with numpy.savez, without compression."
+            )
+        cells = 0
+        for member in members:
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename} is encrypted, or packed in another way than numpy packs")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in HEADERS:
+                    raise ValueError(f"{member.filename} is an array of named fields")
+                shape, _, dtype = HEADERS[version](file)
+                if dtype.hasobject:
+                    raise ValueError(f"{member.filename} holds Python objects")
+                if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                    raise ValueError(f"{member.filename} is not as long as its shape {shape} says")
+            if shape and shape[0] > MOST_ROWS:
+                raise CorpusError(f"{path}: {member.filename} has more than {MOST_ROWS:,} rows: split it")
+            cells += math.prod(shape) if math.prod(shape[1:]) == 1 else 0
+    if cells > MOST_CELLS:
+        raise CorpusError(f"{path} has {cells:,} cells in its columns, more than {MOST_CELLS:,}: split it")
+
+
+def installed_memory() -> int:
+    """Bytes of memory in the machine; the largest number where the platform does not say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:
     """Columns of text as a table; `raw_text` is called `text` in it.
 
     Raises:
-        CorpusError: There are no ids, or the columns differ in length.
+        CorpusError: There are no ids, the columns differ in length, or they are more than a corpus can be.
     """
     if "id" not in columns:
         raise CorpusError(f"{source} has no key 'id'; its keys are: {', '.join(columns) or 'none'}")
     count = len(columns["id"])
+    if count * len(columns) > MOST_CELLS or count > MOST_ROWS:
+        raise CorpusError(f"{source} has {count:,} rows of {len(columns)} columns: split it into parts")
     for key, cells in columns.items():
         if len(cells) != count:
             raise CorpusError(f"{source}: {len(cells):,} {key} for {count:,} ids: one is needed for each")
@@ -153,8 +209,8 @@ def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | 
             f"{source}: {name} is an array {values.shape} of {values.dtype}: numbers of the shape "
             "(samples, width) or (samples, time, width) are needed"
         )
-    values = values.reshape(len(values), -1, values.shape[-1])
-    time = values.shape[1]
+    time = values.shape[1] if values.ndim == 3 else 1
+    values = values.reshape(len(values), time, values.shape[-1])
     if lengths is None:
         backwards = values.any(axis=-1)[:, ::-1]  # NaN counts as something
         lengths = np.where(backwards.any(axis=1), time - backwards.argmax(axis=1), 0)

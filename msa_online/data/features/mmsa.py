@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
-from msa_online.data.features.files import FeatureTable, fitting, table_of, unpadded
+from msa_online.data.features.files import FeatureTable, fitting, installed_memory, table_of, unpadded
 from msa_online.data.features.mmsa_pickle import (
     COLUMNS,
     FOREIGN,
@@ -74,7 +74,7 @@ def _read_in_a_process(path: Path, folder: str) -> None:
     Arrays need three times the size of their pickle: its bytes, the arrays, and what is written of them.
     """
     size = path.stat().st_size
-    memory, output = min(SMALL + 8 * size, _installed()), SMALL + 4 * size
+    memory, output = min(SMALL + 8 * size, installed_memory()), SMALL + 4 * size
     seconds = SECONDS + size // 1_000_000
     limits = {
         TOO_MUCH_MEMORY: f"{memory / 1e9:.1f} GB of memory",
@@ -105,13 +105,6 @@ def _read_in_a_process(path: Path, folder: str) -> None:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:SHOWN]
         raise CorpusError(f"{path} cannot be read as a pickle ({reason}): copy or download it again")
-
-
-def _installed() -> int:
-    """Bytes of memory in the machine; without a limit where the platform does not tell."""
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return sys.maxsize
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _joined_columns(

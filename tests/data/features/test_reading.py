@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +234,93 @@ def test_arrays_that_do_not_fit_are_refused(feature_arrays, write_archive, key, 
 def test_objects_in_an_archive_are_refused_and_not_unpickled(feature_arrays, write_archive):
     feature_arrays["label"] = np.array(["calm"] * 12, dtype=object)
     assert "arrays of strings (dtype U)" in refusal(write_archive(feature_arrays))
+
+
+def header(shape: tuple[int, ...], kind: str | list) -> bytes:
+    """The beginning of an array in a file."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+IDS = header((2,), "<U1") + "ab".encode("utf-32-le")
+HARMFUL = {  # members of an archive, and what is said of it
+    "an array of zeros": (
+        {"id": IDS, "text": header((1000, 100_000), "<f4") + bytes(400_000_000)},
+        r"unpacks to 0.4 GB, more than the 0.3 GB that an archive of its size may hold",
+    ),
+    "several arrays of zeros": (
+        {f"key{number}": header((1000, 25_000), "<f4") + bytes(100_000_000) for number in range(4)},
+        r"unpacks to 0.4 GB, more than the 0.3 GB",
+    ),
+    "a shape without its numbers": (
+        {"id": IDS, "text": header((1_000_000, 1000), "<f4") + b"few"},
+        r"text.npy is not as long as its shape \(1000000, 1000\) says",
+    ),
+    "many cells without a byte": ({"id": header((10**9,), "<U0")}, "id.npy has more than 2,000,000 rows"),
+    "many cells of one byte": (
+        {"id": header((3_000_000,), "|S1") + bytes(3_000_000)}, "id.npy has more than 2,000,000 rows"
+    ),
+    "many columns": (
+        {f"key{number}": header((2_000_000, 1), "|S1") + bytes(2_000_000) for number in range(11)},
+        "has 22,000,000 cells in its columns, more than 20,000,000",
+    ),
+    "named fields": (
+        {"id": IDS, "text": header((2,), [("a", "<f4")]) + bytes(8)}, "text is an array"
+    ),
+    "a text file": ({"id": IDS, "text": b"no array at all"}, "magic string is not correct"),
+    "nothing in each": (
+        {key: header((0,), "<U1") for key in ("id", "label", "split")} | {"text": header((0, 4, 5), "<f4")},
+        "has no usable row",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused_before_it_does(
+    kind, tmp_path, monkeypatch
+):
+    members, expected = HARMFUL[kind]
+    path = tmp_path / "features.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    if "GB" in expected or "cells" in expected or "rows" in expected:
+        monkeypatch.setattr(np, "load", None)  # nothing is unpacked
+    message = refusal(path)
+    assert re.search(expected, message) and str(path) in message and path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_archive_packed_as_numpy_never_packs_is_refused(method, tmp_path):
+    """LZMA may ask for 4 GB for its dictionary alone."""
+    with zipfile.ZipFile(tmp_path / "features.npz", "w", method) as archive:
+        archive.writestr("id.npy", IDS)
+    assert "id.npy is encrypted, or packed in another way than numpy packs" in refusal(
+        tmp_path / "features.npz"
+    )
+
+
+def test_members_that_share_their_bytes_count_each_for_itself(tmp_path):
+    """An archive can name the same packed bytes many times over."""
+    path = tmp_path / "features.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("key0.npy", header((1000, 10_000), "<f4") + bytes(40_000_000))
+        first = archive.infolist()[0]
+        for number in range(1, 10):
+            again = copy.copy(first)
+            again.filename = f"key{number}.npy"
+            archive.filelist.append(again)
+    assert "unpacks to 0.4 GB" in refusal(path)
+
+
+def test_an_archive_packed_tightly_by_numpy_is_read(feature_arrays, tmp_path):
+    """Padding packs well: an archive may unpack to more than a hundred times its size while it is small."""
+    feature_arrays["audio"] = np.zeros((12, 50_000, 3), np.float32)
+    feature_arrays["audio"][:, 0] = 1
+    np.savez_compressed(tmp_path / "features.npz", **feature_arrays)
+    assert (tmp_path / "features.npz").stat().st_size < 7_200_000 / 100
+    assert read_features(tmp_path / "features.npz").steps["audio"].lengths.tolist() == [1] * 12
 
 
 @pytest.mark.parametrize("share", [0, 0.4, 0.97])
