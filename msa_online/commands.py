@@ -270,6 +270,8 @@ def run_describe(options: Namespace, console: Console) -> None:
         console.print(conditions_table(results, f"scores on {split}"))
     for split, shares in description.trained_on.get("shares", {}).items():
         console.print(shares_table(shares, f"what predictions on {split} come from"))
+    for line in description.trained_on.get("comparison", ()):
+        console.print(Text(line), soft_wrap=True)
 
 
 def run_get_models(options: Namespace, console: Console) -> None:

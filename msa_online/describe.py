@@ -19,6 +19,8 @@ from msa_online.training.arguments import ConfigurationError, read_arguments
 EXAMPLE_SECONDS = 4
 EXAMPLE_TOKENS = 20  # and steps of features made elsewhere
 EXAMPLE_CLASSES = 2
+SHOWN_APART = ("results", "shares", "constant", "comparison", "missing")
+"""What the table of a training record leaves out; the protocol names the rates of `missing`."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,7 @@ def description_tables(description: Description, source: str) -> list[Table]:
     shapes.add_column("shape")
     for name, shape in description.shapes.items():
         shapes.add_row(name, " x ".join(map(str, shape)))
-    record = {
-        name: value
-        for name, value in description.trained_on.items()
-        if name not in ("results", "shares", "missing")  # the protocol says the rates
-    }
+    record = {name: value for name, value in description.trained_on.items() if name not in SHOWN_APART}
     if not record:
         return [parts, shapes]
     trained = Table(title="trained on", title_justify="left", show_header=False)

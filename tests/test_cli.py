@@ -115,7 +115,13 @@ def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_confi
     from msa_online import MSAConfig
 
     metrics = {"mae": 0.704, "corr": 0.5}
-    record = {"data": "me/clips", "results": {"test": {"text": metrics, "text+audio+vision": metrics}}}
+    line = "test: MAE 0.704; always predicting the mean training label (0.1) gives 1.310"
+    record = {
+        "data": "me/clips",
+        "results": {"test": {"text": metrics, "text+audio+vision": metrics}},
+        "constant": {"test": {"mae": 1.31, "acc7": 0.123}},
+        "comparison": [line],
+    }
     MSAConfig(
         **{**tiny_config.to_dict(), "architectures": ["MSAModel"], "trained_on": record}
     ).save_pretrained(tmp_path)
@@ -124,6 +130,7 @@ def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_confi
     printed = capsys.readouterr().out
     for expected in ("text_encoder", "total", "log-mel", "me/clips", "scores on test", "0.704"):
         assert expected in printed
+    assert printed.count(line) == 1 and "0.123" not in printed
 
 
 def test_a_message_names_the_file_as_it_is_called(capsys, tmp_path):
