@@ -143,6 +143,7 @@ class RebalancingModulator(GradientModulator):
         self.strength, self.spatial_weight = strength, spatial_weight
         self.progress, self.guard = progress, guard
         self.spatial, self.mod_form, self.apply = spatial, mod_form, apply
+        self.differentiates_features = spatial == "latent" and spatial_weight > 0
         self.divergences: dict[str, float] | None = None  # of the last step, or running
         self.kappa: dict[str, float] | None = None
 

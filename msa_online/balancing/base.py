@@ -161,11 +161,14 @@ class GradientModulator:
         modalities: Modalities whose parameters it acts on.
         epochs: First and last epoch in which it acts, from 0; None for all.
         needs_modality_logits: It compares the modalities by their own predictions.
+        differentiates_features: `observe` or `extra_losses` takes gradients by what the head reports, which a
+            compiled model does not offer.
     """
 
     modalities: tuple[str, ...] = ()
     epochs: tuple[int, int] | None = None
     needs_modality_logits: bool = False
+    differentiates_features: bool = False
 
     def acts_in(self, epoch: int) -> bool:
         """Epoch number `epoch`, from 0, lies in its window; first and last are in."""

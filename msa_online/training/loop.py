@@ -82,8 +82,8 @@ class TrainingLoop:
 
     @property
     def bare_model(self) -> MSAModel:
-        """The model without Accelerate's wrapping."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model without what Accelerate wraps around it: DDP, torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def train_epoch(self, loader: DataLoader, *, stage: str, epoch: int, title: str) -> dict[str, float]:
         """Train one epoch.

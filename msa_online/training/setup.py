@@ -2,6 +2,7 @@
 """Everything a run needs before its first step: processes and precision, data, model."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, parse_flag_from_env
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -34,7 +35,9 @@ from msa_online.training.arguments import ConfigurationError, DataArguments, Run
 from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import ClipData, FeatureData
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# how Accelerate's environment names ways to divide a model, and the sizes in it that do so
+SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+DIVIDED = ("DP_SHARD", "TP", "CP", "SP")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
 
@@ -43,8 +46,10 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
     """Start Accelerate as the configuration and `accelerate launch` ask, and print processes and precision.
 
     Raises:
-        ConfigurationError: fp16 without a GPU, which would silently compute in fp32.
+        ConfigurationError: fp16 without a GPU, which would silently compute in fp32; a launch that divides
+            the model among processes; or settings that do not work with torch.compile.
     """
+    _refuse_divided_models()
     try:
         precision = choose_precision(training.mixed_precision, "training.mixed_precision")
     except ValueError as error:
@@ -62,9 +67,42 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
     accelerator.print(f"{processes} on {accelerator.device.type}, {precision}")
     if precision.warning:
         accelerator.print(f"warning: {precision.warning}")
+    _check_compilation(training, accelerator)
     if accelerator.device.type == "cpu" and sys.platform == "linux":
         _return_freed_memory()
     return accelerator
+
+
+def _refuse_divided_models() -> None:
+    """Refuse launches that leave a part of the model on each process, which would be published as a whole."""
+    used = [name for key, name in SHARDING.items() if parse_flag_from_env(f"ACCELERATE_USE_{key}")]
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {key: os.environ.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1") for key in DIVIDED}
+        used += [f"{key.lower()}_size={size}" for key, size in sizes.items() if size != "1"]
+    if used:
+        raise ConfigurationError(
+            f"{', '.join(used)}: a process would hold a part of the model only, and checkpoints would hold "
+            "that part; launch with data parallelism alone (--multi_gpu), or on one process"
+        )
+
+
+def _is_compiled(accelerator: Accelerator) -> bool:
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
+def _check_compilation(training: TrainingArguments, accelerator: Accelerator) -> None:
+    if not _is_compiled(accelerator):
+        return
+    if accelerator.state.dynamo_plugin.use_regional_compilation:
+        raise ConfigurationError(
+            "regional compilation replaces layers that heads address by name: launch without "
+            "--dynamo_use_regional_compilation, which compiles the whole model"
+        )
+    if training.measure_gradients:
+        raise ConfigurationError(
+            "training.measure_gradients=true goes back through the model once for each loss, which "
+            "torch.compile does not allow: launch with --dynamo_backend no"
+        )
 
 
 def _return_freed_memory() -> None:
@@ -233,19 +271,19 @@ def make_modulator(
         training: Names it.
         model: Whose gradients it is to change.
         epochs: Epochs of the run.
-        accelerator: Says how gradients are spread over processes.
+        accelerator: Knows whether the model is compiled.
 
     Raises:
         ConfigurationError: The model has nothing of a modality that the modulator acts on, or no unimodal
-            predictions that it needs; its window lies behind the last epoch; gradients are sharded; or the
-            modulator itself says that it does not fit the model.
+            predictions that it needs; its window lies behind the last epoch; the model is compiled and the
+            modulator needs its inner states; or the modulator itself does not fit the model.
     """
     modulator = MODULATORS[training.modulator](**training.modulator_kwargs)
     name = f"training.modulator={training.modulator}"
-    if modulator.modalities and accelerator.distributed_type in SHARDED:
+    if modulator.differentiates_features and _is_compiled(accelerator):
         raise ConfigurationError(
-            f"{name} needs whole gradients, but {accelerator.distributed_type.value} keeps shards of them: "
-            "launch without FSDP and DeepSpeed (--multi_gpu), or train with training.modulator=identity"
+            f"{name} takes gradients by states inside the model, which torch.compile leaves out: launch with "
+            "--dynamo_backend no, or say training.modulator=identity"
         )
     owned = model.modality_parameters()
     for modality in modulator.modalities:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from msa_online import MSAConfig, MSAModel
@@ -301,22 +300,15 @@ def test_a_window_behind_the_last_epoch_is_refused(modulator, accelerator):
     assert make_modulator(training(modulator, epochs=[9, 25]), model, 10, accelerator).acts_in(9)
 
 
-@pytest.mark.parametrize(
-    "kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM]
-)
-@pytest.mark.parametrize("modulator", REAL)
-def test_gradients_in_shards_are_refused_naming_a_launch_that_works(kind, modulator, accelerator):
-    """Accelerate shards on GPUs only: here its state alone says that it does."""
-    accelerator.state.distributed_type = kind
-    expected = (
-        f"training.modulator={modulator} needs whole gradients, but {kind.value} keeps shards of them: "
-        r"launch without FSDP and DeepSpeed \(--multi_gpu\), or train with training.modulator=identity"
-    )
-    with pytest.raises(ConfigurationError, match=expected):
-        make_modulator(training(modulator), features_model("late_fusion"), 10, accelerator)
-    identity = make_modulator(training("identity"), features_model("late_fusion"), 10, accelerator)
-    assert type(identity) is GradientModulator
-    assert PartialState().distributed_type == DistributedType.NO  # nothing else was changed
+def test_a_modulator_that_a_compiled_model_gives_no_gradients_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    compiling = Accelerator(cpu=True)
+    model = features_model("late_fusion")
+    with pytest.raises(ConfigurationError, match=r"rebalance takes gradients.*--dynamo_backend no"):
+        make_modulator(training("rebalance"), model, 10, compiling)
+    for modulator, settings in (("rebalance", {"spatial": "off"}), ("ogm", {}), ("conflict", {})):
+        make_modulator(training(modulator, **settings), model, 10, compiling)
 
 
 def write_features(path: Path, *absent: str) -> Path:

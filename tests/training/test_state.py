@@ -301,6 +301,6 @@ def test_two_processes_resume_onto_the_same_weights(repository, tmp_path):
     ]
     printed = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "".join(printed)
-    assert "2 process(es)" in printed[0] and "resuming after epoch 1" in printed[0]
+    assert "2 processes on cpu" in printed[0] and "resuming after epoch 1" in printed[0]
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
     assert_same(ends[1], ends[0])
