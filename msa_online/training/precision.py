@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 TITLES = {"no": "fp32"}
@@ -43,7 +44,8 @@ def choose_precision(requested: str, key: str) -> Precision:
     Raises:
         ValueError: fp16 on a CPU, where Accelerate would silently compute in fp32.
     """
-    device = PartialState().device
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # unless it is passed on, CPUs get no process group
+    device = PartialState(cpu=on_cpu).device
     reason = key
     # the launcher's "no" cannot be told from its default
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
