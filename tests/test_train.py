@@ -112,6 +112,7 @@ def test_two_processes_and_one_land_on_the_same_weights(launcher, tiny_text_enco
     (still / "config.json").write_text(json.dumps(settings))
     config = launcher.configure(still, dropout=0.0)
     changes = ("model.loss_weights={unimodal: 0.0}", "training.epochs=2", "training.log_with=null")
+    changes += ("training.mixed_precision=no",)
     one = launcher.run(config, "one", *changes, "training.accumulation=1", "training.batch_size=8")
     two = launcher.run(config, "two", *changes, "training.accumulation=1", processes=2)
     assert "1 process on cpu" in one
