@@ -34,6 +34,7 @@ from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
 from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import ClipData, FeatureData
+from msa_online.training.turns import in_turn
 
 # how Accelerate's environment names ways to divide a model, and the sizes in it that do so
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
@@ -166,17 +167,20 @@ def prepare_data(
 ) -> ClipData | FeatureData:
     """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
 
-    Of clips, features are extracted that are not in the cache yet.
+    Of clips, features are extracted that are not in the cache yet: by the main process, for which the others
+    wait however long it takes.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
+        SystemExit: Extraction failed in another process, which reports it.
     """
     if isinstance(corpus, FeatureCorpus):
         console.print(features_table(corpus))
         return FeatureData(corpus)
     cache = FeatureCache()
-    with accelerator.main_process_first():  # the others find everything in the cache
-        preparation = prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken)
+    preparation = in_turn(
+        lambda: prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken), accelerator
+    )
     require_splits(preparation.corpus, ("train", "valid"))
     console.print(findings_table(preparation))
     return ClipData(preparation, cache)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow work that one process does for all, while the others wait for as long as it takes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from msa_online.data.prepare import WorkerError
+
+PATIENCE = timedelta(
+    days=7
+)  # the group of training gives up after 10 to 30 minutes, which is right for its steps
+Result = TypeVar("Result")
+
+
+def in_turn(work: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Call `work` in the main process first, then in one process of each other machine, then in the rest.
+
+    Work that leaves its results on the disk is thus done once for each disk; the others find it done.
+
+    Args:
+        work: May take hours.
+        accelerator: Knows the processes.
+
+    Returns:
+        What `work` returned in this process.
+
+    Raises:
+        SystemExit: `work` failed in another process, which has raised its error there.
+        WorkerError: Another process ended without a word.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    mine = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    with _patient_group() as group:
+        for turn in range(3):
+            if turn == mine:
+                result = _work_and_report(work, group)
+            elif _any_failed(False, group):
+                raise SystemExit(1)
+    return result
+
+
+@contextmanager
+def _patient_group() -> Iterator[ProcessGroup]:
+    """A group of all processes beside that of training; on the CPU, so that no collective of a GPU waits."""
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    yield group
+    distributed.destroy_process_group(group)
+
+
+def _work_and_report(work: Callable[[], Result], group: ProcessGroup) -> Result:
+    done = False
+    try:
+        result = work()
+        done = True
+    finally:
+        if not done:
+            with suppress(WorkerError):  # the error of `work` is what the user has to see
+                _any_failed(True, group)
+    if _any_failed(False, group):
+        raise SystemExit(1)
+    return result
+
+
+def _any_failed(failed: bool, group: ProcessGroup) -> bool:
+    """Wait for all processes; whether this or another one has failed."""
+    count = torch.tensor(int(failed))
+    try:
+        distributed.all_reduce(count, group=group)
+    except RuntimeError as error:
+        raise WorkerError(
+            "another process of this run was ended from outside, perhaps by the system for lack of memory; "
+            "features that were extracted stay in the cache: start again to go on from there"
+        ) from error
+    return count.item() > 0
