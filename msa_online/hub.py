@@ -48,14 +48,14 @@ def load_config(source: str | Path) -> MSAConfig:
 
 
 def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
-    """Model, in evaluation mode, and processor of a checkpoint folder or Hub repository.
+    """Model, in fp32 and in evaluation mode, and processor of a checkpoint folder or Hub repository.
 
-    A model that takes features made elsewhere has no processor.
+    A model of precomputed features has no processor.
 
     Raises:
         CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
     """
-    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False, dtype="auto")
+    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False)
     if strange := sorted(found["missing_keys"] | found["unexpected_keys"]):
         raise CheckpointError(f"{source}: the weights do not fit config.json, for example {strange[0]}")
     return model.eval(), processor
@@ -66,18 +66,17 @@ def load_for_fine_tuning(
 ) -> tuple[MSAModel, PreTrainedTokenizerBase | None]:
     """Model of another configuration with whatever weights of a checkpoint fit it, and the tokenizer.
 
-    The model is in fp32, even if the checkpoint was saved in half precision. A model of precomputed features
-    has no tokenizer.
+    The model is in fp32. A model of precomputed features has no tokenizer.
 
     Raises:
         CheckpointError: The weights or the processor are missing or damaged.
     """
-    model, _, processor = _load(source, config, ignore_mismatched_sizes=True, dtype=torch.float32)
+    model, _, processor = _load(source, config, ignore_mismatched_sizes=True)
     return model, processor and processor.tokenizer
 
 
 def _load(
-    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool, dtype: torch.dtype | str
+    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool
 ) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
     processor = None
     try:
@@ -87,7 +86,7 @@ def _load(
             use_safetensors=True,  # or nothing: a pickle could execute what it likes
             output_loading_info=True,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            dtype=dtype,
+            dtype=torch.float32,  # of a checkpoint saved in half precision too; autocast does the rest
             local_files_only=_only_local(source),
         )
         if config.feature_widths is None:
