@@ -6,6 +6,7 @@ and asking for help should not.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,23 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
     prepare.add_argument(
         "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
+    )
+    prepare.add_argument(
+        "--max-text-tokens",
+        type=_at_least(3),
+        default=128,
+        help="report texts that a model with this limit would cut (default 128, that of training)",
+    )
+    prepare.add_argument(
+        "--max-audio-seconds",
+        type=_positive,
+        default=30.0,
+        help="report sounds that a model with this limit would cut (default 30, that of training)",
+    )
+    prepare.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="count tokens as this encoder does (default: count words, which misses some cut texts)",
     )
 
     evaluate = commands.add_parser(
@@ -136,6 +154,13 @@ def _share(text: str) -> float:
     """A type of options: numbers between 0 and 1."""
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no share: a number between 0 and 1")
+    return float(text)
+
+
+def _positive(text: str) -> float:
+    """A type of options: finite numbers above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return float(text)
 
 

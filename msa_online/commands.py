@@ -2,6 +2,7 @@
 """What the sub-commands of `msa-online` do; the command line itself is read in `msa_online_cli`."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
+from feature_extractors.clip import REMEDIES
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
@@ -24,15 +26,17 @@ from msa_online.data.features.extraction import extract_features
 from msa_online.data.features.files import means_features, require_new_folder, why_not_writable
 from msa_online.data.features.reading import read_features
 from msa_online.data.missing_frames import FrameDrop, stand_ins_of
-from msa_online.data.prepare import findings_table, prepare
+from msa_online.data.preparation import Preparation, findings_record, findings_table
+from msa_online.data.prepare import prepare
 from msa_online.describe import describe, description_tables
+from msa_online.encoders.text import load_tokenizer
 from msa_online.errors import UnfinishedError, run_command
 from msa_online.evaluation.report import conditions_table, frame_rates_table, shares_table
 from msa_online.evaluation.robustness import evaluate_conditions, evaluate_frame_rates
 from msa_online.hub import load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits, MSAProcessor
 from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import label2id_of
 
@@ -52,7 +56,9 @@ def run_prepare(options: Namespace, console: Console) -> None:
     corpus = read_corpus(options.data, label_column=None, skip_broken=options.skip_broken)
     settings = ExtractionSettings(num_frames=options.num_frames, face_size=options.face_size)
     preparation = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
-    console.print(findings_table(preparation))
+    tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
+    limits = InputLimits(options.max_text_tokens, options.max_audio_seconds, tokenizer)
+    console.print(findings_table(preparation, limits))
 
 
 def run_evaluate(options: Namespace, console: Console) -> None:
@@ -69,8 +75,13 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         Console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
     accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
-    make_dataset = _clips_to_score if model.config.feature_widths is None else _features_to_score
-    dataset = make_dataset(options, model.config, processor)
+    preparation = None
+    if model.config.feature_widths is None:
+        preparation = _clips_to_score(options, model.config, processor)
+        labels = label2id_of(model.config)
+        dataset = ClipDataset(preparation.samples, preparation.keys, FeatureCache(), processor, labels)
+    else:
+        dataset = _features_to_score(options, model.config)
     sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
     model.to(accelerator.device)
@@ -89,13 +100,17 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         results = evaluate_conditions(model, loader, accelerator)
         report["conditions"] = results
         table = conditions_table(results, title)
+    if preparation:
+        report |= findings_record(preparation, processor.limits)
     if options.json:
         _write_json(report, options.json, console)
     if options.json != "-":
+        if preparation:
+            console.print(findings_table(preparation, processor.limits))
         console.print(table)
 
 
-def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> ClipDataset:
+def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> Preparation:
     if means_features(options.data):
         raise CorpusError(
             f"{options.data} means features made elsewhere, but {options.checkpoint} reads raw clips: give "
@@ -105,12 +120,10 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
     require_splits(corpus, (options.split,))
     corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted
     _require_known_labels(corpus, config)
-    cache = FeatureCache()
-    preparation = prepare(corpus, cache, processor.settings, options.workers, options.skip_broken)
-    return ClipDataset(preparation.samples, preparation.keys, cache, processor, label2id_of(config))
+    return prepare(corpus, FeatureCache(), processor.settings, options.workers, options.skip_broken)
 
 
-def _features_to_score(options: Namespace, config: MSAConfig, processor: None) -> FeatureDataset:
+def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureDataset:
     corpus = read_features(
         options.data,
         **_labels_to_read(options, config),
@@ -168,7 +181,8 @@ def run_extract_features(options: Namespace, console: Console) -> None:
         workers=options.workers,
         skip_broken=options.skip_broken,
     )
-    console.print(findings_table(preparation))
+    limits = InputLimits(MAX_TEXT_TOKENS, math.inf, load_tokenizer(options.text_encoder))
+    console.print(findings_table(preparation, limits))
     _show_features(options.folder, console)
 
 
@@ -218,7 +232,11 @@ def run_predict(options: Namespace, console: Console) -> None:
 def _as_json(result: Prediction | ClipError) -> dict[str, Any]:
     if isinstance(result, Prediction):
         return result.to_dict()
-    return {"clip": str(result.path), "error": str(result).removeprefix(f"{result.path}: ")}
+    return {"clip": str(result.path), "error": _reason(result)}
+
+
+def _reason(error: ClipError) -> str:
+    return f"{error.detail}; {REMEDIES[error.problem]}"
 
 
 def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
@@ -232,7 +250,7 @@ def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
     lines = []
     for result in results:
         if isinstance(result, ClipError):
-            lines += [f"{result.path}: error", f"  {str(result).removeprefix(f'{result.path}: ')}", ""]
+            lines += [f"{result.path}: error", f"  {_reason(result)}", ""]
         else:
             lines += [*_lines_of(result, max(added)), ""]
     if predictions:
@@ -250,7 +268,8 @@ def _lines_of(one: Prediction, largest: float) -> list[str]:
             lines.append(f"  {name:<12} {'0':>8}  {one.missing[name]}")
         else:
             lines.append(f"  {name:<12} {value:>+8{unit}}  {_bar(value, largest)}".rstrip())
-    return lines
+    lines += [f"  read of {name + ':':<8} {what}" for name, what in one.cut.items()]
+    return lines + ([f"  warning: {one.warning}"] if one.warning else [])
 
 
 def _bar(value: float, largest: float) -> str:

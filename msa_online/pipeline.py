@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from msa_online.evaluation.shares import Attribution, attribute
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import ClipExtent, MSAProcessor
 
 TOGETHER = 16  # clips in one forward pass
+FROM_NOTHING = "no text, sound or face: this is the model's baseline and says nothing about the clip"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Prediction:
         baseline: The score, or the probability of `label`, when the model sees nothing.
         contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for one
             that is missing.
+        cut: For each modality that is read in part only, how much of it was read: "first 30.0 of 182.4 s".
+        warning: Why the prediction says nothing about this clip: all modalities are missing. None otherwise.
     """
 
     clip: str | None
@@ -50,6 +53,8 @@ class Prediction:
     missing: dict[str, str]
     baseline: float
     contributions: dict[str, float]
+    cut: dict[str, str] = field(default_factory=dict)
+    warning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain data, ready for JSON."""
@@ -176,7 +181,7 @@ class MSAPipeline:
             raise UndefinedScoreError(f"the predictions of this model are not finite; {DIVERGED}")
         present = batch["modality_present"]
         return [
-            self._prediction(clips[row], features[row], present[row].tolist(), said.of_sample(row))
+            self._prediction(*samples[row], present[row].tolist(), said.of_sample(row))
             for row in range(len(clips))
         ]
 
@@ -187,11 +192,17 @@ class MSAPipeline:
         return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
 
     def _prediction(
-        self, clip: Clip | None, features: ClipFeatures, present: list[bool], said: Attribution
+        self,
+        clip: Clip | None,
+        features: ClipFeatures,
+        text: str | None,
+        present: list[bool],
+        said: Attribution,
     ) -> Prediction:
         config = self.model.config
         outputs = said.outputs.tolist()
         classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
+        extent = ClipExtent.of(features, self.processor.settings.hop_ms)
         used = tuple(name for name, there in zip(MODALITIES, present, strict=True) if there)
         return Prediction(
             clip=None if clip is None else str(clip.path),
@@ -202,6 +213,8 @@ class MSAPipeline:
             missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
             baseline=said.baseline.item(),
             contributions=dict(zip(MODALITIES, said.contributions.tolist(), strict=True)),
+            cut={name: cut.says for name, cut in self.processor.limits.cut(extent, text).items()},
+            warning=None if used else FROM_NOTHING,
         )
 
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,81 @@ from msa_online.modalities import MODALITIES
 
 MAX_TEXT_TOKENS = 128
 MAX_AUDIO_SECONDS = 30.0
+SPECIAL_TOKENS = 8  # at most as many are put around a text
+FRAME_GAP = 4.0
+"""Seconds between two sampled frames from which a clip is reported to have few: with the default of eight
+frames, clips longer than 32 s. Utterances of the usual corpora last 1 to 10 s."""
+LOST_SOUND = 0.1  # seconds; codecs pad sound by less than that
+
+
+@dataclass(frozen=True)
+class ClipExtent:
+    """How much of each modality there is in a clip.
+
+    Attributes:
+        seconds: Length of the clip.
+        sound: Seconds of sound; 0 without any.
+        frames: Sampled frames; 0 if none shows a face.
+    """
+
+    seconds: float
+    sound: float
+    frames: int
+
+    @classmethod
+    def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
+        """The extent of what was extracted with spectrogram steps of `hop_ms` milliseconds."""
+        sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
+        return cls(features.duration, sound, len(features.face_crops) if features.has_face else 0)
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """The most that a model reads of a clip.
+
+    Attributes:
+        max_text_tokens: Longest token sequence, special tokens included.
+        max_audio_seconds: Longest sound, in seconds.
+        tokenizer: Counts tokens. Without one words are counted, which are fewer: not every cut text is found.
+    """
+
+    max_text_tokens: int = MAX_TEXT_TOKENS
+    max_audio_seconds: float = MAX_AUDIO_SECONDS
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def cut(self, extent: ClipExtent, text: str | None) -> dict[str, "Cut"]:
+        """What the model does not read of a clip and its transcript, by modality; empty if it reads all."""
+        cuts = {}
+        if (length := self._text_length(text or "")) > self.max_text_tokens:
+            of = f"tokens of {length:,} words" if self.tokenizer is None else f"of {length:,} tokens"
+            cuts["text"] = Cut(f"{self.max_text_tokens:,} {of}", length)
+        if extent.sound > self.max_audio_seconds + LOST_SOUND:
+            says = f"first {self.max_audio_seconds:.1f} of {extent.sound:.1f} s"
+            cuts["audio"] = Cut(says, extent.sound)
+        if extent.frames and extent.seconds / extent.frames > FRAME_GAP:
+            frames = f"{extent.frames} frame{'s' * (extent.frames != 1)}"
+            cuts["vision"] = Cut(f"{frames} over {extent.seconds:.1f} s", extent.seconds)
+        return cuts
+
+    def _text_length(self, text: str) -> int:
+        if self.tokenizer is None:
+            return len(text.split())
+        if len(text.encode()) + SPECIAL_TOKENS <= self.max_text_tokens:
+            return 0  # tokens have a byte at least, and to count them in every text takes seconds
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is read of one modality of a clip that is longer than the limit.
+
+    Attributes:
+        says: What is read, and of how much: "first 30.0 of 182.4 s".
+        length: How much there is: tokens (or words), or seconds.
+    """
+
+    says: str
+    length: float
 
 
 class MSAProcessor(ProcessorMixin):
@@ -47,6 +123,11 @@ class MSAProcessor(ProcessorMixin):
     def settings(self) -> ExtractionSettings:
         """Settings with which clips have to be extracted for this model."""
         return ExtractionSettings(**self.extraction)
+
+    @property
+    def limits(self) -> InputLimits:
+        """The most that the model reads of a clip."""
+        return InputLimits(self.max_text_tokens, self.max_audio_seconds, self.tokenizer)
 
     def tokenize(self, text: str) -> Tensor:
         """Token ids of a transcript, `(tokens,)` int64; an empty one gives the special tokens alone."""

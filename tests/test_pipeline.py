@@ -57,6 +57,22 @@ def test_a_clip_with_nothing_to_see_or_hear_still_gets_a_prediction(pipeline, ma
     prediction = pipeline(clip)
     assert prediction.modalities == ()
     assert prediction.missing == {"text": "no transcript given", "audio": "silent audio", "vision": "no face"}
+    assert prediction.score == pytest.approx(prediction.baseline, abs=1e-6)
+    assert prediction.to_dict()["warning"] == prediction.warning
+    assert "baseline" in prediction.warning and pipeline(clip, text="good").warning is None
+
+
+def test_a_long_recording_says_how_much_of_it_was_read(pipeline, make_clip, tmp_path):
+    import numpy as np
+
+    picture = make_clip(tmp_path / "a.mkv", seconds=40.0, fps=1, audio=np.full(40 * 48_000, 0.1))
+    long, short = pipeline([picture, None], text=["good " * 200, "a good movie"])
+    assert long.to_dict()["cut"] == {
+        "text": "128 of 202 tokens",
+        "audio": "first 30.0 of 40.0 s",
+        "vision": "4 frames over 40.0 s",
+    }
+    assert short.cut == {}
 
 
 def test_several_clips_at_once_equal_each_alone(pipeline, make_clip, tmp_path):

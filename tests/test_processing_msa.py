@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 import msa_online  # noqa: F401  registers the processor with AutoProcessor
 from feature_extractors import ClipFeatures, ExtractionSettings
 from msa_online import MSAProcessor
+from msa_online.processing_msa import ClipExtent, InputLimits
 
 SETTINGS = ExtractionSettings(face_size=32, num_frames=4)
 
@@ -129,6 +130,47 @@ def test_a_long_sound_is_cut_from_its_end(tiny_tokenizer):
 def test_the_longest_sound_is_counted_in_seconds_whatever_the_hop(tiny_tokenizer):
     processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "hop_ms": 20}, max_audio_seconds=0.3)
     assert processor([features(steps=50)], ["good"])["audio_values"].shape == (1, 15, 80)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sound", "frames", "words", "cut"),
+    [
+        (4.2, 4.2, 8, 20, {}),
+        (10.0, 10.0, 8, 30, {}),
+        (32.0, 30.0, 8, 126, {}),  # 126 words and two special tokens
+        (30.05, 30.05, 8, 0, {}),  # a codec's padding
+        (182.4, 182.4, 8, 1310, {
+            "text": "128 of 1,312 tokens",
+            "audio": "first 30.0 of 182.4 s",
+            "vision": "8 frames over 182.4 s",
+        }),
+        (182.4, 0.0, 0, 0, {}),  # neither sound nor a face
+        (60.0, 0.0, 1, 127, {"text": "128 of 129 tokens", "vision": "1 frame over 60.0 s"}),
+    ],
+)  # fmt: skip
+def test_what_a_model_does_not_read_is_named_with_figures(seconds, sound, frames, words, cut, tiny_processor):
+    extent = ClipExtent(seconds, sound, frames)
+    cuts = tiny_processor.limits.cut(extent, "very " * words)
+    assert {name: one.says for name, one in cuts.items()} == cut
+
+
+def test_a_text_that_is_reported_as_cut_is_cut_and_no_other(tiny_processor):
+    extent = ClipExtent(1.0, 1.0, 4)
+    for words in (100, 126, 127, 300):
+        whole = len(tiny_processor.tokenizer("very " * words)["input_ids"])
+        is_cut = len(tiny_processor.tokenize("very " * words)) < whole
+        assert bool(tiny_processor.limits.cut(extent, "very " * words)) == is_cut
+
+
+def test_without_a_tokenizer_words_are_counted():
+    cuts = InputLimits(max_text_tokens=100).cut(ClipExtent(1.0, 1.0, 4), "word " * 1200)
+    assert cuts["text"].says == "100 tokens of 1,200 words"
+
+
+def test_the_extent_of_a_clip_counts_only_what_a_model_can_use():
+    assert ClipExtent.of(features(steps=50), 20) == ClipExtent(0.5, 1.0, 4)
+    assert ClipExtent.of(features(steps=50, findings=("silent audio",)), 10).sound == 0
+    assert ClipExtent.of(features(faces="nnnn", findings=("no face",)), 10).frames == 0
 
 
 def test_clips_and_transcripts_must_come_in_pairs(tiny_processor):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came out of preparing a corpus: the usable samples, where their features lie and what they lack."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -12,8 +13,10 @@ from torch import Tensor
 from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
 from msa_online.data.corpus import BrokenRow, Corpus, Sample, place
 from msa_online.modalities import MODALITIES
+from msa_online.processing_msa import ClipExtent, Cut, InputLimits
 
 EMPTY_TEXT = "empty text"
+NOTHING = "no modality at all"
 LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
 """The findings that leave a sample without a modality."""
 LEFT_OUT = "left out: broken"
@@ -28,7 +31,9 @@ class Preparation:
         corpus: The usable samples, and the broken rows that were left out on request.
         keys: Cache key of each usable sample, by sample id.
         found: Which samples lack what: "no face", "no video stream", "no audio stream", "silent audio",
-            "empty text". They are used with that modality masked. Only findings that occurred are named.
+            "empty text". They are used with that modality masked. "no modality at all" repeats those that
+            lack all three. Only findings that occurred are named.
+        extents: How much of each modality there is in each usable sample, by sample id.
         extracted: Number of samples decoded now; the others were in the cache.
         seconds: How long it took.
     """
@@ -36,6 +41,7 @@ class Preparation:
     corpus: Corpus
     keys: dict[str, str]
     found: dict[str, tuple[Sample, ...]]
+    extents: dict[str, ClipExtent]
     extracted: int
     seconds: float
 
@@ -64,6 +70,14 @@ class Preparation:
         """The lines of the rows with each finding."""
         return {finding: [sample.line for sample in samples] for finding, samples in self.found.items()}
 
+    def cut(self, limits: InputLimits) -> dict[str, list[tuple[Sample, Cut]]]:
+        """The samples of which a model with these limits does not read all, by modality."""
+        cuts: dict[str, list[tuple[Sample, Cut]]] = {}
+        for sample in self.samples:
+            for name, cut in limits.cut(self.extents[sample.id], sample.text).items():
+                cuts.setdefault(name, []).append((sample, cut))
+        return {name: cuts[name] for name in MODALITIES if name in cuts}
+
     def present(self, samples: Sequence[Sample]) -> Tensor:
         """Which modalities each of `samples` has, `(samples, 3)` bool."""
         without = {
@@ -73,34 +87,72 @@ class Preparation:
         return torch.tensor([[sample.id not in without[name] for name in MODALITIES] for sample in samples])
 
 
-def findings_table(preparation: Preparation) -> Table:
-    """What was found, for the terminal: how often each modality is lacking, and in which rows first."""
+def findings_table(preparation: Preparation, limits: InputLimits) -> Table:
+    """What was found, for the terminal: what clips lack, and what a model with these limits does not read."""
     corpus, samples, broken = preparation.corpus, preparation.samples, preparation.broken
     found: dict[str, Sequence[Sample | BrokenRow]] = dict(preparation.found)
     if broken:
         found[LEFT_OUT] = broken
+    cuts = preparation.cut(limits)
     table = Table(
         title=Text(
             f"{corpus.source.name}: {len(samples):,} of {preparation.total:,} clips usable, "
             f"{preparation.extracted:,} extracted in {preparation.seconds:.1f} s, "
             f"{preparation.cached:,} cached"
         ),
-        caption="Clips with a finding are used with that modality masked." if preparation.found else None,
+        caption=_caption(preparation, cuts),
         title_justify="left",
         caption_justify="left",
         min_width=78,
     )
-    table.add_column("finding")
-    table.add_column("clips", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("lines")
+    table.add_column("finding", no_wrap=True)
+    table.add_column("clips", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("lines", overflow="fold")
     many_sources = len({row.source for row in (*samples, *broken)}) > 1
     for finding, rows in found.items():
         share = f"{len(rows) / preparation.total:.1%}"
         table.add_row(finding, f"{len(rows):,}", share, _lines(rows, many_sources))
-    if not found:
+    titles = {
+        "text": f"text cut at {limits.max_text_tokens:,} tokens",
+        "audio": f"sound cut at {limits.max_audio_seconds:g} s",
+        "vision": "few frames for the length",
+    }
+    for name, of_modality in cuts.items():
+        rows = [sample for sample, _ in of_modality]
+        longest = max((cut for _, cut in of_modality), key=lambda cut: cut.length)
+        lines = f"{_lines(rows, many_sources)}; at most: {longest.says}"
+        table.add_row(titles[name], f"{len(rows):,}", f"{len(rows) / preparation.total:.1%}", lines)
+    if not found and not cuts:
         table.add_row("nothing is lacking", f"{len(samples):,}", "100.0%", "")
     return table
+
+
+def findings_record(preparation: Preparation, limits: InputLimits) -> dict[str, dict[str, Any]]:
+    """The same as plain data: rows by finding, and by modality those that are cut, with the longest."""
+    return {
+        "findings": preparation.findings,
+        "cut": {
+            name: {
+                "lines": [sample.line for sample, _ in cuts],
+                "longest": max((cut for _, cut in cuts), key=lambda cut: cut.length).says,
+            }
+            for name, cuts in preparation.cut(limits).items()
+        },
+        "left out": [row.line for row in preparation.broken],
+    }
+
+
+def _caption(preparation: Preparation, cuts: Mapping[str, object]) -> str | None:
+    """What becomes of clips with a finding."""
+    sentences = []
+    if preparation.found:
+        sentences.append("A modality that is missing is masked.")
+    if NOTHING in preparation.found:
+        sentences.append("Without any modality a model can only predict its baseline.")
+    if cuts:
+        sentences.append("Of a clip that is cut, or has few frames, the rest is never seen by the model.")
+    return " ".join(sentences) or None
 
 
 def _lines(rows: Sequence[Sample | BrokenRow], many_sources: bool) -> str:

@@ -27,9 +27,9 @@ from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ExtractionSettings
 from feature_extractors.worker import extract_into_cache, open_worker
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
-from msa_online.data.preparation import EMPTY_TEXT, Preparation, findings_table
-
-__all__ = ["Preparation", "WorkerError", "findings_table", "prepare"]
+from msa_online.data.preparation import EMPTY_TEXT, LACKS, NOTHING, Preparation
+from msa_online.modalities import MODALITIES
+from msa_online.processing_msa import ClipExtent
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 
@@ -65,7 +65,7 @@ def prepare(
         ClipError: A file has gone since the corpus was read.
     """
     began = time.perf_counter()
-    keys, findings = _look_up(corpus.samples, cache, settings)
+    keys, findings, extents = _look_up(corpus.samples, cache, settings)
     missing = {keys[sample.id]: sample.clip for sample in corpus.samples if keys[sample.id] not in findings}
     failures: dict[str, ClipError] = {}
     if missing:
@@ -73,6 +73,7 @@ def prepare(
         get_asset("face_landmarker")  # once, before many processes ask for it
         extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
         findings |= extracted
+        extents |= {key: _extent(key, cache, settings) for key in extracted}
     usable = [sample for sample in corpus.samples if keys[sample.id] in findings]
     broken = [
         _broken(sample, failures[keys[sample.id]]) for sample in corpus.samples if keys[sample.id] in failures
@@ -83,6 +84,7 @@ def prepare(
         corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
         keys={sample.id: keys[sample.id] for sample in usable},
         found=_by_finding(usable, keys, findings),
+        extents={sample.id: extents[keys[sample.id]] for sample in usable},
         extracted=sum(keys[sample.id] in missing for sample in usable),
         seconds=time.perf_counter() - began,
     )
@@ -90,15 +92,27 @@ def prepare(
 
 def _look_up(
     samples: Sequence[Sample], cache: FeatureCache, settings: ExtractionSettings
-) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Cache keys by sample id, and the findings of those that are cached by key."""
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, ClipExtent]]:
+    """Cache keys by sample id; findings and extents of the clips that are cached, by key."""
     keys: dict[str, str] = {}
     findings: dict[str, tuple[str, ...]] = {}
+    extents: dict[str, ClipExtent] = {}
     for sample in track(samples, "looking into the cache", transient=True, console=Console(stderr=True)):
         key = keys[sample.id] = cache.key(sample.clip, settings)
         if key not in findings and (features := cache.load(key)) is not None:
             findings[key] = features.findings
-    return keys, findings
+            extents[key] = ClipExtent.of(features, settings.hop_ms)
+    return keys, findings, extents
+
+
+def _extent(key: str, cache: FeatureCache, settings: ExtractionSettings) -> ClipExtent:
+    """The extent of a clip that was extracted just now."""
+    features = cache.load(key)
+    if features is None:
+        raise CacheError(
+            f"an entry has left the cache {cache.folder} since it was written: check the disk, start again"
+        )
+    return ClipExtent.of(features, settings.hop_ms)
 
 
 def _extract_all(
@@ -186,6 +200,8 @@ def _by_finding(
         name: tuple(sample for sample in samples if name in findings[keys[sample.id]]) for name in FINDINGS
     }
     found[EMPTY_TEXT] = tuple(sample for sample in samples if not sample.text.strip())
+    lacking = [{sample.id for finding in LACKS[name] for sample in found[finding]} for name in MODALITIES]
+    found[NOTHING] = tuple(sample for sample in samples if all(sample.id in ids for ids in lacking))
     return {name: having for name, having in found.items() if having}
 
 

@@ -25,7 +25,8 @@ from msa_online.data.features.corpus import FeatureCorpus, features_table, requi
 from msa_online.data.features.files import means_features
 from msa_online.data.features.reading import read_features
 from msa_online.data.missing_rates import SplitMask
-from msa_online.data.prepare import findings_table, prepare
+from msa_online.data.preparation import findings_table
+from msa_online.data.prepare import prepare
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -163,12 +164,17 @@ def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[st
 
 
 def prepare_data(
-    corpus: Corpus | FeatureCorpus, data: DataArguments, accelerator: Accelerator, console: Console
+    corpus: Corpus | FeatureCorpus,
+    data: DataArguments,
+    processor: MSAProcessor | None,
+    accelerator: Accelerator,
+    console: Console,
 ) -> ClipData | FeatureData:
     """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
 
     Of clips, features are extracted that are not in the cache yet: by the main process, for which the others
-    wait however long it takes.
+    wait however long it takes. `processor` is that of the
+    model, which says how much of a clip is read; a model of features has none.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
@@ -182,7 +188,7 @@ def prepare_data(
         lambda: prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken), accelerator
     )
     require_splits(preparation.corpus, ("train", "valid"))
-    console.print(findings_table(preparation))
+    console.print(findings_table(preparation, processor.limits))
     return ClipData(preparation, cache)
 
 

@@ -20,7 +20,9 @@ from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import ExtractionSettings
 from msa_online import MSAProcessor
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus
-from msa_online.data.prepare import Preparation, WorkerError, findings_table, prepare
+from msa_online.data.preparation import Preparation, findings_record, findings_table
+from msa_online.data.prepare import WorkerError, prepare
+from msa_online.processing_msa import ClipExtent, InputLimits
 
 SETTINGS = ExtractionSettings(num_frames=2)
 ROWS = (
@@ -38,10 +40,10 @@ ROWS = (
 )
 
 
-def printed(preparation: Preparation) -> str:
-    console = Console(width=200)
+def printed(preparation: Preparation, limits: InputLimits | None = None, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(findings_table(preparation))
+        console.print(findings_table(preparation, limits or InputLimits()))
     return capture.get()
 
 
@@ -126,6 +128,43 @@ def test_table_shows_counts_shares_and_lines(preparation):
     cells = {row[0]: row[1:] for row in map(table_cells, table.splitlines()) if len(row) == 4}
     assert cells["no face"] == ["1", "10.0%", "5"]
     assert cells["left out: broken"] == ["3", "30.0%", "9, 10, 11"]
+
+
+def test_what_a_model_would_not_read_is_counted_with_figures(preparation):
+    long = [replace(sample, text="word " * 300) for sample in preparation.samples[:2]]
+    samples = (*long, *preparation.samples[2:])
+    extents = preparation.extents | {samples[0].id: ClipExtent(182.4, 182.4, 8)}
+    cut = replace(preparation, corpus=replace(preparation.corpus, samples=samples), extents=extents, found={})
+    limits = InputLimits(max_text_tokens=100, max_audio_seconds=20)
+    text = printed(cut, limits)
+    cells = {row[0]: row[1:] for row in map(table_cells, text.splitlines()) if len(row) == 4}
+    assert cells["text cut at 100 tokens"] == ["2", "20.0%", "2, 3; at most: 100 tokens of 300 words"]
+    assert cells["sound cut at 20 s"] == ["1", "10.0%", "2; at most: first 20.0 of 182.4 s"]
+    assert cells["few frames for the length"][2] == "2; at most: 8 frames over 182.4 s"
+    assert "nothing is lacking" not in text and "never seen by the model" in " ".join(text.split())
+    assert findings_record(cut, limits)["cut"]["audio"] == {
+        "lines": [2],
+        "longest": "first 20.0 of 182.4 s",
+    }
+    narrow = printed(cut, limits, width=80).splitlines()
+    assert max(map(len, narrow)) <= 80 and any("text cut at 100 tokens" in line for line in narrow)
+
+
+def test_clips_of_ordinary_length_raise_no_alarm(preparation):
+    assert preparation.cut(InputLimits()) == {}
+    assert preparation.extents["good.mp4"] == ClipExtent(
+        pytest.approx(1.0, abs=0.1), pytest.approx(1, 0.1), 2
+    )
+
+
+def test_a_clip_with_nothing_to_see_hear_or_read_is_a_finding_of_its_own(make_clip, tmp_path):
+    make_clip(tmp_path / "silent.wav", video=False, audio="silent")
+    make_clip(tmp_path / "spoken.wav", video=False)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nsilent.wav,\nspoken.wav,\n")
+    corpus = read_corpus(tmp_path, label_column=None)
+    found = prepare(corpus, FeatureCache(tmp_path / "features"), SETTINGS, workers=1)
+    assert found.findings["no modality at all"] == [2] and found.findings["empty text"] == [2, 3]
+    assert "Without any modality a model can only predict its baseline" in " ".join(printed(found).split())
 
 
 def table_cells(line: str) -> list[str]:
