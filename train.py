@@ -69,7 +69,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     folder.check(arguments)
     corpus = read_data(arguments.data)
     seed_everything(training.seed)
-    model, processor = build_model(arguments, class_names(corpus, arguments.data))
+    model, processor = build_model(arguments, class_names(corpus, arguments.data), console)
     schedule = make_schedule(training, model.head.stages)
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)

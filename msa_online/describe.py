@@ -11,7 +11,7 @@ from rich.table import Table
 
 from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
-from msa_online.hub import load_config
+from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.arguments import ConfigurationError, read_arguments
@@ -42,11 +42,11 @@ class Description:
 def describe(source: str | Path) -> Description:
     """Describe a configuration file (`.yaml`), a checkpoint folder or a Hub repository.
 
-    Of a repository only the configuration is downloaded.
+    Of a repository only the configuration is downloaded, of the weights in a folder only the header is read.
 
     Raises:
         ConfigurationError: The configuration file cannot be used.
-        CheckpointError: The folder or repository is no checkpoint.
+        CheckpointError: The folder or repository is no checkpoint, or its weights are those of another model.
     """
     config, settings = _read(source)
     with torch.device("meta"):
@@ -54,6 +54,8 @@ def describe(source: str | Path) -> Description:
             model = MSAModel(config)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{source}: no model can be built from it: {error}") from error
+        if Path(source).is_dir():
+            require_own_weights(Path(source), model)
         return Description(count_parameters(model), _shapes(model, settings), config.trained_on or {})
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening checkpoints, from folders or from the Hub."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from feature_extractors.sources import why_hub_is_silent
@@ -13,6 +15,7 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
+COMPILED = "_orig_mod."  # torch.compile puts it before the names of a model's tensors
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises, all over its layers, on files that are missing, damaged or of another version."""
 
@@ -55,29 +58,136 @@ def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
     Raises:
         CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
     """
-    model, found, processor = _load(source, load_config(source), ignore_mismatched_sizes=False)
-    if strange := sorted(found["missing_keys"] | found["unexpected_keys"]):
-        raise CheckpointError(f"{source}: the weights do not fit config.json, for example {strange[0]}")
+    config = load_config(source)
+    model, found, processor = _load(source, config)
+    _require_fit(source, config, model, found)
     return model.eval(), processor
 
 
-def load_for_fine_tuning(
-    source: str | Path, config: MSAConfig
-) -> tuple[MSAModel, PreTrainedTokenizerBase | None]:
-    """Model of another configuration with whatever weights of a checkpoint fit it, and the tokenizer.
+@dataclass(frozen=True)
+class FineTuning:
+    """A model that starts from the weights of a checkpoint.
 
-    The model is in fp32. A model of precomputed features has no tokenizer.
+    Attributes:
+        model: The model, in fp32.
+        tokenizer: Tokenizer of its text encoder; None for a model of precomputed features.
+        loaded: Tensors of each part that come from the checkpoint, and all its tensors, by part.
+        before: Configuration of the checkpoint.
+    """
+
+    model: MSAModel
+    tokenizer: PreTrainedTokenizerBase | None
+    loaded: dict[str, tuple[int, int]]
+    before: MSAConfig
+
+    def __str__(self) -> str:
+        """One line for each part: what was loaded, what is new, and why."""
+        before, now = self.before, self.model.config
+        kinds = {"calibrator": (before.calibrator, now.calibrator), "head": (before.head, now.head)}
+        lines = []
+        for part, (loaded, total) in self.loaded.items():
+            old, new = kinds.get(part, ("", ""))
+            counts = [f"{loaded} tensors loaded"] * bool(loaded) + [f"{total - loaded} new"] * (
+                loaded < total
+            )
+            lines.append(f"  {part}: {', '.join(counts)}" + (f" ({old} -> {new})" if old != new else ""))
+        return "\n".join(lines)
+
+
+def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> FineTuning:
+    """Model of another configuration with whatever weights of a checkpoint fit it.
 
     Raises:
-        CheckpointError: The weights or the processor are missing or damaged.
+        CheckpointError: The weights or the processor are missing or damaged, or do not fit the checkpoint's
+            own configuration; or nothing of an encoder can be used under the new one.
     """
-    model, _, processor = _load(source, config, ignore_mismatched_sizes=True)
-    return model, processor and processor.tokenizer
+    before = load_config(source)
+    model, found, processor = _load(source, config)
+    _require_fit(source, before, model, found)
+    new = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
+    loaded: dict[str, tuple[int, int]] = {}
+    for name in model.state_dict():
+        part = _part_of(name)
+        count, total = loaded.get(part, (0, 0))
+        loaded[part] = count + (name not in new), total + 1
+    for modality, encoder in model.encoders.items():
+        tensors = {f"encoders.{modality}.{name}": value for name, value in encoder.state_dict().items()}
+        matrices = {name for name, value in tensors.items() if value.ndim > 1} or tensors.keys()
+        if matrices <= new:
+            raise CheckpointError(
+                f"{source}: no layer of the {modality} encoder fits the new configuration; give its settings "
+                "in the `model:` section as the checkpoint has them, or train without training.init_from"
+            )
+    return FineTuning(model, processor and processor.tokenizer, loaded, before)
 
 
-def _load(
-    source: str | Path, config: MSAConfig, ignore_mismatched_sizes: bool
-) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
+def require_own_weights(folder: Path, model: MSAModel) -> None:
+    """Check names and shapes of the weights in a checkpoint folder, of which only the header is read.
+
+    Args:
+        folder: The checkpoint.
+        model: A model of its configuration; it may be on the meta device.
+
+    Raises:
+        CheckpointError: The weights are damaged or those of another model.
+    """
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: the weights cannot be read ({_first_line(error)})") from error
+    expected = _shapes_of(model)
+    if found and found != expected:
+        _refuse(folder, [name for name in {**found, **expected} if found.get(name) != expected.get(name)])
+
+
+def _require_fit(source: str | Path, own: MSAConfig, model: MSAModel, found: dict[str, set]) -> None:
+    """Check that what was not loaded into a model is what its configuration and that of the weights explain.
+
+    Args:
+        source: The checkpoint.
+        own: Its configuration.
+        model: The model, of the same configuration or another.
+        found: What transformers reports of loading it.
+    """
+    try:
+        with torch.device("meta"):
+            weights = _shapes_of(MSAModel(own))
+    except UNREADABLE as error:
+        raise CheckpointError(f"{source}: no model can be built from it ({_first_line(error)})") from error
+    wanted = _shapes_of(model)
+    missing, unexpected = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
+    other = {name: weights[name] for name in wanted.keys() & weights.keys() if wanted[name] != weights[name]}
+    reported = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
+    strange = (missing ^ found["missing_keys"]) | (unexpected ^ found["unexpected_keys"])
+    strange |= {name for name in other.keys() | reported.keys() if other.get(name) != reported.get(name)}
+    if strange:
+        _refuse(source, sorted(strange))
+
+
+def _refuse(source: str | Path, names: Sequence[str]) -> None:
+    if compiled := [name for name in names if name.startswith(COMPILED)]:
+        raise CheckpointError(
+            f"{source}: an earlier version saved these weights from a compiled model ({compiled[0]}, ...): "
+            f"take {COMPILED!r} off the names of the tensors, or train again"
+        )
+    raise CheckpointError(
+        f"{source}: the weights do not fit config.json in {len(names)} tensors, for example {min(names)}"
+    )
+
+
+def _shapes_of(model: MSAModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _part_of(name: str) -> str:
+    top, part, *_ = name.split(".")
+    return f"{part} encoder" if top == "encoders" else top
+
+
+def _load(source: str | Path, config: MSAConfig) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
     processor = None
     try:
         model, found = MSAModel.from_pretrained(
@@ -85,7 +195,7 @@ def _load(
             config=config,
             use_safetensors=True,  # or nothing: a pickle could execute what it likes
             output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore_mismatched_sizes=True,  # it reports them, and its own error names none
             dtype=torch.float32,  # of a checkpoint saved in half precision too; autocast does the rest
             local_files_only=_only_local(source),
         )

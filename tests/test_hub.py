@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from msa_online import MSAConfig, MSAModel
+from msa_online import MSAConfig, MSAModel, MSAPipeline
+from msa_online.describe import describe
 from msa_online.hub import (
     CheckpointError,
+    FineTuning,
     load_checkpoint,
     load_config,
     load_for_fine_tuning,
@@ -127,14 +132,90 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(checkpoint, chang
     refused(checkpoint)
 
 
-def test_weights_that_lack_a_part_are_refused(checkpoint):
-    from safetensors.torch import load_file, save_file
+def change_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    weights = load_file(checkpoint / "model.safetensors")
-    part = next(name for name in weights if name.startswith("encoders.audio.project"))
-    weights.pop(part)
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    assert "do not fit config.json" in refused(checkpoint)
+
+def fine_tune_with_another_head(folder: Path) -> FineTuning:
+    return load_for_fine_tuning(folder, changed(load_config(folder), head="pase"))
+
+
+def changed(config: MSAConfig, **changes) -> MSAConfig:
+    return MSAConfig(**{**config.to_dict(), **changes})
+
+
+OPENERS = {
+    "load": load_checkpoint,
+    "fine-tune": fine_tune_with_another_head,
+    "describe": describe,
+    "pipeline": MSAPipeline.from_pretrained,
+}
+DAMAGE = {
+    "an encoder lacks a tensor": lambda weights: {
+        name: value for name, value in weights.items() if name != "encoders.audio.convolutions.0.weight"
+    },
+    "the head lacks a tensor": lambda weights: {
+        name: value for name, value in weights.items() if name != "head.classifier.bias"
+    },
+    "another shape": lambda weights: {**weights, "head.classifier.weight": torch.zeros(5, 5)},
+    "a tensor too many": lambda weights: {**weights, "head.more": torch.zeros(1)},
+    "probes": lambda weights: {**weights, "probes.text.0.weight": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_weights_other_than_the_configuration_says_are_refused_whatever_they_are_opened_for(
+    damage, opener, checkpoint
+):
+    OPENERS[opener](checkpoint)
+    before = load_file(checkpoint / "model.safetensors")
+    change_weights(checkpoint, DAMAGE[damage])
+    now = load_file(checkpoint / "model.safetensors")
+    assert before.keys() != now.keys() or damage == "another shape"
+    assert "do not fit config.json in 1 tensors, for example" in refused(checkpoint, OPENERS[opener])
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_weights_saved_from_a_compiled_model_are_named_as_such(opener, checkpoint):
+    """Earlier versions published them; transformers opens them with a warning and random weights."""
+    change_weights(
+        checkpoint, lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()}
+    )
+    assert "from a compiled model" in refused(checkpoint, OPENERS[opener])
+
+
+def test_fine_tuning_says_what_it_takes_over(checkpoint):
+    same = load_for_fine_tuning(checkpoint, load_config(checkpoint))
+    assert "new" not in str(same) and "->" not in str(same)
+    classes = {"label_range": None, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    start = load_for_fine_tuning(checkpoint, changed(load_config(checkpoint), calibrator="fcm", **classes))
+    weights, model = load_file(checkpoint / "model.safetensors"), start.model.state_dict()
+    lines = dict(line.strip().split(": ") for line in str(start).splitlines())
+    assert list(lines) == ["text encoder", "audio encoder", "vision encoder", "calibrator", "head"]
+    for part, prefix in (("text", "encoders.text."), ("vision", "encoders.vision.")):
+        tensors = [name for name in weights if name.startswith(prefix)]
+        assert lines[f"{part} encoder"] == f"{len(tensors)} tensors loaded"
+        assert all(torch.equal(model[name], weights[name]) for name in tensors)
+    gates = sum(name.startswith("calibrator.") for name in model)
+    assert lines["calibrator"] == f"{gates} new (identity -> fcm)"
+    outputs = [name for name in weights if "head." in name and weights[name].shape != model[name].shape]
+    kept = sum(name.startswith("head.") for name in weights) - len(outputs)
+    assert lines["head"] == f"{kept} tensors loaded, {len(outputs)} new"
+    assert "(late_fusion -> pase)" in str(fine_tune_with_another_head(checkpoint))
+
+
+def test_fine_tuning_that_would_use_nothing_of_an_encoder_is_refused(checkpoint):
+    wider = changed(load_config(checkpoint), audio_channels=[24, 40], audio_width=24)
+    message = refused(checkpoint, lambda folder: load_for_fine_tuning(folder, wider))
+    assert "no layer of the audio encoder fits" in message and "training.init_from" in message
+    other = changed(load_config(checkpoint), audio_width=24)  # what comes before the width is used
+    assert re.search(
+        r"audio encoder: \d+ tensors loaded, \d+ new", str(load_for_fine_tuning(checkpoint, other))
+    )
 
 
 @pytest.mark.parametrize("lost", ["processor_config.json", "tokenizer.json"])
@@ -154,7 +235,7 @@ def test_a_checkpoint_in_half_precision_is_scored_and_fine_tuned_in_fp32(checkpo
     MSAModel.from_pretrained(checkpoint).half().save_pretrained(checkpoint)
     for model in (
         load_checkpoint(checkpoint)[0],
-        load_for_fine_tuning(checkpoint, load_config(checkpoint))[0],
+        load_for_fine_tuning(checkpoint, load_config(checkpoint)).model,
     ):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

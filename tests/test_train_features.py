@@ -105,7 +105,7 @@ def test_a_run_on_features_learns_and_is_a_checkpoint_that_scales_as_it_did(
     assert model.config.trained_on["results"]["test"]["vision"]["corr"] > 0.8
 
 
-def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(document, train, tmp_path):
+def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(document, train, tmp_path, capsys):
     document["data"] |= {"task": "classification", "label_column": "mood", "standardize": False}
     train(document)
     model, _ = load_checkpoint(tmp_path / "run")
@@ -114,7 +114,13 @@ def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(documen
     document["data"]["standardize"] = True
     second = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
     document["training"] |= second
+    capsys.readouterr()
     train(document)
+    printed = capsys.readouterr().out
+    assert (
+        f"fine-tuning from {tmp_path / 'run'}" in printed
+        and "  vision encoder: 2 tensors loaded\n" in printed
+    )
     model, _ = load_checkpoint(tmp_path / "second")
     assert torch.equal(model.encoders["vision"].mean, torch.zeros(8))  # what the weights are used to
 

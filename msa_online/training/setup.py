@@ -208,14 +208,16 @@ def fit_encoders(
             model.encoders[name].standardize_by(mean, deviation)
 
 
-def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAModel, MSAProcessor | None]:
+def build_model(
+    arguments: RunArguments, classes: Sequence[str], console: Console
+) -> tuple[MSAModel, MSAProcessor | None]:
     """A new model with a pretrained text encoder, or one fine-tuned from `init_from`, and its processor.
 
-    A model of features made elsewhere has no processor.
+    Fine-tuning prints what was loaded and what is new. A model of precomputed features has no processor.
 
     Raises:
-        TextEncoderError: The text encoder is not to be had.
-        CheckpointError: `init_from` is no checkpoint.
+        TextEncoderError: The text encoder is unavailable.
+        CheckpointError: `init_from` is no checkpoint, is damaged, or has no encoder that can be used.
         ConfigurationError: `init_from` has another text encoder or other widths than the configuration names,
             or the data are clips where the model reads features, or the reverse.
     """
@@ -223,7 +225,9 @@ def build_model(arguments: RunArguments, classes: Sequence[str]) -> tuple[MSAMod
     if training.init_from:
         config = _inherit(arguments, classes)
         _require_same_kind(config.feature_widths, data)
-        model, tokenizer = load_for_fine_tuning(training.init_from, config)
+        start = load_for_fine_tuning(training.init_from, config)
+        model, tokenizer = start.model, start.tokenizer
+        console.print(f"fine-tuning from {training.init_from}\n{start}", soft_wrap=True, highlight=False)
     else:
         _require_same_kind(arguments.model.get("feature_widths"), data)
         config = arguments.model_config(classes)

@@ -69,6 +69,7 @@ def configure(folder: Path, archive: Path, *, head=None, weights=None, **trainin
             "modulator": "conflict",
             "modulator_kwargs": {"epochs": [0, 3], "noise": 1.0},
             "log_with": None,
+            "mixed_precision": "no",
             **training,
         },
     }
