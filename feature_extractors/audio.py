@@ -18,6 +18,9 @@ POWER_FLOOR = 1e-10
 SILENCE_PEAK = 1e-3
 """A waveform that never leaves +-0.001 of full scale (-60 dB) holds no audible speech."""
 
+MAX_SAMPLE = 1e3
+"""Samples beyond this many times full scale (+60 dB) come from damage or a wrong scale, not from sound."""
+
 
 def log_mel(
     waveform: np.ndarray, num_mels: int = 80, window_ms: float = 25, hop_ms: float = 10
@@ -33,7 +36,14 @@ def log_mel(
     Returns:
         Natural log of the mel power (steps, num_mels), float32 and finite, at least log(1e-10); step i is
         centred on i * hop_ms. One step for a clip shorter than a hop, none for an empty waveform.
+
+    Raises:
+        ValueError: A sample is not finite or exceeds `MAX_SAMPLE`.
     """
+    if (index := first_bad_sample(waveform)) is not None:
+        raise ValueError(
+            f"sample {index} of the waveform is {waveform[index]:g}; give finite values, nominally in [-1, 1]"
+        )
     window, hop = (round(ms * SAMPLE_RATE / 1000) for ms in (window_ms, hop_ms))
     if len(waveform) == 0:
         return np.zeros((0, num_mels), np.float32)
@@ -54,6 +64,12 @@ def _filters(window: int, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
     taper = filters.get_window("hann", window).astype(np.float32)
     bands = filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=num_mels)
     return taper, np.ascontiguousarray(bands.T)
+
+
+def first_bad_sample(waveform: np.ndarray) -> int | None:
+    """Index of the first sample that is not finite or exceeds `MAX_SAMPLE`; None if all are sound."""
+    bad = ~(np.abs(waveform) <= MAX_SAMPLE)  # also true for NaN, which compares with nothing
+    return int(bad.argmax()) if bad.any() else None
 
 
 def is_silent(waveform: np.ndarray) -> bool:

@@ -32,7 +32,22 @@ REMEDIES = {
     "bad window": "give start and end in seconds with 0 <= start < end",
     "window beyond clip": "give a window inside the clip, or leave start and end out",
     "no streams": "give a file with sound or moving pictures",
+    "playlist": "give the media files it names, one clip each",
+    "format": "convert it with ffmpeg, for example to mp4 or wav",
+    "picture too large": "scale it down or crop it with ffmpeg",
+    "too many frames": "cut it into shorter clips with ffmpeg",
+    "too many streams": "keep one video and one audio stream with ffmpeg (-map 0:v:0 -map 0:a:0)",
+    "too long": "give start and end of the part that counts",
+    "unusual sound": "convert the sound with ffmpeg, for example with -ac 1 -ar 16000",
+    "bad samples": "export the sound again, with finite samples from -1 to 1",
+    "too slow": "convert it to a lower resolution with ffmpeg, or cut it into shorter clips",
+    "crashed": "convert it with ffmpeg, or leave it out",
 }
+
+
+def printable(path: Path | str) -> str:
+    """A file name as one line that any terminal can print: control characters and stray bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 class ClipError(ValueError):
@@ -51,7 +66,7 @@ class ClipError(ValueError):
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.detail}; {REMEDIES[self.problem]}"
+        return f"{printable(self.path)}: {self.detail}; {REMEDIES[self.problem]}"
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class WaveformCollector:
         self.done = False
         self._resampler: av.AudioResampler | None = None
         self._format: tuple[str, str, int] | None = None
+        self._channels = 1  # that come out of the resampler
         self._pieces: list[np.ndarray] = []
 
     def add(self, frame: "av.AudioFrame", origin: float) -> None:
@@ -118,9 +119,14 @@ class WaveformCollector:
         if sound_format != self._format:
             self._flush()
             self._format = sound_format
-            self._resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+            self._channels, self._resampler = 1, av.AudioResampler("flt", "mono", SAMPLE_RATE)
         frame.pts = None  # gaps in the times must not change the count of samples
-        self._pieces += [piece.to_ndarray()[0] for piece in self._resampler.resample(frame)]
+        try:
+            self._resample(frame)
+        except av.error.ArgumentError:  # FFmpeg has no downmix for this number of channels: take their mean
+            self._channels = frame.layout.nb_channels
+            self._resampler = av.AudioResampler("flt", frame.layout, SAMPLE_RATE)
+            self._resample(frame)
         self.done = self.last >= self.end
 
     def finish(self) -> np.ndarray:
@@ -137,5 +143,12 @@ class WaveformCollector:
     def _flush(self) -> None:
         """Draws the last samples out of the resampler; it cannot be fed again."""
         if self._resampler is not None:
-            self._pieces += [piece.to_ndarray()[0] for piece in self._resampler.resample(None)]
+            self._resample(None)
             self._resampler = None
+
+    def _resample(self, frame: "av.AudioFrame | None") -> None:
+        """Keeps what comes out of the resampler for a frame, or at the end of the sound (None)."""
+        for piece in self._resampler.resample(frame):
+            samples = piece.to_ndarray()[0]
+            mono = samples if self._channels == 1 else samples.reshape(-1, self._channels).mean(axis=1)
+            self._pieces.append(mono)

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feature_extractors.clip import Clip, ClipError, RawClip
+from feature_extractors import limits
+from feature_extractors.audio import first_bad_sample
+from feature_extractors.clip import SAMPLE_RATE, Clip, ClipError, RawClip
 from feature_extractors.collecting import FrameSampler, WaveformCollector
+from feature_extractors.limits import Deadline
+from feature_extractors.opening import open_media
 
 if TYPE_CHECKING:
     import av
@@ -39,7 +43,9 @@ HEADERLESS = {"mp3", "aac", "mpeg", "mpegvideo", "mpegts", "ac3", "h264", "hevc"
 """Formats whose header declares no duration: what FFmpeg reports is a guess, from the bit rate at worst."""
 
 
-def decode(clip: Clip, num_frames: int = 8, max_height: int = 480) -> RawClip:
+def decode(
+    clip: Clip, num_frames: int = 8, max_height: int = 480, deadline: Deadline | None = None
+) -> RawClip:
     """Frames and sound of a clip.
 
     Args:
@@ -47,26 +53,31 @@ def decode(clip: Clip, num_frames: int = 8, max_height: int = 480) -> RawClip:
         num_frames: Frames wanted. The window is cut into as many equal intervals and the frame on show at
             each midpoint is taken; a clip with fewer frames gives fewer, none twice.
         max_height: Frames higher than this are scaled down, keeping their shape.
+        deadline: The time allowed, from now on by default. It is set to what the clip's length allows once
+            this is known.
 
     Returns:
         The decoded clip. An audio-only file or a video without sound is legal: its other half is empty.
 
     Raises:
-        ClipError: The file is missing, not a file, empty, not decodable, truncated or without streams, or the
-            window is impossible or outside it.
+        ClipError: The file is missing, not a file, empty, a playlist, not decodable, truncated, without
+            streams, beyond a limit (size, length, channels, time) or holds samples that are not finite or far
+            beyond full scale; or the window is impossible or outside the file.
     """
     import av
 
     clip = Clip(Path(clip.path), clip.start, clip.end)
     check_file(clip.path)
     _check_window(clip)
+    deadline = deadline or Deadline(clip.path)
+    task = _Task(clip, num_frames, max_height, deadline)
     try:
-        with av.open(str(clip.path), metadata_errors="replace") as container:
-            raw = _decode_window(container, clip, num_frames, max_height, seek=(clip.start or 0) > SEEK_FROM)
+        with open_media(clip.path, deadline) as container:
+            raw = _decode_window(container, task, seek=(clip.start or 0) > SEEK_FROM)
         if raw is None:  # seeking landed too late, as it does in files without an index
-            with av.open(str(clip.path), metadata_errors="replace") as container:
-                raw = _decode_window(container, clip, num_frames, max_height, seek=False)
-    except (av.error.FFmpegError, OSError) as error:
+            with open_media(clip.path, deadline) as container:
+                raw = _decode_window(container, task, seek=False)
+    except (av.error.FFmpegError, OSError, OverflowError) as error:  # OverflowError: times beyond 64 bits
         raise ClipError(clip.path, "undecodable", f"cannot be decoded ({_reason(error)})") from error
     assert raw is not None
     return raw
@@ -109,6 +120,16 @@ def _check_window(clip: Clip) -> None:
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What `decode` was asked for."""
+
+    clip: Clip
+    num_frames: int
+    max_height: int
+    deadline: Deadline
+
+
+@dataclass(frozen=True)
 class _Window:
     """Times in seconds from the file's beginning; `declared` is the header's duration, if trustworthy."""
 
@@ -117,29 +138,36 @@ class _Window:
     declared: float | None
 
 
-def _decode_window(
-    container: "av.container.InputContainer", clip: Clip, num_frames: int, max_height: int, *, seek: bool
-) -> RawClip | None:
+def _decode_window(container: "av.container.InputContainer", task: _Task, *, seek: bool) -> RawClip | None:
     """One pass over the file, or None if seeking missed the window's beginning."""
+    clip = task.clip
     video, audio = _streams(container, clip.path)
     origin = (container.start_time or 0) / 1_000_000
     window = _window(container, clip, [s for s in (video, audio) if s], origin)
+    task.deadline.allow(window.end - (window.start if seek else 0.0))
     if seek:
         container.seek(int((origin + window.start - PRE_ROLL) * 1_000_000))
-    sampler = FrameSampler(window.start, window.end, num_frames, max_height)
+    sampler = FrameSampler(window.start, window.end, task.num_frames, task.max_height)
     sound = WaveformCollector(window.start, window.end)
     collectors = {s.index: c for s, c in ((video, sampler), (audio, sound)) if s is not None}
-    for index, frame in _decoded_frames(container, collectors):
-        collectors[index].add(frame, origin)
+    for stream, frame in _decoded_frames(container, collectors):
+        task.deadline.check()
+        if stream.type == "video":
+            limits.check_picture(clip.path, frame.width, frame.height)
+        else:
+            limits.check_sound(clip.path, frame.layout.nb_channels, frame.sample_rate)
+        collectors[stream.index].add(frame, origin)
     if seek and any(c.first is None or c.first > window.start for c in collectors.values()):
         return None
     _check_complete(clip, window, max(sampler.last, sound.last))
     _check_times(clip, window, sound)
     frames, timestamps = sampler.finish()
+    waveform = sound.finish()
+    _check_samples(clip, waveform)
     return RawClip(
         frames=frames,
         timestamps=timestamps,
-        waveform=sound.finish(),
+        waveform=waveform,
         duration=window.end - window.start,
         has_video=sampler.first is not None,
         has_audio=sound.first is not None,
@@ -162,8 +190,10 @@ def _streams(
         of_kind = [s for s in usable if s.type == kind]
         if best[kind] not in of_kind:
             best[kind] = of_kind[0] if of_kind else None
+    limits.check_streams(path, len(container.streams), best["video"], best["audio"])
     for stream in filter(None, best.values()):
         stream.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}  # pictures may grow on the way
     return best["video"], best["audio"]
 
 
@@ -171,7 +201,7 @@ def _window(
     container: "av.container.InputContainer", clip: Clip, streams: list["av.stream.Stream"], origin: float
 ) -> _Window:
     """The window to decode, from clip and container; packets are scanned if no duration is declared."""
-    declared = container.duration / 1_000_000 if container.duration else None
+    declared = container.duration / 1_000_000 if (container.duration or 0) > 0 else None
     file_end = declared or _scan_duration(container, streams, origin)
     slack = _slack(file_end)
     start, end = clip.start or 0.0, file_end if clip.end is None else clip.end
@@ -181,6 +211,7 @@ def _window(
             "window beyond clip",
             f"the window {start:g} to {end:g} s reaches beyond the clip, which lasts {file_end:.2f} s",
         )
+    limits.check_length(clip.path, min(end, file_end) - start, windowed=(start, clip.end) != (0.0, None))
     guessed = declared is None or set(container.format.name.split(",")) & HEADERLESS
     return _Window(start, min(end, file_end), None if guessed else declared)
 
@@ -218,8 +249,8 @@ def _packets(
 
 def _decoded_frames(
     container: "av.container.InputContainer", collectors: dict[int, FrameSampler | WaveformCollector]
-) -> Iterator[tuple[int, "av.VideoFrame | av.AudioFrame"]]:
-    """Stream index and frame, until every collector is done; packets of a finished stream are not decoded."""
+) -> Iterator[tuple["av.stream.Stream", "av.VideoFrame | av.AudioFrame"]]:
+    """Stream and frame, until every collector is done; packets of a finished stream are not decoded."""
     import av
 
     for packet in _packets(container, [container.streams[index] for index in collectors]):
@@ -233,7 +264,7 @@ def _decoded_frames(
         except av.error.FFmpegError:  # one damaged packet: go on as players do
             continue
         for frame in frames:
-            yield index, frame
+            yield packet.stream, frame
 
 
 def _check_times(clip: Clip, window: _Window, sound: WaveformCollector) -> None:
@@ -241,6 +272,15 @@ def _check_times(clip: Clip, window: _Window, sound: WaveformCollector) -> None:
     if sound.first is not None and min(sound.first, window.end) - window.start > LATEST_SOUND:
         late = f"the sound begins {sound.first - window.start:.0f} s after the window"
         raise ClipError(clip.path, "undecodable", f"cannot be decoded (damaged timestamps: {late})")
+
+
+def _check_samples(clip: Clip, waveform: np.ndarray) -> None:
+    """Refuses sound with values that are not finite or far beyond full scale, which no model can use."""
+    index = first_bad_sample(waveform)
+    if index is not None:
+        value, seconds = waveform[index], index / SAMPLE_RATE
+        detail = f"the sound has the value {value:g} at {seconds:.2f} s, where full scale is 1"
+        raise ClipError(clip.path, "bad samples", detail)
 
 
 def _check_complete(clip: Clip, window: _Window, decoded_end: float) -> None:

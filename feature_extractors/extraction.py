@@ -16,15 +16,22 @@ from feature_extractors.clip import (
 )
 from feature_extractors.decoding import decode
 from feature_extractors.face import FaceExtractor
+from feature_extractors.limits import Deadline
 
 
-def extract(clip: Clip, settings: ExtractionSettings, face_extractor: FaceExtractor) -> ClipFeatures:
+def extract(
+    clip: Clip,
+    settings: ExtractionSettings,
+    face_extractor: FaceExtractor,
+    deadline: Deadline | None = None,
+) -> ClipFeatures:
     """Everything a model sees of a clip besides its words.
 
     Args:
         clip: The recording.
         settings: What to measure.
         face_extractor: An open `FaceExtractor`; one serves any number of clips, in any order.
+        deadline: The time allowed for decoding, as in `decode`.
 
     Returns:
         The features; what is missing is named in `findings` and is no error.
@@ -33,7 +40,8 @@ def extract(clip: Clip, settings: ExtractionSettings, face_extractor: FaceExtrac
         ClipError: The clip cannot be used.
         ValueError: `face_extractor` was made for another crop size than `settings` asks for.
     """
-    return measure(decode(clip, settings.num_frames, settings.max_height), settings, face_extractor)
+    raw = decode(clip, settings.num_frames, settings.max_height, deadline)
+    return measure(raw, settings, face_extractor)
 
 
 def measure(raw: RawClip, settings: ExtractionSettings, face_extractor: FaceExtractor) -> ClipFeatures:

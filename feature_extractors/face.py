@@ -52,6 +52,9 @@ WIDE = 1.1
 """Frames wider than this many heights are also searched square by square: the detector looks at 128 x 128
 pixels, in which a face narrower than an eighth of the frame goes unseen."""
 
+MAX_SQUARES = 32
+"""Squares searched in one frame; enough for frames of `limits.MAX_ASPECT`, wider ones are left with gaps."""
+
 CONTINUES = 1.0
 """A face continues the tracked one if the centres lie within this many face widths."""
 
@@ -191,7 +194,7 @@ def _squares(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
     """Overlapping squares across a wide frame, for faces small in it (down to an eighth of the height)."""
     height, width = frame.shape[:2]
     if width > WIDE * height:
-        count = int(np.ceil(width / height / 0.6))
+        count = min(int(np.ceil(width / height / 0.6)), MAX_SQUARES)
         for x in np.linspace(0, width - height, count).astype(int):
             yield frame[:, x : x + height], int(x), 0
 

@@ -48,3 +48,11 @@ def test_silence_is_told_from_quiet_speech():
     tone = np.sin(np.arange(SAMPLE_RATE) / 10).astype(np.float32)
     assert is_silent(np.zeros(0, np.float32)) and is_silent(0 * tone) and is_silent(1e-4 * tone)
     assert not is_silent(0.01 * tone)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
+def test_samples_that_are_no_sound_never_reach_a_spectrogram(value):
+    waveform = np.zeros(SAMPLE_RATE, np.float32)
+    waveform[5] = value
+    with pytest.raises(ValueError, match=r"sample 5 of the waveform is -?(nan|inf|1e\+38); give finite"):
+        log_mel(waveform)

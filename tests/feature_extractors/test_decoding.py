@@ -2,6 +2,8 @@
 """Any container to frames and sound, by timestamps; every kind of bad file named in one message."""
 
 import multiprocessing
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from feature_extractors import SAMPLE_RATE, Clip, ClipError, decode
 from feature_extractors.decoding import check_file
 
 SIZE = (96, 64)  # width, height
+ALLOWED_AFTER_DAMAGE = {"undecodable", "truncated", "no streams", "window beyond clip", "bad samples"}
+ALLOWED_AFTER_DAMAGE |= {"format", "picture too large", "too long", "unusual sound"}
 CONTAINERS = (".mp4", ".mov", ".mkv", ".webm", ".flv", ".mpg", ".avi")
 
 
@@ -285,4 +289,64 @@ def test_damage_anywhere_gives_a_clip_or_a_clip_error(tmp_path, make_clip):
             try:
                 assert np.isfinite(decode(Clip(path), num_frames=2).waveform).all()
             except ClipError as error:
-                assert error.problem in ("undecodable", "truncated", "no streams", "window beyond clip")
+                assert error.problem in ALLOWED_AFTER_DAMAGE
+
+
+def wav(path: Path, samples: np.ndarray, rate: int = SAMPLE_RATE, channels: int = 1) -> Path:
+    """A WAV file written byte by byte: any sample values, rates and numbers of channels."""
+    kind, size = {"f": 3, "i": 1}[samples.dtype.kind], samples.dtype.itemsize
+    layout = struct.pack(
+        "<HHIIHH", kind, channels, rate, rate * size * channels % 2**32, size * channels, 8 * size
+    )
+    content = np.repeat(samples, channels).tobytes()
+    chunks = (
+        b"WAVEfmt " + struct.pack("<I", 16) + layout + b"data" + struct.pack("<I", len(content)) + content
+    )
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+    return path
+
+
+def tone(count: int = SAMPLE_RATE, kind: type = np.float32) -> np.ndarray:
+    return (0.3 * np.sin(np.arange(count) / 20)).astype(kind)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, 32768.0])
+@pytest.mark.parametrize(("kind", "rate"), [(np.float32, 16_000), (np.float32, 48_000), (np.float64, 44_100)])
+def test_a_sample_that_is_no_sound_is_refused_with_its_time(tmp_path, value, kind, rate):
+    samples = tone(rate, kind)
+    samples[rate // 2] = value
+    with pytest.raises(
+        ClipError, match=r"the sound has the value \S+ at 0\.(49|50) s, where full scale is 1"
+    ) as caught:
+        decode(Clip(wav(tmp_path / "a.wav", samples, rate)))
+    assert caught.value.problem == "bad samples" and "from -1 to 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mov", ".caf", ".au", ".aiff", ".nut", ".w64"])
+def test_samples_that_are_no_sound_are_refused_in_every_container_of_float_sound(tmp_path, suffix):
+    import av
+
+    path, samples = tmp_path / f"a{suffix}", tone()
+    samples[8000] = np.nan
+    codec = "pcm_f32be" if suffix in (".caf", ".au", ".aiff") else "pcm_f32le"
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], "flt", "mono")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, 0
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode())
+    with pytest.raises(ClipError, match="the sound has the value nan at 0.50 s"):
+        decode(Clip(path))
+    assert np.isfinite(decode(Clip(path, 0.0, 0.4)).waveform).all()  # outside the window it does no harm
+
+
+def test_loud_float_sound_beyond_full_scale_is_kept(tmp_path):
+    raw = decode(Clip(wav(tmp_path / "loud.wav", 100 * tone())))
+    assert np.abs(raw.waveform).max() == pytest.approx(30, rel=0.01)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8, 9, 24, 33, 64])
+def test_sound_of_many_channels_is_mixed_to_one(tmp_path, channels):
+    raw = decode(Clip(wav(tmp_path / "a.wav", tone(), channels=channels)))
+    assert len(raw.waveform) == SAMPLE_RATE
+    assert np.corrcoef(raw.waveform, tone())[0, 1] > 0.99

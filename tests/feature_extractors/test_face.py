@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from feature_extractors import BLENDSHAPE_NAMES, ExtractionSettings, FaceExtractor
-from feature_extractors.face import TEMPLATE, align, anchor_points
+from feature_extractors.face import MAX_SQUARES, TEMPLATE, align, anchor_points
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,17 @@ def test_features_do_not_depend_on_what_was_seen_before(face_extractor, face_ima
 @pytest.mark.parametrize("x", [20, 270, 500])
 def test_a_small_face_in_a_wide_frame_is_found(face_extractor, face_image, x):
     assert face_extractor.extract(scene((face_image, 128, x, 100))[None]).found.all()
+
+
+@pytest.mark.parametrize(("width", "views"), [(160, 2), (16 * 100, 2 + 27), (30_000, 2 + MAX_SQUARES)])
+def test_an_extremely_wide_frame_costs_a_limited_number_of_detections(
+    face_extractor, monkeypatch, width, views
+):
+    seen = []
+    detect = face_extractor._detect_in
+    monkeypatch.setattr(face_extractor, "_detect_in", lambda view, x, y: seen.append(x) or detect(view, x, y))
+    face_extractor.extract(np.zeros((1, 160 if width == 160 else 100, width, 3), np.uint8))
+    assert len(seen) == views
 
 
 def test_loading_the_model_leaves_the_terminal_clean_but_own_errors_come_through(tmp_path):

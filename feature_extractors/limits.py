@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clip may cost: limits on size, length, channels and time, far above real recordings.
+
+A few bytes of header can demand gigabytes of memory or days of work. Everything is checked from the header
+before anything is decoded, and again for each decoded frame, since streams may change on the way.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from feature_extractors.clip import ClipError
+
+if TYPE_CHECKING:
+    import av
+
+MAX_PIXELS = 8192 * 8192
+"""Pixels of a picture; 8K video has half as many."""
+
+MAX_ASPECT = 16
+"""Ratio of a picture's longer side to the shorter one; the widest screens have 3.6."""
+
+MAX_SECONDS = 3600
+"""Length of a clip or of its window; files may be longer if a window is given."""
+
+MAX_FRAMES = 20_000_000
+"""Pictures that a header may declare: four days at 60 a second."""
+
+MAX_STREAMS = 256
+"""Streams in a file; a recorded television multiplex has about a hundred."""
+
+MAX_CHANNELS = 64
+"""Channels of a sound stream, as many as FFmpeg resamples."""
+
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000
+"""Samples per second of a sound stream."""
+
+OPENING_SECONDS = 120.0
+"""Time allowed for a clip, besides what its length allows."""
+
+SECONDS_PER_SECOND = 10.0
+"""Time allowed for each second of media; one core decodes 4K video in about one."""
+
+
+class Deadline:
+    """The time allowed for one clip, counted from creation; checked wherever decoding reads or goes on.
+
+    Attributes:
+        path: The clip's file.
+        seconds: Time allowed in all, in seconds.
+    """
+
+    def __init__(self, path: Path):
+        """Starts counting, with the time that opening a file may take."""
+        self.path = path
+        self.seconds = OPENING_SECONDS
+        self._began = time.monotonic()
+
+    def allow(self, media_seconds: float) -> None:
+        """Sets the time allowed for a clip of which this many seconds are decoded."""
+        self.seconds = OPENING_SECONDS + SECONDS_PER_SECOND * media_seconds
+
+    def check(self) -> None:
+        """Refuses the clip once its time is over.
+
+        Raises:
+            ClipError: More than `seconds` have passed.
+        """
+        if time.monotonic() - self._began > self.seconds:
+            raise too_slow(self.path, self.seconds)
+
+
+def too_slow(path: Path, seconds: float) -> ClipError:
+    """The error of a clip that was not extracted within this many seconds."""
+    return ClipError(
+        path, "too slow", f"takes longer than the {seconds:.0f} s allowed for a clip of its length"
+    )
+
+
+def check_streams(
+    path: Path, count: int, video: "av.VideoStream | None", audio: "av.AudioStream | None"
+) -> None:
+    """Refuses a file for what its header declares: streams in all, the chosen video and audio stream.
+
+    Raises:
+        ClipError: Naming the value and the limit.
+    """
+    if count > MAX_STREAMS:
+        raise ClipError(path, "too many streams", f"has {count:,} streams, more than {MAX_STREAMS}")
+    if video is not None:
+        check_picture(path, video.codec_context.width, video.codec_context.height)
+        if video.frames > MAX_FRAMES:
+            detail = f"declares {video.frames:,} frames, more than {MAX_FRAMES:,}"
+            raise ClipError(path, "too many frames", detail)
+    if audio is not None and audio.codec_context.sample_rate:  # zero stands for unknown
+        check_sound(path, audio.codec_context.layout.nb_channels, audio.codec_context.sample_rate)
+
+
+def check_picture(path: Path, width: int, height: int) -> None:
+    """Refuses pictures of too many pixels or of an extreme shape; zero stands for unknown.
+
+    Raises:
+        ClipError: Naming the value and the limit.
+    """
+    if width * height > MAX_PIXELS:
+        detail = f"has pictures of {width} x {height} pixels, more than {MAX_PIXELS:,} in all"
+        raise ClipError(path, "picture too large", detail)
+    if min(width, height) > 0 and max(width, height) > MAX_ASPECT * min(width, height):
+        detail = f"has pictures of {width} x {height} pixels, an aspect ratio beyond {MAX_ASPECT}:1"
+        raise ClipError(path, "picture too large", detail)
+
+
+def check_sound(path: Path, channels: int, sample_rate: int) -> None:
+    """Refuses sound that cannot be resampled at a bearable cost.
+
+    Raises:
+        ClipError: Naming the value and the limit.
+    """
+    if channels > MAX_CHANNELS:
+        raise ClipError(path, "unusual sound", f"has {channels} sound channels, more than {MAX_CHANNELS}")
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        allowed = f"{MIN_SAMPLE_RATE:,} to {MAX_SAMPLE_RATE:,}"
+        detail = f"has sound of {sample_rate:,} samples a second, outside {allowed}"
+        raise ClipError(path, "unusual sound", detail)
+
+
+def check_length(path: Path, seconds: float, windowed: bool) -> None:
+    """Refuses clips and windows that are too long to be decoded at once.
+
+    Raises:
+        ClipError: Naming the length and the limit.
+    """
+    if seconds > MAX_SECONDS:
+        subject = "the window" if windowed else "the clip"
+        raise ClipError(path, "too long", f"{subject} lasts {seconds:,.0f} s, more than {MAX_SECONDS:,} s")

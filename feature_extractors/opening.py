@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens one media file with FFmpeg, whatever its name is, and nothing besides this file.
+
+To FFmpeg, names and contents can mean more than a file: "http:talk.mp4" is an address, "img%03d.png" a
+series of pictures, and a playlist opens whatever it lists. Here FFmpeg never sees the name; it reads through
+a Python file object, which is as fast. Only formats that hold their own media are accepted, and a format that
+still asks for another file is refused.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from feature_extractors.clip import ClipError
+from feature_extractors.limits import Deadline
+
+if TYPE_CHECKING:
+    import av
+
+# fmt: off
+VIDEO_FORMATS = (
+    "mov", "matroska", "webm", "avi", "flv", "live_flv", "kux", "mpeg", "mpegts", "mpegvideo", "asf", "rm",
+    "ogg", "nut", "mxf", "gxf", "dv", "wtv", "nuv", "nsv", "swf", "ivf", "obu", "yuv4mpegpipe", "dhav",
+    "ifv", "pva", "ty", "pmp", "lxf", "vivo", "smjpeg", "mjpeg", "mjpeg_2000", "m4v", "h261", "h263",
+    "h264", "hevc", "vvc", "vc1", "vc1test", "dirac", "dnxhd", "cavsvideo", "av1", "apv", "evc", "avs2",
+    "avs3",
+)
+AUDIO_FORMATS = (
+    "wav", "w64", "aiff", "au", "caf", "mp3", "aac", "loas", "flac", "ape", "tta", "wv", "tak", "mpc",
+    "mpc8", "shn", "ac3", "eac3", "ac4", "dts", "dtshd", "truehd", "mlp", "amr", "amrnb", "amrwb", "gsm",
+    "g722", "g723_1", "g726", "g729", "ilbc", "sbc", "codec2", "lc3", "qcp", "voc", "sox", "ircam",
+    "nistsphere", "avr", "iff", "oma", "aea", "dsf", "dss", "alaw", "mulaw", "xwma", "spdif", "iamf", "qoa",
+    "osq", "mmf", "pvf", "paf", "sln", "act", "wve",
+)
+PICTURE_FORMATS = (
+    "png_pipe", "apng", "jpeg_pipe", "jpegls_pipe", "jpegxl_pipe", "jpegxl_anim", "j2k_pipe", "bmp_pipe",
+    "webp_pipe", "gif", "gif_pipe", "tiff_pipe", "ppm_pipe", "pgm_pipe", "pbm_pipe", "pam_pipe", "qoi_pipe",
+)
+SUBTITLE_FORMATS = ("srt", "ass", "webvtt")  # such a file is then refused for having no sound or picture
+# fmt: on
+FORMATS = VIDEO_FORMATS + AUDIO_FORMATS + PICTURE_FORMATS + SUBTITLE_FORMATS
+"""FFmpeg's names of the formats that are accepted: each holds its media in the one file."""
+
+PLAYLISTS = {
+    "an M3U or HLS playlist": r"#EXTM3U",
+    "an ffconcat list": r"ffconcat version",
+    "a PLS playlist": r"\[playlist\]",
+    "an ASF reference file": r"\[reference\]|ASF ",
+    "a DASH manifest": r"<([^>]*>\s*<)*(\w+:)?MPD\b",
+    "a Smooth Streaming manifest": r"<([^>]*>\s*<)*SmoothStreamingMedia\b",
+    "an ASX playlist": r"<([^>]*>\s*<)*asx\b",
+    "a SMIL or WPL playlist": r"<([^>]*>\s*<)*smil\b",
+    "an XSPF playlist": r"<([^>]*>\s*<)*playlist\b",
+    "an IMF composition": r"<([^>]*>\s*<)*(\w+:)?(CompositionPlaylist|AssetMap|PackingList)\b",
+    "a session description (SDP)": r"v=0\r?\n|(.*\n)*?c=IN IP",
+    "a VobSub index": r"# VobSub index file",
+    "a cue sheet": r"((REM|TITLE|PERFORMER|CATALOG|SONGWRITER)\b.*\n\s*)*FILE \"",
+    "an internet shortcut": r"\[InternetShortcut\]",
+    "a list of addresses": r"(https?|rtsp|rtmp|mms|ftp|file)://",
+}
+"""What names media instead of holding them, and how its text begins."""
+
+SNIFFED = 4096
+"""Bytes of a file's beginning in which a playlist is recognised."""
+
+
+@contextmanager
+def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputContainer"]:
+    """The container in a file, for a `with` block.
+
+    Args:
+        path: An existing file.
+        deadline: Checked at each read, so that no file keeps FFmpeg busy for ever.
+
+    Raises:
+        ClipError: The file is a playlist or names other files, is in no accepted format, or took too long.
+        OSError: The file cannot be read, or FFmpeg cannot make sense of it.
+    """
+    import av
+
+    def refuse_further_files(url: str, flags: int, options: dict[str, str]) -> None:
+        raise _names_others(path, f"a file that refers to {url!r}")
+
+    with open(path, "rb", buffering=0) as file:
+        if kind := _playlist_kind(file) or _reference_movie(file):
+            raise _names_others(path, kind)
+        file.seek(0)
+        try:
+            container = av.open(
+                _MediaFile(file, _hint(path), deadline),
+                container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
+                metadata_errors="replace",
+                io_open=refuse_further_files,
+            )
+        except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
+            detail = "cannot be read: it is damaged, or in no accepted audio or video format"
+            raise ClipError(path, "format", detail) from error
+        with container:
+            yield container
+
+
+def _names_others(path: Path, kind: str) -> ClipError:
+    return ClipError(path, "playlist", f"is {kind}, which names media instead of holding them")
+
+
+class _MediaFile:
+    """A file as FFmpeg reads it: under a neutral name, and only while there is time."""
+
+    def __init__(self, file: FileIO, name: str, deadline: Deadline):
+        self.name = name
+        self._file, self._deadline = file, deadline
+
+    def read(self, size: int) -> bytes:
+        self._deadline.check()
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._deadline.check()
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:  # damaged files point anywhere: FFmpeg handles the refusal itself
+            return -(error.errno or 1)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _hint(path: Path) -> str:
+    """A name that keeps the suffix, by which FFmpeg recognises headerless sound (.g722) and long ID3 tags.
+
+    Suffixes of still pictures are dropped: with them FFmpeg would look for numbered series of files.
+    """
+    suffix = path.suffix[1:].lower()
+    plain = suffix.isascii() and suffix.isalnum()
+    return f"clip.{suffix}" if plain and suffix not in _picture_suffixes() else "clip"
+
+
+@cache
+def _picture_suffixes() -> set[str]:
+    """Suffixes that FFmpeg takes for series of pictures."""
+    from av import ContainerFormat
+
+    return ContainerFormat("image2", "w").extensions
+
+
+def _playlist_kind(file: FileIO) -> str | None:
+    """Which playlist the file is, by how its text begins; None for media."""
+    file.seek(0)
+    head = file.read(SNIFFED)
+    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
+    text = head.decode(encoding, "replace").removeprefix("\xef\xbb\xbf").lstrip()
+    if "\0" in text:
+        return None
+    return next((kind for kind, begins in PLAYLISTS.items() if re.match(begins, text, re.IGNORECASE)), None)
+
+
+def _reference_movie(file: FileIO) -> str | None:
+    """Whether a QuickTime or MP4 file keeps its media in other files; None for all others."""
+    size = file.seek(0, os.SEEK_END)
+    for name, begin, end in _boxes(file, 0, size):
+        if not (name.isascii() and name.replace(b" ", b"a").isalnum()):
+            return None  # no QuickTime file, or a damaged one
+        if name == b"moov":
+            movie = list(_boxes(file, begin, end))
+            references = [box for box in movie if box[0] == b"rmra"]
+            tracks = (box for name, *box in movie if name == b"trak")
+            if references or any(_is_external(file, *track) for track in tracks):
+                return "a QuickTime reference movie"
+            return None
+    return None
+
+
+def _is_external(file: FileIO, begin: int, end: int) -> bool:
+    """Whether a track's data references point out of the file."""
+    for wanted in (b"mdia", b"minf", b"dinf", b"dref"):
+        found = next((box for name, *box in _boxes(file, begin, end) if name == wanted), None)
+        if found is None:
+            return False
+        begin, end = found
+    for kind, entry, entry_end in _boxes(file, begin + 8, end):
+        file.seek(entry)
+        flags = int.from_bytes(file.read(4), "big")
+        if kind in (b"alis", b"url ", b"urn ") and not flags & 1 and entry_end - entry > 4:
+            return True
+    return False
+
+
+def _boxes(file: FileIO, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name, beginning and end of the content of each box of an MP4 file between two positions."""
+    while begin + 8 <= end:
+        file.seek(begin)
+        header = file.read(16)
+        length, content = int.from_bytes(header[:4], "big"), begin + 8
+        if length == 1:
+            length, content = int.from_bytes(header[8:16], "big"), begin + 16
+        stop = end if length == 0 else begin + length
+        if stop < content:
+            return
+        yield header[4:8], content, min(stop, end)
+        begin = stop
