@@ -73,7 +73,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     schedule = make_schedule(training, model.head.stages)
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
-    data = prepare_data(corpus, arguments.data, processor, accelerator, console)
+    data = prepare_data(corpus, arguments.data, processor and processor.limits, accelerator, console)
     masks = draw_masks(data, arguments.data.missing)
     if masks:
         console.print(rates_table(masks))

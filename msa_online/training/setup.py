@@ -31,7 +31,7 @@ from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import InputLimits, MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments, TrainingArguments
 from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import ClipData, FeatureData
@@ -166,15 +166,14 @@ def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[st
 def prepare_data(
     corpus: Corpus | FeatureCorpus,
     data: DataArguments,
-    processor: MSAProcessor | None,
+    limits: InputLimits | None,
     accelerator: Accelerator,
     console: Console,
 ) -> ClipData | FeatureData:
     """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
 
     Of clips, features are extracted that are not in the cache yet: by the main process, for which the others
-    wait however long it takes. `processor` is that of the
-    model, which says how much of a clip is read; a model of features has none.
+    wait however long it takes. `limits` is the most that a model reads of a clip; None for one of features.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
@@ -188,7 +187,7 @@ def prepare_data(
         lambda: prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken), accelerator
     )
     require_splits(preparation.corpus, ("train", "valid"))
-    console.print(findings_table(preparation, processor.limits))
+    console.print(findings_table(preparation, limits))
     return ClipData(preparation, cache)
 
 

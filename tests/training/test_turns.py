@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import distributed
 from msa_online.errors import run_command
+from msa_online.processing_msa import InputLimits
 from msa_online.training import setup
 from msa_online.training.arguments import DataArguments, TrainingArguments
 
@@ -34,7 +35,8 @@ def slow_prepare(*arguments):
 
 def command(corpus):
     data = DataArguments(path=corpus, num_frames=2, face_size=32)
-    prepared = setup.prepare_data(setup.read_data(data), data, accelerator, Console(quiet=True))
+    corpus = setup.read_data(data)
+    prepared = setup.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
     accelerator.wait_for_everyone()
     print("ready with", sum(prepared.sizes.values()))
 
