@@ -30,7 +30,7 @@ class MSAConfig(PretrainedConfig):
             model of features.
         text_encoder: Name or folder the text encoder was taken from; for the record only. A folder's path is
             not saved, its name is.
-        feature_widths: Width of each modality's features, for a model that takes features made elsewhere in
+        feature_widths: Width of each modality's features, for a model of precomputed features in
             place of raw clips; None for raw clips.
         audio_channels: Widths of the audio front-end's convolutions (METHODS 6.3, A1 and A2).
         audio_width: Width of the audio states.

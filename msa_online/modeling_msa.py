@@ -132,7 +132,7 @@ class MSAModel(PreTrainedModel):
         )
 
     def teach(self, **inputs: Tensor) -> Tensor:
-        """What this model, frozen, tells a later stage of training about a batch, `(batch, ...)`."""
+        """Targets of this model, frozen, for a later stage of training, `(batch, ...)`."""
         return self.head.teach(self._calibrate(self.encode(**inputs)))
 
     def _calibrate(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:

@@ -14,7 +14,7 @@ __all__ = ["make_encoders"]
 
 
 def make_encoders(config: MSAConfig) -> nn.ModuleDict:
-    """The front-end of each modality: of raw clips, or of features made elsewhere (`feature_widths`)."""
+    """The front-end of each modality, for raw clips or for precomputed features (`feature_widths`)."""
     if config.feature_widths is not None:
         return nn.ModuleDict({name: FeatureEncoder(name, config.feature_widths[name]) for name in MODALITIES})
     return nn.ModuleDict(

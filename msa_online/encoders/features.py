@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Front-end for features made elsewhere: it standardises them, and has nothing to learn."""
+"""Front-end for precomputed features: it standardises them and has no parameters."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ LIMIT = 10.0  # deviations
 
 
 class FeatureEncoder(nn.Module):
-    """Features of one modality to states of the same width, standardised by what the training split shows.
+    """Features of one modality to states of the same width, standardised by the training split.
 
-    Features of different makers differ by orders of magnitude; the statistics travel with the checkpoint, so
-    that whoever loads it scales as training did.
+    Scales of features differ by orders of magnitude between extractors. The statistics are saved with the
+    checkpoint, so that predictions use the scaling of training.
 
     Args:
         name: The modality, whose `<name>_values` and `<name>_mask` it reads.

@@ -58,7 +58,7 @@ KNOWN_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class TextEncoderError(OSError):
-    """A text encoder is not to be had; the message says where it was looked for and what to do."""
+    """A text encoder is unavailable; the message has the places that were tried and the remedy."""
 
 
 class TextEncoder(nn.Module):

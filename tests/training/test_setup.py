@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that a run refuses at its very start."""
+"""What happens before the first step: launches that are refused, the model that is built."""
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from rich.console import Console
 
-from msa_online.training.arguments import ConfigurationError, TrainingArguments
-from msa_online.training.setup import start_accelerator
+from msa_online import MSAModel
+from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
+from msa_online.training.setup import build_model, start_accelerator
 
 
 @pytest.fixture
@@ -53,3 +56,21 @@ def test_what_a_compiled_model_cannot_do_is_refused(start):
         start(compiled, measure_gradients=True)
     with pytest.raises(ConfigurationError, match=r"regional.*without --dynamo_use_regional_compilation"):
         start({**compiled, "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"})
+
+
+def test_a_run_is_fine_tuned_with_the_folder_of_its_text_encoder_named_again(
+    tiny_text_encoder, tiny_corpus, tmp_path
+):
+    """The checkpoint has the folder's name only: the configuration that made it must still fit it."""
+    model = {"text_encoder": str(tiny_text_encoder), "audio_channels": [16, 16], "face_channels": 8}
+    document = {"model": model, "data": {"path": str(tiny_corpus)}}
+    first, processor = build_model(parse_arguments(document), (), Console(quiet=True))
+    first.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    document["training"] = {"init_from": str(tmp_path)}
+    second, _ = build_model(parse_arguments(document), (), Console(quiet=True))
+    assert type(second) is MSAModel
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    model["text_encoder"] = str(tiny_text_encoder.with_name("another"))
+    with pytest.raises(ConfigurationError, match="has text_encoder .* but model.text_encoder says .*another"):
+        build_model(parse_arguments(document), (), Console(quiet=True))
