@@ -20,7 +20,7 @@ from msa_online.data.collate import in_order
 from msa_online.data.missing import FixedCondition
 from msa_online.data.missing_rates import SplitMask, rates_table
 from msa_online.errors import run_command
-from msa_online.evaluation.report import conditions_table, epoch_line, shares_table
+from msa_online.evaluation.report import conditions_table, epoch_line, open_console, shares_table, show
 from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
 from msa_online.evaluation.shares import modality_shares
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
@@ -64,7 +64,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     slow extraction of features, and before anything of an earlier run is touched.
     """
     training = arguments.training
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     folder = RunFolder(training.output_dir, accelerator)
     folder.check(arguments)
     corpus = read_data(arguments.data)
@@ -76,7 +76,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     data = prepare_data(corpus, arguments.data, processor and processor.limits, accelerator, console)
     masks = draw_masks(data, arguments.data.missing)
     if masks:
-        console.print(rates_table(masks))
+        show(rates_table(masks), console)
     fit_encoders(model, data, arguments, masks)
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
     fit_modulator(modulator, training, occurring, console)
@@ -247,9 +247,9 @@ def finish(
         write_model_card(folder.path, model.config)
         folder.forget_state()
     for split, conditions in results.items():
-        console.print(conditions_table(conditions, f"{split}, best epoch {record['epoch']}"))
+        show(conditions_table(conditions, f"{split}, best epoch {record['epoch']}"), console)
         if split in shares:
-            console.print(shares_table(shares[split], f"{split}: what the predictions come from"))
+            show(shares_table(shares[split], f"{split}: what the predictions come from"), console)
     console.print(Text("\n".join(comparison)), soft_wrap=True)
     console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
 

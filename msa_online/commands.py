@@ -28,10 +28,10 @@ from msa_online.data.features.reading import read_features
 from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.preparation import Preparation, findings_record, findings_table
 from msa_online.data.prepare import prepare
-from msa_online.describe import describe, description_tables
+from msa_online.describe import describe, description_tables, record_lines
 from msa_online.encoders.text import load_tokenizer
 from msa_online.errors import UnfinishedError, run_command
-from msa_online.evaluation.report import conditions_table, frame_rates_table, shares_table
+from msa_online.evaluation.report import conditions_table, frame_rates_table, open_console, shares_table, show
 from msa_online.evaluation.robustness import evaluate_conditions, evaluate_frame_rates
 from msa_online.hub import load_checkpoint
 from msa_online.modalities import MODALITIES
@@ -48,7 +48,7 @@ LEGEND_OF_CLASSES = "prediction = its probability with nothing seen + the Shaple
 
 def run(options: Namespace) -> int:
     """Carry out the sub-command in `options.command`; returns the exit status."""
-    return run_command(lambda: COMMANDS[options.command](options, Console()))
+    return run_command(lambda: COMMANDS[options.command](options, open_console()))
 
 
 def run_prepare(options: Namespace, console: Console) -> None:
@@ -58,7 +58,7 @@ def run_prepare(options: Namespace, console: Console) -> None:
     preparation = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     limits = InputLimits(options.max_text_tokens, options.max_audio_seconds, tokenizer)
-    console.print(findings_table(preparation, limits))
+    show(findings_table(preparation, limits), console)
 
 
 def run_evaluate(options: Namespace, console: Console) -> None:
@@ -106,8 +106,8 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         _write_json(report, options.json, console)
     if options.json != "-":
         if preparation:
-            console.print(findings_table(preparation, processor.limits))
-        console.print(table)
+            show(findings_table(preparation, processor.limits), console)
+        show(table, console)
 
 
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> Preparation:
@@ -182,13 +182,13 @@ def run_extract_features(options: Namespace, console: Console) -> None:
         skip_broken=options.skip_broken,
     )
     limits = InputLimits(MAX_TEXT_TOKENS, math.inf, load_tokenizer(options.text_encoder))
-    console.print(findings_table(preparation, limits))
+    show(findings_table(preparation, limits), console)
     _show_features(options.folder, console)
 
 
 def _show_features(folder: str, console: Console) -> None:
     corpus = read_features(folder)
-    console.print(features_table(corpus))
+    show(features_table(corpus), console)
     known = {name: steps.width for name, steps in corpus.steps.items()}
     # where a modality is not in the data, any width will do
     widths = ", ".join(f"{name}: {known.get(name, 1)}" for name in MODALITIES)
@@ -284,11 +284,13 @@ def run_describe(options: Namespace, console: Console) -> None:
         _write_json(asdict(description), "-", console)
         return
     for table in description_tables(description, options.source):
-        console.print(table)
+        show(table, console)
+    for line in record_lines(description):
+        console.print(Text(line), soft_wrap=True)
     for split, results in description.trained_on.get("results", {}).items():
-        console.print(conditions_table(results, f"scores on {split}"))
+        show(conditions_table(results, f"scores on {split}"), console)
     for split, shares in description.trained_on.get("shares", {}).items():
-        console.print(shares_table(shares, f"what predictions on {split} come from"))
+        show(shares_table(shares, f"what predictions on {split} come from"), console)
     for line in description.trained_on.get("comparison", ()):
         console.print(Text(line), soft_wrap=True)
 

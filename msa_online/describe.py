@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
@@ -139,8 +140,8 @@ def _feature_shapes(
 
 
 def description_tables(description: Description, source: str) -> list[Table]:
-    """The description as tables for the terminal, results of a checkpoint apart."""
-    parts = Table(title=f"{source}: parameters", title_justify="left")
+    """Parameters and shapes as tables for the terminal."""
+    parts = Table(title=Text(f"{source}: parameters"), title_justify="left")
     parts.add_column("part")
     parts.add_column("parameters", justify="right")
     for name, count in description.parameters.items():
@@ -158,12 +159,20 @@ def description_tables(description: Description, source: str) -> list[Table]:
     shapes.add_column("shape")
     for name, shape in description.shapes.items():
         shapes.add_row(name, " x ".join(map(str, shape)))
+    return [parts, shapes]
+
+
+def record_lines(description: Description) -> list[str]:
+    """What a checkpoint was trained on, in lines for the terminal; scores are shown apart.
+
+    No table: the values are paths and commands, which columns would break.
+    """
     record = {name: value for name, value in description.trained_on.items() if name not in SHOWN_APART}
-    if not record:
-        return [parts, shapes]
-    trained = Table(title="trained on", title_justify="left", show_header=False)
+    width = max(map(len, record), default=0)
+    lines = ["trained on"] if record else []
     for name, value in record.items():
-        trained.add_row(
-            name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        shown = (
+            ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
         )
-    return [parts, shapes, trained]
+        lines.append(f"  {name:<{width}}  {shown}")
+    return lines

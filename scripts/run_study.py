@@ -47,13 +47,12 @@ from msa_online.evaluation.comparison import (
     comparison_page,
     comparison_table,
 )
-from msa_online.evaluation.report import HEADLINES
+from msa_online.evaluation.report import HEADLINES, UNLIMITED, show
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.study import Study, StudyRun, name_in, read_study
 from train import train
 
 matplotlib.use("Agg")
-WIDTH = 180  # of the table where it goes to a file or a pipe
 
 
 def run_study(options: argparse.Namespace, console: Console) -> None:
@@ -161,7 +160,7 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if study.settings:
         draw_curves(compared, study, split, folder / "curves.png")
-    console.print(comparison_table(compared, title))
+    show(comparison_table(compared, title), console)
     console.print(*notes)
     console.print(f"written to {folder / 'table.md'} and {folder / 'results.json'}", soft_wrap=True)
 
@@ -213,7 +212,7 @@ def main(argv: list[str]) -> int:
         file=sys.stdout, markup=False, highlight=False
     )  # the terminal, while a run's output is redirected
     if not console.is_terminal:
-        console.width = WIDTH
+        console.width = UNLIMITED
     return run_command(lambda: run_study(options, console))
 
 

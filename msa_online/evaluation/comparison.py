@@ -93,7 +93,7 @@ def comparison_table(compared: Mapping[str, Mapping[str, Any]], title: str) -> T
     """The comparison as a table for the terminal."""
     header, rows = _cells(compared)
     table = Table(title=Text(title), title_justify="left", caption=LEGEND, caption_justify="left")
-    table.add_column(header[0])
+    table.add_column(header[0], overflow="fold")
     for name in header[1:]:
         table.add_column(name, justify="right")
     for row in rows:

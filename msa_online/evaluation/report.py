@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of results, for the terminal and for Markdown."""
 
+import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +27,33 @@ HEADLINES = {
 LEGEND = "Has0: negative vs non-negative; Non0: negative vs positive, zero labels left out; F1 by support"
 IN_UNITS_OF_THE_LABEL = ("mae", "corr")
 
+UNLIMITED = 10_000  # columns of an output that is no terminal
+
 Results = Mapping[str, Mapping[str, float]]
 """Metrics by name, by condition."""
+
+
+def open_console(*, quiet: bool = False) -> Console:
+    """The console of a command: as wide as the terminal, and without a limit where the output is no terminal.
+
+    Rich would take 80 columns for a file or a pipe, and cut names of files to fit. A width in the environment
+    variable COLUMNS holds.
+    """
+    console = Console(quiet=quiet)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNLIMITED
+    return console
+
+
+def show(table: Table, console: Console) -> None:
+    """Print a table, its title and caption in lines of their own: inside it they are cut to its width."""
+    bare = copy(table)
+    bare.title = bare.caption = None
+    if table.title:
+        console.print(table.title, style="table.title", soft_wrap=True)
+    console.print(bare)
+    if table.caption:
+        console.print(table.caption, style="table.caption")
 
 
 def conditions_table(results: Results, title: str) -> Table:

@@ -28,6 +28,7 @@ from msa_online.data.missing_rates import SplitMask
 from msa_online.data.preparation import findings_table
 from msa_online.data.prepare import prepare
 from msa_online.encoders.text import load_tokenizer
+from msa_online.evaluation.report import show
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
@@ -180,14 +181,14 @@ def prepare_data(
         SystemExit: Extraction failed in another process, which reports it.
     """
     if isinstance(corpus, FeatureCorpus):
-        console.print(features_table(corpus))
+        show(features_table(corpus), console)
         return FeatureData(corpus)
     cache = FeatureCache()
     preparation = in_turn(
         lambda: prepare(corpus, cache, data.extraction, data.prepare_workers, data.skip_broken), accelerator
     )
     require_splits(preparation.corpus, ("train", "valid"))
-    console.print(findings_table(preparation, limits))
+    show(findings_table(preparation, limits), console)
     return ClipData(preparation, cache)
 
 

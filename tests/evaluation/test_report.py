@@ -3,6 +3,8 @@ import math
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics
 from msa_online.evaluation.report import (
@@ -13,7 +15,9 @@ from msa_online.evaluation.report import (
     format_metric,
     frame_rates_table,
     markdown_table,
+    open_console,
     shares_table,
+    show,
 )
 
 REGRESSION = {
@@ -129,3 +133,40 @@ def test_shares_are_shown_in_percent_and_contributions_with_their_sign():
 
 def test_a_bar_in_a_name_does_not_add_a_column_to_a_markdown_table():
     assert as_markdown(["variant", "MAE"], [["a|b", "0.5"]]).splitlines()[-1] == r"| a\|b | 0.5 |"
+
+
+LONG = "/recordings/of a laboratory/with a name that is longer than/any terminal of eighty columns/runs/[old]"
+
+
+def shown(width: int | None, monkeypatch, capsys) -> str:
+    """A table with a long title, printed where the output is no terminal."""
+    if width is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(width))
+    show(conditions_table(REGRESSION, f"{LONG} on test"), open_console())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [None, 80, 40])
+def test_a_title_with_a_long_path_is_one_line_however_wide_the_table_is(width, monkeypatch, capsys):
+    assert f"{LONG} on test" in shown(width, monkeypatch, capsys).splitlines()
+
+
+def test_a_name_in_a_table_is_whole_where_the_output_is_a_pipe(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table("file", "problem")
+    table.add_row(Text(LONG), "no face")
+    console = open_console()
+    show(table, console)
+    assert LONG in capsys.readouterr().out
+
+
+def test_the_width_that_the_environment_asks_for_holds(monkeypatch, capsys):
+    lines = shown(80, monkeypatch, capsys).splitlines()
+    assert max(map(len, lines[1:])) <= 80 and "75.00" in "".join(lines)
+
+
+def test_a_quiet_console_of_another_process_prints_nothing(capsys):
+    show(conditions_table(REGRESSION, "test"), open_console(quiet=True))
+    assert capsys.readouterr().out == ""
