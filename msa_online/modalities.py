@@ -47,10 +47,22 @@ class ModalitySequence:
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "ModalitySequence":
         """Wrap states `(batch, time, width)`; a sample is present when any step of its `mask` is valid."""
-        return cls(values * mask.unsqueeze(-1), mask, mask.any(dim=1))
+        return cls(_masked(values, mask), mask, mask.any(dim=1))
+
+    def with_values(self, values: Tensor) -> "ModalitySequence":
+        """The same steps with other states `(batch, time, width)`, for example the output of a layer.
+
+        Steps that are not observed become zero, whatever `values` holds there: a linear layer leaves its bias
+        in them. Use this and not `dataclasses.replace`, which keeps such values.
+        """
+        return replace(self, values=_masked(values, self.mask))
 
     def only(self, present: Tensor) -> "ModalitySequence":
         """The same sequence with the samples hidden where `present` `(batch,)` bool is False."""
         mask = self.mask & present.unsqueeze(-1)
-        values = torch.where(mask.unsqueeze(-1), self.values, 0.0)
-        return replace(self, values=values, mask=mask, present=mask.any(dim=1))
+        return ModalitySequence.of(self.values, mask)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """States `(batch, time, width)` with zeros where `mask` `(batch, time)` is False, even for NaN."""
+    return torch.where(mask.unsqueeze(-1), values, 0.0)

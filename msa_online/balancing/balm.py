@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class FeatureCalibration(Calibrator):
         pooled = torch.cat([masked_mean(sequences[name]) for name in self.gates], dim=-1)
         descriptor = F.relu(self.describe(pooled))  # (batch, descriptor)
         return {
-            name: replace(sequence, values=sequence.values * self.gates[name](descriptor).unsqueeze(1))
+            name: sequence.with_values(sequence.values * self.gates[name](descriptor).unsqueeze(1))
             for name, sequence in sequences.items()
         }
 

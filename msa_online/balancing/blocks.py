@@ -240,9 +240,12 @@ class ExpertLayer(nn.Module):
 
 
 def masked_mean(sequence: ModalitySequence) -> Tensor:
-    """Mean of the observed steps, `(batch, time, width)` to `(batch, width)`; zero where there are none."""
+    """Mean of the observed steps, `(batch, time, width)` to `(batch, width)`; zero where there are none.
+
+    Steps outside the mask never count, whatever values they hold.
+    """
     count = sequence.mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return sequence.values.sum(dim=1) / count  # absent steps hold zeros
+    return torch.where(sequence.mask.unsqueeze(-1), sequence.values, 0.0).sum(dim=1) / count
 
 
 def in_fp32(values: Tensor) -> Tensor:

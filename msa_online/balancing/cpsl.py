@@ -273,7 +273,7 @@ class RunningMinMax(nn.Module):
             self._follow(sequence)
         spread = self.high - self.low
         values = (sequence.values - self.low) / torch.where(spread > SMALL, spread, 1.0)
-        return ModalitySequence.of(values.to(sequence.values.dtype), sequence.mask)
+        return sequence.with_values(values.to(sequence.values.dtype))
 
     @torch.no_grad()
     def _follow(self, sequence: ModalitySequence) -> None:

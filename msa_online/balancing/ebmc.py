@@ -6,7 +6,7 @@ Equation numbers are those of METHODS 1.3.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -241,7 +241,7 @@ class EBMCHead(BalancingHead):
     def _read(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, Tensor]:
         """Project, pass the expert stacks, average over time: z_m, `(batch, hidden)` each."""
         projected = {
-            name: replace(sequences[name], values=self.projections[name](sequences[name].values))
+            name: sequences[name].with_values(self.projections[name](sequences[name].values))
             for name in MODALITIES
         }
         if self.missing is not None:
@@ -251,9 +251,7 @@ class EBMCHead(BalancingHead):
             mixed = {name: self._route(name, projected[name].values, passed[name]) for name in MODALITIES}
         else:
             mixed = self.stacks.own(projected)
-        return {
-            name: masked_mean(ModalitySequence.of(mixed[name], projected[name].mask)) for name in MODALITIES
-        }
+        return {name: masked_mean(projected[name].with_values(mixed[name])) for name in MODALITIES}
 
     def _route(self, name: str, projected: Tensor, passed: Tensor) -> Tensor:
         """Soft mixture of the stacks, `(stacks, batch, time, hidden)`; the weights are not normalised."""

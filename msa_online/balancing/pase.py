@@ -7,7 +7,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -199,7 +198,7 @@ class PaSEHead(BalancingHead):
         states = [self.projections[name](sequence.values).unsqueeze(0)]
         for layer in self.experts[name]:
             states = layer(states, [sequence.mask])
-        return masked_mean(ModalitySequence.of(states[0].squeeze(0), sequence.mask))
+        return masked_mean(sequence.with_values(states[0].squeeze(0)))
 
     def _weights(self, states: Tensor, present: Tensor) -> Tensor:
         """PGF (2.5): |M| alpha_m, `(modalities, batch)`, of mean 1 over the modalities a sample has."""
@@ -415,7 +414,7 @@ class ShapleyModulator(GradientModulator):
         self, sequences: Mapping[str, ModalitySequence], subset: frozenset[str], labels: Tensor
     ) -> Tensor:
         seen = {
-            name: replace(sequence, values=in_fp32(sequence.values)).only(sequence.present & (name in subset))
+            name: sequence.with_values(in_fp32(sequence.values)).only(sequence.present & (name in subset))
             for name, sequence in sequences.items()
         }
         return task_loss(self.model.decide(seen).logits, labels)

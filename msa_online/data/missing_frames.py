@@ -3,7 +3,6 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,8 +79,7 @@ class FrameDrop:
             for name, sequence in sequences.items()
         }
         return {
-            name: replace(sequence, values=sequence.values * kept[name])
-            for name, sequence in sequences.items()
+            name: sequence.with_values(sequence.values * kept[name]) for name, sequence in sequences.items()
         }
 
     def dropped(self, index: Tensor, name: str, among: Tensor, rate: float) -> Tensor:

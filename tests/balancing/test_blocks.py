@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,15 @@ def test_the_mean_over_time_counts_only_what_was_observed():
     torch.testing.assert_close(pooled[0], values[0].mean(dim=0), **EXACT)
     torch.testing.assert_close(pooled[1], values[1, :3].mean(dim=0), **EXACT)
     assert not pooled[2].any()
+
+
+@pytest.mark.parametrize("left_over", [3.0, math.inf, math.nan])
+def test_the_mean_over_time_ignores_what_a_layer_left_in_padding(left_over):
+    """One observed step of 1 and one padded step of 3 used to average to 4 / 1."""
+    mask = torch.tensor([[True, False], [False, False]])
+    sequence = ModalitySequence.of(torch.ones(2, 2, 1), mask)
+    values = torch.where(mask.unsqueeze(-1), 1.0, left_over)
+    assert masked_mean(replace(sequence, values=values)).tolist() == [[1.0], [0.0]]
 
 
 def test_a_mean_of_nothing_is_zero():
