@@ -37,6 +37,7 @@ from msa_online.training.setup import (
     class_names,
     fit_encoders,
     fit_modulator,
+    loaders_report,
     make_loaders,
     make_modulator,
     prepare_data,
@@ -81,12 +82,13 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
     fit_modulator(modulator, training, occurring, console)
     hidings = make_hidings(data, training, masks, model, processor)
-    loaders = make_loaders(data, processor, model.config, arguments, accelerator.num_processes)
+    loaders = make_loaders(data, processor, model.config, arguments, accelerator)
+    for line in loaders_report(loaders, schedule.total_epochs):
+        console.print(line, soft_wrap=True, highlight=False)
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
     for_teacher = hidings["teacher"].over(accelerator.prepare(in_order(loaders["train"])))
-    steps = len(loaders["train"]) // (training.accumulation * accelerator.num_processes)
     optimizer = make_optimizer(
         model,
         learning_rate=training.learning_rate,
@@ -94,7 +96,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         weight_decay=training.weight_decay,
     )
     scheduler = make_scheduler(
-        optimizer, steps=steps * schedule.total_epochs, warmup=training.warmup, decay=training.decay
+        optimizer, steps=sampler.steps * schedule.total_epochs, warmup=training.warmup, decay=training.decay
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}

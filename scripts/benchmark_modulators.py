@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from benchmark_heads import CONFIGS, TYPES, Clock, Step, _machine, _table, random_clips, time_in_turns
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator, ShapleyModulator
@@ -118,10 +119,11 @@ def make_loops(
 
 def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
     """An epoch of one batch, marked when the device is done with it."""
+    loader = DataLoader([dict(batch)], batch_size=None)
 
     def step() -> dict[str, float]:
         clock = Clock(loop.accelerator.device)
-        loop.train_epoch([batch], stage="train", epoch=0, title="")
+        loop.train_epoch(loader, stage="train", epoch=0, title="")
         return {"step": clock.read()}
 
     return step

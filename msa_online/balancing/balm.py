@@ -164,13 +164,16 @@ class RebalancingModulator(GradientModulator):
         super().leave_out(names)
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Divergence of each probe from the fused prediction, summed over samples that have its modality."""
+        """Divergence of each probe from the fused prediction, and the share of samples with its modality.
+
+        Both are means over the whole micro-batch: a sample without the modality counts as zero.
+        """
         statistics = {}
         for name in self.modalities:
             fused, alone = in_fp32(output.logits.detach()), in_fp32(output.probe_logits[name].detach())
             present = output.present[name] & output.fused_valid
-            statistics[f"divergence/{name}"] = (DIVERGENCES[self.progress](fused, alone) * present).sum()
-            statistics[f"observed/{name}"] = present.sum()
+            statistics[f"divergence/{name}"] = (DIVERGENCES[self.progress](fused, alone) * present).mean()
+            statistics[f"observed/{name}"] = present.float().mean()
         return statistics
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:

@@ -188,7 +188,10 @@ class GradientModulator:
         self.modalities = tuple(name for name in self.modalities if name not in names)
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name."""
+        """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name.
+
+        The loop averages them over the micro-batches of the step, weighted by size: return means, not sums.
+        """
         return {}
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:

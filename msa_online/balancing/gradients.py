@@ -20,7 +20,7 @@ NORMS = ("mean", "rms")
 
 
 def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> dict[str, Tensor]:
-    """How well each modality alone predicts a micro-batch, as sums that `quality_scores` reads.
+    """How well each modality alone predicts a micro-batch, as means that `quality_scores` reads.
 
     Args:
         output: `MSAOutput`, whose `modality_logits` are judged on the samples `present` says have them.
@@ -28,8 +28,9 @@ def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> d
         modalities: Whom to judge.
 
     Returns:
-        Sum of the absolute errors (`error/<name>`) or of the probabilities of the true class
-        (`truth/<name>`), and the number of samples (`observed/<name>`), detached scalars.
+        Means over all samples of the micro-batch, zero for those without the modality: of the absolute errors
+        (`error/<name>`) or of the probabilities of the true class (`truth/<name>`), and the share of samples
+        that have it (`observed/<name>`); detached scalars.
     """
     statistics = {}
     for name in modalities:
@@ -38,8 +39,8 @@ def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> d
             kind, quality = "error", (logits.squeeze(-1) - labels).abs()
         else:
             kind, quality = "truth", logits.softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        statistics[f"{kind}/{name}"] = (quality * present).sum()
-        statistics[f"observed/{name}"] = present.sum()
+        statistics[f"{kind}/{name}"] = (quality * present).mean()
+        statistics[f"observed/{name}"] = present.float().mean()
     return statistics
 
 
@@ -50,9 +51,9 @@ def quality_scores(statistics: Mapping[str, float], modalities: Iterable[str]) -
     """
     scores = {}
     for name in modalities:
-        if count := statistics[f"observed/{name}"]:
+        if share := statistics[f"observed/{name}"]:
             truth, error = statistics.get(f"truth/{name}"), statistics.get(f"error/{name}")
-            scores[name] = truth / count if error is None else 1 / (error / count + EPSILON)
+            scores[name] = truth / share if error is None else 1 / (error / share + EPSILON)
     return scores
 
 

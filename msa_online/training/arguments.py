@@ -132,8 +132,8 @@ class TrainingArguments:
         epochs: Epochs of a run in one stage.
         patience: Early stopping for a run in one stage.
         stages: Stages of a head that has several, in place of `epochs` and `patience`.
-        batch_size: Samples of one process in one forward pass.
-        accumulation: Forward passes to one optimizer step.
+        batch_size: Most samples of one process in one forward pass.
+        accumulation: Forward passes of one process for each optimizer step.
         mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
             `accelerate launch`, else bf16 where the device computes it natively, else fp16 on a GPU and fp32
             on a CPU.

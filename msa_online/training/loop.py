@@ -3,7 +3,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from msa_online.balancing import GradientModulator, Modulation, ModulationContext
 from msa_online.balancing.gradients import gradients_of
+from msa_online.data.collate import micro_batch_sizes
 from msa_online.data.missing import Hiding
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.optimizer import scaled_rates
@@ -88,8 +89,11 @@ class TrainingLoop:
     def train_epoch(self, loader: DataLoader, *, stage: str, epoch: int, title: str) -> dict[str, float]:
         """Train one epoch.
 
+        Micro-batches of a step may differ in size. Each is weighted by its number of samples, so that losses
+        and gradients are means over all samples of the step.
+
         Args:
-            loader: Prepared loader of the training split.
+            loader: Prepared loader of the training split, its batches from a `BucketBatchSampler`.
             stage: Name of the training stage.
             epoch: Epochs finished before this one.
             title: What the progress bar says.
@@ -106,10 +110,13 @@ class TrainingLoop:
             total=len(loader), desc=title, leave=False, disable=not self.accelerator.is_local_main_process
         )
         window: list[MicroBatch] = []
-        for number, batch in enumerate(loader):
+        for (number, batch), weight in zip(enumerate(loader), self._weights(loader), strict=True):
             with self.accelerator.accumulate(self.model):
                 seen = self.teacher.join(self.hiding.hide(batch))
-                window.append(self._forward_backward(seen, self.measure_gradients and number == 0))
+                if weight == 0:  # a placeholder for an empty micro-batch: running state must not see it
+                    seen["modality_present"] = torch.zeros_like(seen["modality_present"])
+                measure = self.measure_gradients and number == 0
+                window.append(self._forward_backward(seen, weight, measure))
                 if self.accelerator.sync_gradients:
                     record = self._step(window, stage, epoch)
                     window = []
@@ -121,7 +128,18 @@ class TrainingLoop:
         bar.close()
         return {name: fmean(values) for name, values in steps.items()} | self._gradient_norms
 
-    def _forward_backward(self, batch: Mapping[str, Tensor], measure: bool) -> "MicroBatch":
+    def _weights(self, loader: DataLoader) -> Iterator[float]:
+        """Weight of each micro-batch of this process: its size divided by the mean size in its step.
+
+        Accumulation and DDP average gradients over micro-batches regardless of their sizes; this corrects it.
+        """
+        accumulation, processes = self.accelerator.gradient_accumulation_steps, self.accelerator.num_processes
+        parts = accumulation * processes
+        for sizes in micro_batch_sizes(len(loader.dataset), len(loader) // accumulation, parts):
+            for mine in sizes[self.accelerator.process_index :: processes]:
+                yield mine * parts / sum(sizes)
+
+    def _forward_backward(self, batch: Mapping[str, Tensor], weight: float, measure: bool) -> "MicroBatch":
         """Losses and diagnostics of a micro-batch, detached; gradients are left on the parameters."""
         output = self.model(**batch, output_internals=True)
         if measure:
@@ -129,9 +147,9 @@ class TrainingLoop:
         observed = self.modulator.observe(output, batch["labels"])
         extra = self.modulator.extra_losses(output, batch["labels"])
         loss = output.loss + sum(extra.values())
-        self.accelerator.backward(loss)
+        self.accelerator.backward(weight * loss)
         reported = {"loss": loss, **output.losses, **extra, **output.diagnostics}
-        return MicroBatch(_detached(reported), _detached(observed))
+        return MicroBatch(_detached(reported), _detached(observed), weight)
 
     def _measure(self, losses: Mapping[str, Tensor]) -> None:
         """Note the norm of the gradient that each loss alone, unweighted, would give."""
@@ -190,7 +208,7 @@ class TrainingLoop:
         """What a step has to know on the host, in its one sync.
 
         Args:
-            window: Scalars of its micro-batches, to be averaged over them and over the ranks.
+            window: Scalars of its micro-batches, averaged by weight over them and over the ranks.
             whole: Scalars of its whole gradients, the same on every rank.
         """
         names = [*window[0].reported, *window[0].observed]
@@ -230,14 +248,16 @@ class MicroBatch:
     Attributes:
         reported: Losses and diagnostics.
         observed: What the modulator wants to know at the step.
+        weight: Its size divided by the mean size of the micro-batches of the step.
     """
 
     reported: dict[str, Tensor]
     observed: dict[str, Tensor]
+    weight: float
 
     def values(self) -> Tensor:
-        """All of them, those reported first."""
-        return torch.stack([*self.reported.values(), *self.observed.values()])
+        """All of them, weighted, those reported first."""
+        return self.weight * torch.stack([*self.reported.values(), *self.observed.values()])
 
 
 def _detached(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 """Everything a run needs before its first step: processes and precision, data, model."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from msa_online.training.turns import in_turn
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 DIVIDED = ("DP_SHARD", "TP", "CP", "SP")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SMALL_SPLIT = 100  # samples: the standard error of an accuracy is then at most 0.05
 RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
 
 
@@ -387,29 +389,65 @@ def make_loaders(
     processor: MSAProcessor | None,
     config: MSAConfig,
     arguments: RunArguments,
-    processes: int,
+    accelerator: Accelerator,
 ) -> dict[str, DataLoader]:
     """A loader for each split that has samples: the training split shuffled by seed, the others by length.
 
     Raises:
-        ConfigurationError: The training split is smaller than one optimizer step.
+        ConfigurationError: The training split has fewer samples than an optimizer step has micro-batches.
         CorpusError: Features have other widths than the model.
     """
     training = arguments.training
-    per_step = training.accumulation * processes
+    processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    per_step = processes * accumulation
+    if data.sizes["train"] < per_step:
+        raise ConfigurationError(
+            f"the training split has {data.sizes['train']} samples, but one optimizer step takes {per_step} "
+            f"batches of at least one sample (processes {processes} x training.accumulation={accumulation}): "
+            "lower training.accumulation, or launch fewer processes"
+        )
     loaders = {}
     for name in data.sizes:
         dataset = data.dataset(name, processor, config)
-        shuffled = {"batches_per_step": per_step, "seed": training.seed} if name == "train" else {}
-        sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **shuffled)
+        shuffled = {"batches_per_step": per_step, "seed": training.seed, "processes": processes}
+        settings = shuffled if name == "train" else {}
+        sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **settings)
         loaders[name] = make_loader(dataset, sampler, arguments.data.loader_workers)
-    if len(loaders["train"]) == 0:
-        raise ConfigurationError(
-            f"the training split has {data.sizes['train']} samples, fewer than one optimizer step takes: "
-            f"training.batch_size={training.batch_size} x training.accumulation={training.accumulation} x "
-            f"{processes} processes; lower one of them"
-        )
     return loaders
+
+
+def loaders_report(loaders: Mapping[str, DataLoader], epochs: int) -> list[str]:
+    """How the training split is cut into steps, and a warning for each split that is too small.
+
+    Args:
+        loaders: Loader of each split, as `make_loaders` gives them.
+        epochs: Epochs of the run.
+    """
+    sampler = loaders["train"].batch_sampler
+    samples, steps, processes = len(sampler.lengths), sampler.steps, sampler.processes
+    accumulation = sampler.batches_per_step // processes
+    effective = sampler.largest * sampler.batches_per_step
+    lines = [
+        f"train: {samples} samples; steps: {steps} per epoch, {steps * epochs} in all; effective batch: "
+        f"{effective} = processes {processes} x batch {sampler.largest} x accumulation {accumulation} "
+        f"({samples / steps:.1f} samples a step on average); padding: {sampler.padding():.0%} of the "
+        f"{loaders['train'].dataset.unit} in batches"
+    ]
+    for name, loader in loaders.items():
+        if (size := len(loader.batch_sampler.lengths)) < SMALL_SPLIT:
+            lines.append(f"warning: {name} has only {size} samples: {_why_small(name, size)}")
+    return lines
+
+
+def _why_small(split: str, size: int) -> str:
+    if split == "train":
+        return f"below {SMALL_SPLIT}, results depend more on these samples and the seed than on the method"
+    purpose = "the choice of the best epoch" if split == "valid" else "a comparison of models"
+    error = 0.5 / math.sqrt(size)
+    return (
+        f"an accuracy of 0.5 has a standard error of {error:.2f}, too much for {purpose}; have at least "
+        f"{SMALL_SPLIT} (0.05)"
+    )
 
 
 def seed_everything(seed: int) -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 
 from feature_extractors import Clip, FaceExtractor, FeatureCache
-from msa_online.data.collate import BucketBatchSampler, ClipDataset, in_order, make_loader
+from msa_online.data.collate import (
+    BucketBatchSampler,
+    ClipDataset,
+    in_order,
+    make_loader,
+    micro_batch_sizes,
+    overlap,
+)
 from msa_online.data.datasets import Sample
 
 
@@ -54,24 +62,97 @@ def test_a_resumed_run_goes_on_with_the_order_of_its_epoch(lengths):
     assert [batch["index"].tolist() for batch in prepared] == expected
 
 
-def test_no_sample_is_seen_twice_in_an_epoch_and_few_sit_out(lengths):
-    for per_step in (1, 4):
-        seen = sum(batches(BucketBatchSampler(lengths, 8, per_step, seed=5)), [])
-        assert len(set(seen)) == len(seen) == 1003 // (8 * per_step) * 8 * per_step
+def steps_of(sampler: BucketBatchSampler, epoch: int = 0) -> list[list[list[int]]]:
+    """Micro-batches of each step of an epoch; placeholders are left out."""
+    parts, found = sampler.batches_per_step, batches(sampler, epoch)
+    sizes = sum(micro_batch_sizes(len(sampler.lengths), sampler.steps, parts), [])
+    assert [len(batch) for batch in found] == [max(size, 1) for size in sizes]
+    kept = [batch if size else [] for batch, size in zip(found, sizes, strict=True)]
+    return [kept[at : at + parts] for at in range(0, len(kept), parts)]
 
 
-def test_those_who_sit_out_are_others_in_another_epoch(lengths):
-    sampler = BucketBatchSampler(lengths[:30], 8, seed=5)
-    out = [set(range(30)) - set(sum(batches(sampler, epoch), [])) for epoch in range(4)]
-    assert all(len(samples) == 6 for samples in out) and len(set(map(frozenset, out))) > 1
+@pytest.mark.parametrize("samples", [20, 21, 57, 64, 1003])
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 32])
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 4), (8, 2)])
+def test_every_sample_is_in_every_epoch_once(samples, batch_size, processes, accumulation, lengths):
+    """A step leaves no clip out, fills every micro-batch it can, and takes no more than was asked for."""
+    sampler = BucketBatchSampler(lengths[:samples], batch_size, processes * accumulation, 5, processes)
+    steps = steps_of(sampler, epoch=3)
+    assert len(steps) == -(-samples // (batch_size * processes * accumulation))
+    assert sorted(sum(sum(steps, []), [])) == list(range(samples))
+    whole = [sum(map(len, step)) for step in steps]
+    assert max(whole) - min(whole) <= 1
+    for step in steps:
+        sizes = [len(batch) for batch in step]
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_or_distributed_parts_are_the_batches_of_one_process(lengths, parts):
-    whole = batches(BucketBatchSampler(lengths, 16, 1, seed=5), epoch=1)
-    split = batches(BucketBatchSampler(lengths, 16 // parts, parts, seed=5), epoch=1)
-    assert all(len(batch) == 16 // parts for batch in split)
-    assert [sum(split[at : at + parts], []) for at in range(0, len(split), parts)] == whole
+@pytest.mark.parametrize("samples", [1003, 250, 17])
+@pytest.mark.parametrize(("parts", "processes"), [(2, 1), (2, 2), (4, 2), (16, 8)])
+def test_a_step_has_the_same_samples_however_it_is_divided(lengths, samples, parts, processes):
+    whole = steps_of(BucketBatchSampler(lengths[:samples], 16, 1, seed=5), epoch=1)
+    split = steps_of(BucketBatchSampler(lengths[:samples], 16 // parts, parts, 5, processes), epoch=1)
+    assert [sorted(sum(step, [])) for step in split] == [sorted(*step) for step in whole]
+
+
+def in_tokens(kind: str) -> np.ndarray:
+    """Lengths of 1,284 texts: as sentences have them, with a long tail, all alike, or of two kinds."""
+    random = np.random.default_rng(1)
+    return {
+        "sentences": lambda: random.gamma(2.0, 6.0, size=1284).astype(int) + 3,
+        "long tail": lambda: random.lognormal(2.5, 1.0, size=1284).astype(int) + 3,
+        "alike": lambda: np.full(1284, 12),
+        "two kinds": lambda: random.choice([5, 60], size=1284),
+    }[kind]()
+
+
+def in_random_order(samples: int, steps: int, epoch: int) -> list[np.ndarray]:
+    return np.array_split(np.random.default_rng([9, epoch]).permutation(samples), steps)
+
+
+def mean_overlap(epochs: Sequence[Sequence[Sequence[int]]]) -> float:
+    return float(np.mean([overlap(one, other) for one, other in zip(epochs, epochs[5:], strict=False)]))
+
+
+@pytest.mark.parametrize("kind", ["sentences", "long tail", "alike", "two kinds"])
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_samples_that_met_in_a_step_meet_no_more_often_than_at_random(kind, processes):
+    """Five epochs later; sorted too well, the same samples are in one step in every epoch."""
+    sampler = BucketBatchSampler(in_tokens(kind), 32, processes, seed=3, processes=processes)
+    epochs = [[sum(step, []) for step in steps_of(sampler, epoch)] for epoch in range(25)]
+    shuffled = [in_random_order(1284, sampler.steps, epoch) for epoch in range(25)]
+    assert mean_overlap(epochs) == pytest.approx(mean_overlap(shuffled), abs=0.05)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_processes_have_even_work_and_none_always_has_the_longest_text(accumulation):
+    """The processes wait for each other at every step: what the slowest has more than the mean is lost."""
+    lengths = in_tokens("sentences")
+    sampler = BucketBatchSampler(lengths, 32, 8 * accumulation, seed=3, processes=8)
+    epochs = [batches(sampler, epoch) for epoch in range(20)]
+    shuffled = [in_random_order(1284, len(sampler), epoch) for epoch in range(20)]
+
+    def unevenness(epochs: Sequence[Sequence[Sequence[int]]]) -> float:
+        work = [[len(batch) * lengths[batch].max() for batch in batches] for batches in epochs]
+        together = np.array(work).reshape(-1, 8)
+        return float(np.mean(together.max(axis=1) / together.mean(axis=1)))
+
+    assert unevenness(epochs) - 1 < 0.4 * (unevenness(shuffled) - 1)
+    longest = np.array([[lengths[batch].max() for batch in batches] for batches in epochs]).reshape(-1, 8)
+    longest = longest[(longest == longest.max(axis=1, keepdims=True)).sum(axis=1) == 1]  # no ties
+    shares = np.bincount(longest.argmax(axis=1), minlength=8) / len(longest)
+    assert shares.min() > 0.03 and shares.max() < 0.3
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (8, 1), (1, 8)])
+def test_batches_have_less_padding_than_in_a_random_order(processes, accumulation):
+    lengths = in_tokens("sentences")
+    sampler = BucketBatchSampler(lengths, 32, processes * accumulation, 3, processes)
+    parts = in_random_order(1284, len(sampler), 0)
+    at_random = 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in parts)
+    found = np.mean([sampler.padding() for epoch in range(8) if not sampler.start_epoch(epoch)])
+    assert found < at_random - 0.05
+    assert 1 - 1 / (1 + padding(batches(sampler, 7), lengths)) == pytest.approx(sampler.padding())
 
 
 def test_similar_lengths_share_a_batch(lengths):

@@ -34,11 +34,18 @@ modulating = pytest.mark.parametrize("kind", [ConflictModulator, OGMModulator])
 
 
 @modulating
-def test_two_accumulated_halves_are_modulated_as_one_batch(kind, still_config, rows, make_trial):
-    """Errors are averaged over the samples that were there, not over halves; noise is added once a step."""
+@pytest.mark.parametrize(("samples", "batch_size"), [(24, 4), (21, 4), (21, 1)])
+def test_accumulated_parts_are_modulated_as_one_batch(
+    samples, batch_size, kind, still_config, rows, make_trial
+):
+    """Errors are averaged over the samples that were there, not over parts; noise is added once a step."""
+    rows = rows[:samples]
     whole = make_trial(still_config, rows, kind(epochs=None), batch_size=8)
     end = whole.train()
-    halves = make_trial(still_config, rows, kind(epochs=None), batch_size=4, accumulation=2)
+    accumulation = 8 // batch_size
+    halves = make_trial(
+        still_config, rows, kind(epochs=None), batch_size=batch_size, accumulation=accumulation
+    )
     assert_close(end, halves.train(), 1e-5)
     assert whole.modulator.steps == halves.modulator.steps == list(range(6))
     for name in whole.modulator.modalities:
@@ -52,6 +59,8 @@ def test_the_score_of_a_window_is_that_of_all_its_samples(still_config, rows, ma
     model = trial.loop.bare_model
     trial.sampler.start_epoch(0)
     halves = list(trial.sampler)[:2]
+    for number in halves[0] + halves[1]:
+        rows[number]["modality_present"][1:] = number not in halves[0][1:]
     errors: dict[str, list[list[float]]] = {"audio": [], "vision": []}
     for half in halves:
         for found in errors.values():

@@ -62,10 +62,12 @@ def test_probes_change_neither_the_model_nor_how_its_gradients_are_clipped(
 
 def test_probes_learn(features_config, feature_rows, make_trial):
     trial = make_trial(features_config("late_fusion"), feature_rows, RebalancingModulator(**QUIET))
+    trial.loop.scheduler.base_lrs = [0.01 for _ in trial.loop.scheduler.base_lrs]
     trial.train(1)
     first = trial.losses["probe"]
     trial.train(40)
-    assert trial.losses["probe"] < 0.99 * first
+    trial.train(1)  # in the batches of the first epoch
+    assert trial.losses["probe"] < 0.9 * first
 
 
 def test_a_whole_balm_changes_what_is_learned(still_config, rows, make_trial):
@@ -90,18 +92,19 @@ def test_a_whole_balm_changes_what_is_learned(still_config, rows, make_trial):
 
 
 @pytest.mark.parametrize("settings", [{}, {"spatial": "off"}, {"progress": "mse"}], ids=str)
-def test_two_accumulated_halves_are_rebalanced_as_one_batch(
-    settings, still_config, complete_rows, make_trial
+@pytest.mark.parametrize(("samples", "batch_size"), [(24, 4), (21, 4), (21, 1)])
+def test_accumulated_parts_are_rebalanced_as_one_batch(
+    samples, batch_size, settings, still_config, complete_rows, make_trial
 ):
     """Of complete samples: a probe's loss is a mean over those that have its modality.
 
     Not so under `mod_form: abs`: the absolute value of a mean is not linear in the batch.
     """
-    whole = make_trial(still_config, complete_rows, RebalancingModulator(**settings), batch_size=8)
+    rows = complete_rows[:samples]
+    whole = make_trial(still_config, rows, RebalancingModulator(**settings), batch_size=8)
     whole.train()
-    halves = make_trial(
-        still_config, complete_rows, RebalancingModulator(**settings), batch_size=4, accumulation=2
-    )
+    parts = {"batch_size": batch_size, "accumulation": 8 // batch_size}
+    halves = make_trial(still_config, rows, RebalancingModulator(**settings), **parts)
     halves.train()
     assert whole.modulator.steps == halves.modulator.steps == list(range(6))
     for name in ("text", "audio", "vision"):

@@ -47,8 +47,11 @@ class FeatureDataset(Dataset):
 
     Attributes:
         lengths: Steps of the longest modality of each sample, by which batches are cut.
+        unit: What `lengths` count.
         processor: Makes batches of samples.
     """
+
+    unit = "steps"
 
     def __init__(
         self,
