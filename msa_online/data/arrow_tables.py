@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora that come as Arrow: folders of `datasets.save_to_disk`, .arrow and .parquet files.
 
-Clips that are stored inside a table are written once, under the hash of their bytes, into the cache: from
-there on they are files like any other. Tables are read a few rows at a time, since a clip is megabytes.
+Tables are read in a process with limits that follow from their size (`arrow_reader`). Clips that are stored
+inside a table are written once, under the hash of their bytes, into the cache: from there on they are files
+like any other.
 """
 
-import hashlib
-import os
-import uuid
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from feature_extractors.assets import cache_root
 from msa_online.data.corpus import CorpusError
 from msa_online.data.layouts import Row, RowTable
-from msa_online.data.metadata import require_columns
+from msa_online.data.limited_process import LimitExceededError, last_line, run_limited
+from msa_online.data.metadata import MOST_ROWS, require_columns
 from msa_online.data.splits import split_of
 
-if TYPE_CHECKING:
-    from datasets import Features
-
 SUFFIXES = (".parquet", ".arrow")
-ROWS_AT_ONCE = 16
 CLIP_COLUMNS = ("video", "file_name")
+READER = Path(__file__).with_name("arrow_reader.py")
+TOO_MANY_ROWS = 4  # exit status of the reader
+SMALL, SECONDS = 1 << 30, 60  # bytes and processor time that any table may need
 
 
 def is_arrow(path: Path) -> bool:
@@ -39,10 +39,13 @@ def read_arrow(path: Path, label_column: str | None) -> RowTable:
     the beginnings of the file names ("train-00000-of-00002.parquet") or a column `split`.
 
     Raises:
-        CorpusError: A column is missing, or a file is no Arrow table.
+        CorpusError: A column is missing, a file is no Arrow table, or it needs more memory or time than a
+            table of its size should.
     """
-    rows = [row for table in _tables(path) for row in _rows(*table, label_column=label_column)]
-    return RowTable(path, tuple(rows))
+    with tempfile.TemporaryDirectory(prefix="msa-tables-") as folder:
+        lines = Path(folder, "rows")
+        _read_in_a_process(path, label_column, lines)
+        return RowTable(path, tuple(_rows(lines, label_column)))
 
 
 def _saved(folder: Path) -> bool:
@@ -55,96 +58,71 @@ def _table_files(folder: Path) -> list[Path]:
     return sorted(path for place in places for path in place.glob("*") if path.suffix in SUFFIXES)
 
 
-def _tables(path: Path) -> Iterator[tuple[Path, str | None, "Features", Iterator[Any]]]:
-    """Every table as (file it came from, split, features, batches of rows)."""
-    import pyarrow
+def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> None:
+    """Have the reader write what the tables hold into a file.
 
+    A row needs its clip several times over. Files that are mapped into memory count as a whole.
+    """
+    saved = path.is_dir() and _saved(path)
+    paths = [path] if saved or path.is_file() else _table_files(path)
+    sizes = [file.stat().st_size for file in (path.rglob("*.arrow") if saved else paths) if file.is_file()]
+    largest, total = max(sizes, default=0), sum(sizes)
     try:
-        if path.is_dir() and _saved(path):
-            yield from _saved_tables(path)
-            return
-        for file in [path] if path.is_file() else _table_files(path):
-            split = file.stem.split("-")[0]
-            yield file, split if split_of(split) else None, *_open(file)
-    except (pyarrow.ArrowInvalid, FileNotFoundError) as error:
-        raise CorpusError(f"{path} is no complete Arrow table ({error}): copy it again") from error
-
-
-def _saved_tables(folder: Path) -> Iterator[tuple[Path, str | None, "Features", Iterator[Any]]]:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(folder))
-    parts = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
-    for split, part in parts.items():
-        batches = part.with_format("arrow").iter(ROWS_AT_ONCE)
-        yield (folder / split if split else folder), split, part.features, batches
-
-
-def _open(file: Path) -> tuple["Features", Iterator[Any]]:
-    import datasets
-    import pyarrow.parquet
-
-    if file.suffix == ".arrow":
-        table = datasets.Dataset.from_file(str(file))
-        return table.features, table.with_format("arrow").iter(ROWS_AT_ONCE)
-    parquet = pyarrow.parquet.ParquetFile(file)
-    features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
-    return features, parquet.iter_batches(ROWS_AT_ONCE)
-
-
-def _rows(
-    source: Path, split: str | None, features: "Features", batches: Iterator[Any], *, label_column: str | None
-) -> Iterator[Row]:
-    clip_column = next((name for name in CLIP_COLUMNS if name in features), "file_name")
-    require_columns(source, list(features), [clip_column, "text", *([label_column] if label_column else [])])
-    folder = source if source.is_dir() else source.parent
-    known = {"text", "split", "start", "end", "speaker", clip_column, label_column} & set(features)
-    records = (record for batch in batches for record in batch.select(sorted(known)).to_pylist())
-    for number, record in enumerate(records, start=1):
-        clip = record[clip_column]
-        stored = isinstance(clip, Mapping) and clip["bytes"] is not None
-        yield Row(
-            source=source,
-            line=number,
-            folder=_stored_clips() if stored else folder,
-            file=_store(clip) if stored else _cell(clip["path"] if isinstance(clip, Mapping) else clip),
-            text=_cell(record["text"]),
-            label=_label(record[label_column], features[label_column]) if label_column else None,
-            split=_cell(record.get("split")) or split,
-            start=_cell(record.get("start")),
-            end=_cell(record.get("end")),
-            speaker=_cell(record.get("speaker")),
+        done = run_limited(
+            READER,
+            (lines, _stored_clips(), label_column or "", MOST_ROWS, *paths),
+            memory=SMALL + 4 * largest + total,
+            seconds=SECONDS + total // 1_000_000,
+            output=SMALL + 4 * largest,
         )
+    except LimitExceededError as error:
+        raise CorpusError(
+            f"{path} ({total:,} bytes) needs more than {error} to be read, the limit for tables of its size: "
+            "it is damaged or made to do harm. If you trust it, write a metadata.csv beside its clips."
+        ) from error
+    if done.returncode == TOO_MANY_ROWS:
+        raise CorpusError(f"{path} has more than {MOST_ROWS:,} rows: split it into parts")
+    if done.returncode != 0:
+        raise CorpusError(f"{path} is no complete Arrow table ({last_line(done)}): copy it again")
 
 
-def _cell(value: object) -> str:
-    return "" if value is None else str(value)
+def _rows(lines: Path, label_column: str | None) -> Iterator[Row]:
+    """The rows in what the reader wrote, numbered in each table from 1."""
+    with open(lines, encoding="utf-8") as file:
+        for line in file:
+            if isinstance(record := json.loads(line), list):
+                source, split = _table(record, label_column)
+                number = 0
+            else:
+                number += 1
+                yield _row(source, split, number, record)
 
 
-def _label(value: object, feature: Any) -> str:
-    """A label as text; the numbers of a ClassLabel become the names of their classes."""
-    import datasets
+def _table(record: list[Any], label_column: str | None) -> tuple[Path, str | None]:
+    """Source and split of a table, its columns checked."""
+    source, split, columns = Path(record[0]), record[1], record[2]
+    clip_column = next((name for name in CLIP_COLUMNS if name in columns), "file_name")
+    require_columns(source, columns, [clip_column, "text", *([label_column] if label_column else [])])
+    in_name = source.stem.split("-")[0] if source.is_file() else None
+    return source, split or (in_name if in_name and split_of(in_name) else None)
 
-    if isinstance(feature, datasets.ClassLabel) and value is not None:
-        return feature.int2str(value) if value >= 0 else ""
-    return _cell(value)
+
+def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]) -> Row:
+    clip = record["clip"]
+    stored = isinstance(clip, list)
+    return Row(
+        source=source,
+        line=number,
+        folder=_stored_clips() if stored else source if source.is_dir() else source.parent,
+        file=clip[0] if stored else clip,
+        text=record["text"],
+        label=record.get("label"),
+        split=record.get("split") or split,
+        start=record.get("start", ""),
+        end=record.get("end", ""),
+        speaker=record.get("speaker", ""),
+    )
 
 
 def _stored_clips() -> Path:
     return cache_root() / "clips"
-
-
-def _store(clip: Mapping[str, Any]) -> str:
-    """Write a clip's bytes into the cache unless they are there; the name follows from the bytes."""
-    digest = hashlib.sha256(clip["bytes"]).hexdigest()
-    name = f"{digest[:2]}/{digest}{PurePosixPath(clip['path'] or '').suffix.lower() or '.mp4'}"
-    target = _stored_clips() / name
-    if not target.exists() or target.stat().st_size != len(clip["bytes"]):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".writing-{uuid.uuid4().hex}")  # opened plainly: the umask applies
-        try:
-            draft.write_bytes(clip["bytes"])
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
-    return name

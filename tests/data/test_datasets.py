@@ -7,13 +7,16 @@ import os
 import random
 import re
 import stat
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from msa_online.data import metadata
+from msa_online.data import arrow_tables, metadata
 from msa_online.data.checks import check_class_names
 from msa_online.data.datasets import CorpusError, read_corpus, require_splits
 from msa_online.data.metadata import read_csv
@@ -235,6 +238,112 @@ def test_arrow_table_of_paths_and_class_numbers(tmp_path):
     assert [sample.label for sample in corpus.samples] == ["anger"]
     assert corpus.broken[0].line == 2
     assert_names(complaint(tmp_path, label_range=None), "all.parquet row 2: 'clips/b.mp4' does not exist")
+
+
+def zeros(rows: int, value: object):
+    """A column that names one value in every row, and holds it once."""
+    import pyarrow
+
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(rows, np.int8)), [value])
+
+
+def harmful_table(kind: str, folder: Path) -> Path:
+    """A small file that holds, or says that it holds, far more than a table of its size does."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / ("train.arrow" if kind.startswith("arrow") else "train.parquet")
+    few = {"file_name": ["a.mp4"] * 4, "label": [1.0] * 4}
+    long = pyarrow.array(["x" * 150_000_000, "b", "c", "d"])
+    columns = {
+        "one text many times": {
+            "file_name": zeros(500, "a.mp4"), "text": zeros(500, "x" * 5_000_000), "label": zeros(500, 1.0)
+        },
+        "a long clip": {
+            "video": [{"bytes": b"x" * 150_000_000, "path": "a.mp4"}], "text": ["x"], "label": [1.0]
+        },
+        "many rows": {
+            "file_name": zeros(2_000_001, "a.mp4"), "text": zeros(2_000_001, "x"),
+            "label": zeros(2_000_001, 1.0),
+        },
+        "a long text": few | {"text": long},
+        "arrow, a long text": few | {"text": long},
+        "arrow, rows without a byte": {
+            name: pyarrow.nulls(10**9) for name in ("file_name", "text", "label")
+        },
+    }[kind]  # fmt: skip
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary="times" in kind)
+        return path
+    packed = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(path, table.schema, options=packed) as stream:
+        stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("one text many times", r"\(.* bytes\) needs more than 0.1 GB (on disk|of memory) to be read"),
+        ("a long clip", r"\(.* bytes\) needs more than 0.1 GB of memory to be read"),
+        ("many rows", "has more than 2,000,000 rows"),
+        ("a long text", r"\(.* bytes\) needs more than 0.1 GB of memory to be read"),
+        ("arrow, a long text", r"\(.* bytes\) needs more than 0.1 GB of memory to be read"),
+        ("arrow, rows without a byte", "has more than 2,000,000 rows"),
+    ],
+)
+def test_a_table_that_needs_far_more_than_its_size_is_refused_naming_the_limit(
+    kind, expected, tmp_path, cache_dir, monkeypatch
+):
+    monkeypatch.setattr(arrow_tables, "SMALL", 100_000_000)
+    path = harmful_table(kind, tmp_path)
+    assert path.stat().st_size < 400_000
+    message = str(complaint(path))
+    assert message.startswith(str(path)) and re.search(expected, message)
+    assert not [*cache_dir.rglob("*.mp4")]
+
+
+def test_a_clip_that_many_rows_share_is_stored_once(tmp_path, cache_dir, monkeypatch):
+    """Windows of one recording: the table holds its bytes once, and no two rows are held together."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(arrow_tables, "SMALL", 100_000_000)
+    clip = np.random.default_rng(0).bytes(5_000_000)
+    columns = {
+        "video": [{"bytes": clip, "path": "a.mkv"}] * 100,
+        "text": ["x"] * 100,
+        "label": [1.0] * 100,
+        "start": [float(number) for number in range(100)],
+        "end": [number + 1.0 for number in range(100)],
+    }
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet", dictionary_pagesize_limit=1 << 24)
+    assert (tmp_path / "train.parquet").stat().st_size < 6_000_000
+    corpus = read_corpus(tmp_path / "train.parquet", **SENTIMENT)
+    assert len(corpus.samples) == 100 and len({sample.clip.path for sample in corpus.samples}) == 1
+    assert corpus.samples[0].clip.path.read_bytes() == clip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_table_is_one_message(seed, stored, tmp_path, cache_dir):
+    import datasets
+
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict(stored).to_parquet(path)
+    random, content = np.random.default_rng(seed), bytearray(path.read_bytes())
+    for place in random.integers(4, len(content) - 8, size=60):
+        content[place] = random.integers(256)
+    path.write_bytes(content)
+    message = str(complaint(path))
+    assert message.startswith(str(path)) and len(message) < 600 and "Traceback" not in message
+
+
+def test_the_process_that_reads_tables_starts_without_torch():
+    code = f"import runpy, sys; runpy.run_path({str(arrow_tables.READER)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_metadata_is_read_where_a_table_of_something_else_lies_beside_it(folder):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
+from msa_online.data.limited_process import installed_memory
 from msa_online.data.metadata import MOST_ROWS, CsvTable, read_csv
 from msa_online.modalities import MODALITIES
 
@@ -161,13 +161,6 @@ def _require_honest(path: Path) -> None:
             cells += math.prod(shape) if math.prod(shape[1:]) == 1 else 0
     if cells > MOST_CELLS:
         raise CorpusError(f"{path} has {cells:,} cells in its columns, more than {MOST_CELLS:,}: split it")
-
-
-def installed_memory() -> int:
-    """Bytes of memory in the machine; the largest number where the platform does not say."""
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return sys.maxsize
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:

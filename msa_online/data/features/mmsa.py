@@ -2,10 +2,6 @@
 """MMSA's pickled features as a table, by way of a process that may build nothing but plain data."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +12,14 @@ from safetensors.numpy import load_file
 
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
-from msa_online.data.features.files import FeatureTable, fitting, installed_memory, table_of, unpadded
+from msa_online.data.features.files import FeatureTable, fitting, table_of, unpadded
 from msa_online.data.features.mmsa_pickle import (
     COLUMNS,
     FOREIGN,
-    SHOWN,
     TENSORS,
     TOO_MANY_ROWS,
-    TOO_MUCH_MEMORY,
-    TOO_MUCH_OUTPUT,
 )
+from msa_online.data.limited_process import LimitExceededError, last_line, run_limited
 from msa_online.data.metadata import MOST_ROWS
 from msa_online.data.splits import split_of
 from msa_online.modalities import MODALITIES
@@ -74,27 +68,19 @@ def _read_in_a_process(path: Path, folder: str) -> None:
     Arrays need three times the size of their pickle: its bytes, the arrays, and what is written of them.
     """
     size = path.stat().st_size
-    memory, output = min(SMALL + 8 * size, installed_memory()), SMALL + 4 * size
-    seconds = SECONDS + size // 1_000_000
-    limits = {
-        TOO_MUCH_MEMORY: f"{memory / 1e9:.1f} GB of memory",
-        -signal.SIGABRT: f"{memory / 1e9:.1f} GB of memory",
-        TOO_MUCH_OUTPUT: f"{output / 1e9:.1f} GB on disk",
-    }
-    if hasattr(signal, "SIGXCPU"):
-        limits[-signal.SIGXCPU] = f"{seconds} s of processor time"
-    arguments = map(str, (path, folder, MOST_ROWS, memory, seconds, output))
-    command = [sys.executable, "-P", str(READER), *arguments]
-    one_thread = {"OPENBLAS_NUM_THREADS": "1"}  # each would map memory of its own
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, env=os.environ | one_thread
-    )
-    if done.returncode in limits:
-        raise CorpusError(
-            f"{path} ({size:,} bytes) needs more than {limits[done.returncode]} to be read, the limit for a "
-            "pickle of its size: it is damaged or made to do harm. If you trust it, save its arrays as an "
-            ".npz file."
+    try:
+        done = run_limited(
+            READER,
+            (path, folder, MOST_ROWS),
+            memory=SMALL + 8 * size,
+            seconds=SECONDS + size // 1_000_000,
+            output=SMALL + 4 * size,
         )
+    except LimitExceededError as error:
+        raise CorpusError(
+            f"{path} ({size:,} bytes) needs more than {error} to be read, the limit for a pickle of its "
+            "size: it is damaged or made to do harm. If you trust it, save its arrays as an .npz file."
+        ) from error
     if done.returncode == TOO_MANY_ROWS:
         raise CorpusError(f"{path} has a split of more than {MOST_ROWS:,} samples: split it into parts")
     if done.returncode == FOREIGN:
@@ -103,8 +89,7 @@ def _read_in_a_process(path: Path, folder: str) -> None:
             "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
         )
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:SHOWN]
-        raise CorpusError(f"{path} cannot be read as a pickle ({reason}): copy or download it again")
+        raise CorpusError(f"{path} cannot be read as a pickle ({last_line(done)}): copy or download it again")
 
 
 def _joined_columns(

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read MMSA's pickled features in a process of its own.
 
-    mmsa_pickle.py FILE FOLDER ROWS MEMORY SECONDS OUTPUT
-
 A pickle is a program. This one may build arrays, containers, strings and numbers and call nothing else, in
-a process that ends with it and has limits on memory, time and output. What it builds goes back as safetensors
-and JSON. Only numpy and safetensors are imported: the file is run by its path, so that nothing heavier starts
-with it.
+a process that ends with it and has limits (`limited_process`). What it builds goes back as safetensors and
+JSON. Only numpy and safetensors are imported, so that nothing heavier starts with it.
 """
 
 import codecs
@@ -14,7 +11,6 @@ import errno
 import json
 import os
 import pickle
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +24,7 @@ from safetensors.numpy import save_file
 
 MODALITIES = ("text", "audio", "vision")
 TENSORS, COLUMNS = "features.safetensors", "columns.json"
-FOREIGN, TOO_MANY_ROWS, TOO_MUCH_MEMORY, TOO_MUCH_OUTPUT = 3, 4, 5, 6  # exit statuses
+FOREIGN, TOO_MANY_ROWS = 3, 4  # exit statuses
 SHOWN = 100  # characters of a name that the file chose
 
 
@@ -167,55 +163,22 @@ def _cells(value: Any) -> list[str]:
     return [cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell) for cell in value]
 
 
-def limit_process(memory: int, seconds: int, output: int) -> None:
-    """Limit what this process may use from now on, as far as the platform can.
-
-    Beyond the limit of memory an allocation raises `MemoryError`, beyond that of output a write raises
-    `OSError` (EFBIG), and beyond that of time SIGXCPU ends the process. Limits that are lower already stay.
-
-    Args:
-        memory: Bytes beside those it has mapped already; Linux only.
-        seconds: Processor time.
-        output: Bytes of one file.
-    """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    limits = {"RLIMIT_CORE": 0, "RLIMIT_CPU": seconds, "RLIMIT_FSIZE": output}
-    mapped = Path("/proc/self/statm")
-    if mapped.exists():
-        limits["RLIMIT_AS"] = int(mapped.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
-    for name, limit in limits.items():
-        kind = getattr(resource, name)
-        before, most = resource.getrlimit(kind)
-        allowed = [limit, *(other for other in (before, most) if other != resource.RLIM_INFINITY)]
-        resource.setrlimit(kind, (min(allowed), most))
-
-
 def main(argv: list[str]) -> int:
     """Write what the pickle in the first argument holds into the folder of the second; exit status."""
     path, folder = map(Path, argv[:2])
-    most_rows, *limits = map(int, argv[2:])
-    limit_process(*limits)
     try:
-        tensors, columns = plain_parts(read_pickle(path), most_rows)
-        save_file(tensors, folder / TENSORS)
-        with open(folder / COLUMNS, "w", encoding="utf-8") as file:
-            json.dump(columns, file)  # in pieces, so that the limit of output ends it
+        tensors, columns = plain_parts(read_pickle(path), most_rows=int(argv[2]))
     except ForeignObject as error:
         print(str(error)[:SHOWN])  # the only thing on standard output
         return FOREIGN
     except TooManyRows:
         return TOO_MANY_ROWS
-    except MemoryError:
-        return TOO_MUCH_MEMORY
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.EFBIG and "File too large" not in str(error):
-            raise
-        return TOO_MUCH_OUTPUT
+    try:
+        save_file(tensors, folder / TENSORS)
+    except SafetensorError as error:
+        if os.strerror(errno.EFBIG) in str(error):
+            raise OSError(errno.EFBIG, str(error)) from error
+        raise
+    with open(folder / COLUMNS, "w", encoding="utf-8") as file:
+        json.dump(columns, file)  # in pieces, so that the limit of output ends it
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

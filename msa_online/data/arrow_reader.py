@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read Arrow tables in a process of its own (`limited_process`), into a file of one JSON value a line.
+
+A line is a table, `[source, split, columns]` with the split null where the table does not name it, or a row
+of the table before it, `{column: text}`. The bytes of a stored clip are written to a folder, and its cell is
+`[name there]`. Only pyarrow and `datasets` are imported, so that nothing heavier starts with it.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+CLIP_COLUMNS = ("video", "file_name")
+CELLS = ("text", "split", "start", "end", "speaker")
+ROWS_AT_ONCE = 1024
+TOO_MANY_ROWS = 4  # exit status
+
+
+class TooManyRowsError(Exception):
+    """The tables have more rows than a corpus may have."""
+
+
+def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, int, Any]]:
+    """Every table as (source, split, features, number of rows, table), the last of `datasets` or parquet."""
+    if path.is_dir():
+        loaded = datasets.load_from_disk(str(path))
+        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
+        for split, part in parts.items():
+            yield path / split if split else path, split, part.features, len(part), part
+    elif path.suffix == ".arrow":
+        table = datasets.Dataset.from_file(str(path))
+        yield path, None, table.features, len(table), table
+    else:
+        parquet = pyarrow.parquet.ParquetFile(path)
+        features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+        yield path, None, features, parquet.metadata.num_rows, parquet
+
+
+def batches(table: Any, features: datasets.Features, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+    """Some columns of a table, few rows at a time; one where clips are stored, since a clip is megabytes."""
+    stored = any(name in columns and not _is_text(features[name]) for name in CLIP_COLUMNS)
+    at_once = 1 if stored else ROWS_AT_ONCE
+    if isinstance(table, datasets.Dataset):
+        return table.select_columns(columns).with_format("arrow").iter(at_once)
+    return table.iter_batches(at_once, columns=columns, use_threads=False)
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _label(value: object, feature: Any) -> str:
+    """A label as text; the numbers of a ClassLabel become the names of their classes."""
+    if isinstance(feature, datasets.ClassLabel) and value is not None:
+        return feature.int2str(value) if value >= 0 else ""
+    return _cell(value)
+
+
+def _clip(value: object, folder: Path) -> str | list[str]:
+    """Where a clip is: its path as text, or its name in the folder of stored clips, in a list."""
+    if isinstance(value, Mapping):
+        return [store(value, folder)] if value["bytes"] is not None else _cell(value["path"])
+    return _cell(value)
+
+
+def store(clip: Mapping[str, Any], folder: Path) -> str:
+    """Write a clip's bytes into a folder unless they are there; the name follows from the bytes."""
+    digest = hashlib.sha256(clip["bytes"]).hexdigest()
+    name = f"{digest[:2]}/{digest}{PurePosixPath(clip['path'] or '').suffix.lower() or '.mp4'}"
+    target = folder / name
+    if not target.exists() or target.stat().st_size != len(clip["bytes"]):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".writing-{uuid.uuid4().hex}")  # opened plainly: the umask applies
+        try:
+            draft.write_bytes(clip["bytes"])
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+    return name
+
+
+def lines(path: Path, clips: Path, label: str, most_rows: int) -> Iterator[Any]:
+    """The lines of all tables of a path; a table that lacks a column has no rows.
+
+    Raises:
+        TooManyRowsError: There are more rows than `most_rows`, by what a table says of itself.
+    """
+    count = 0
+    for source, split, features, rows, table in tables(path):
+        count += rows
+        if count > most_rows:
+            raise TooManyRowsError
+        yield str(source), split, list(features)
+        clip = next((name for name in CLIP_COLUMNS if name in features), None)
+        if clip is None or "text" not in features or (label and label not in features):
+            continue
+        columns = sorted(
+            {name for name in CELLS if name in features} | {clip} | ({label} if label else set())
+        )
+        for batch in batches(table, features, columns):
+            for record in batch.to_pylist():
+                row = {name: _cell(record[name]) for name in CELLS if name in record}
+                if label:
+                    row["label"] = _label(record[label], features[label])
+                yield row | {"clip": _clip(record[clip], clips)}
+
+
+def main(argv: list[str]) -> int:
+    """Write the lines of the tables at all paths behind the first four arguments; exit status."""
+    target, clips, label, most_rows = Path(argv[0]), Path(argv[1]), argv[2], int(argv[3])
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            for path in map(Path, argv[4:]):
+                for line in lines(path, clips, label, most_rows):
+                    file.write(json.dumps(line) + "\n")
+    except TooManyRowsError:
+        return TOO_MANY_ROWS
+    return 0
