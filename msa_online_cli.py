@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of `msa-online`.
+"""The command line of `msa-online`, and what `train.py --help` prints.
 
 It stands outside the package because importing `msa_online` imports torch and transformers (several seconds),
-and asking for help should not.
+and asking for help should not. For the same reason the keys of a configuration are read from the source of
+the dataclasses that declare them.
 """
 
 import argparse
+import ast
+import json
 import math
+import re
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+PACKAGE = Path(__file__).with_name("msa_online")
+TRAINING_USAGE = (
+    "usage: accelerate launch --quiet train.py CONFIG.yaml [key=value ...]",
+    "       python train.py CONFIG.yaml [key=value ...]      the same in one process",
+)
 NUM_FRAMES = "frames sampled from each clip (default 8)"
 SKIP_BROKEN = "go on without rows that cannot be used"
 
@@ -180,6 +193,137 @@ def _add_extraction(parser: argparse.ArgumentParser) -> None:
         "--workers", type=_at_least(1), help="processes that extract features (default: all cores)"
     )
     parser.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a configuration.
+
+    Attributes:
+        name: With its sections: "data.missing.rates"; "[]" stands for each item of a list.
+        kind: Its type, as annotated.
+        default: Its default as YAML writes it; None if it has to be given.
+        meaning: What it is for.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    meaning: str
+
+
+def answer_training_help(words: list[str]) -> int | None:
+    """Answer a call of `train.py` that asks for help or names no configuration; returns its exit status.
+
+    None for any other call, which is then to be carried out.
+    """
+    if {"-h", "--help"} & set(words):
+        print(training_help())
+        return 0
+    if not words:
+        print(*TRAINING_USAGE, "train.py --help lists the keys", sep="\n", file=sys.stderr)
+        return 2
+    return None
+
+
+def training_help() -> str:
+    """Every key of a configuration of `train.py`: type, default and meaning, by section."""
+    lines = [
+        *TRAINING_USAGE,
+        "",
+        "Train a model as CONFIG.yaml says; key=value changes or adds a key, and the value is read as YAML:",
+        "training.epochs=3 'model.head_kwargs={hidden_size: 64}'. The keys, with types and defaults:",
+    ]
+    section = ""
+    for key in training_keys():
+        if (here := key.name.split(".")[0]) != section:
+            section = here
+            lines += ["", f"{section}:"]
+        default = "(needed)" if key.default is None else f"= {key.default}"
+        lines.append(f"  {key.name}  {key.kind} {default}")
+        lines += textwrap.wrap(key.meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def training_keys() -> list[Key]:
+    """Keys of a configuration, in the order of the sections and of the fields in them."""
+    arguments = _Source("training/arguments.py")
+    hidden = arguments.constant("NOT_SET_IN_YAML")
+    model = [
+        key for key in _Source("configuration_msa.py").keys("MSAConfig", "model") if _last(key) not in hidden
+    ]
+    tables = _Source("balancing/__init__.py")
+    choices = {"head": "HEADS", "calibrator": "CALIBRATORS", "modulator": "MODULATORS"}
+    return [
+        replace(key, meaning=f"{key.meaning} One of {', '.join(tables.constant(choices[_last(key)]))}.")
+        if _last(key) in choices
+        else key
+        for key in (*model, *(key for key in arguments.keys("RunArguments", "") if key.name != "model"))
+    ]
+
+
+def _last(key: Key) -> str:
+    return key.name.rpartition(".")[2]
+
+
+class _Source:
+    """The source of a module of the package, read without importing it.
+
+    Args:
+        path: The file, relative to the package.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.body = ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body
+
+    def constant(self, name: str) -> Any:
+        """The value a name has at the top of the module, or of the module it is imported from.
+
+        Of a dict the keys, because its values may be classes.
+        """
+        for node in self.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if isinstance(target, ast.Name) and target.id == name:
+                    is_table = isinstance(node.value, ast.Dict)
+                    return (
+                        [key.value for key in node.value.keys] if is_table else ast.literal_eval(node.value)
+                    )
+            if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+                return _Source("/".join(node.module.split(".")[1:]) + ".py").constant(name)
+        raise LookupError(name)
+
+    def keys(self, class_name: str, section: str) -> list[Key]:
+        """Keys that a dataclass declares; those of the dataclasses in its fields stand in their place."""
+        classes = {node.name: node for node in self.body if isinstance(node, ast.ClassDef)}
+        meanings = _attributes(ast.get_docstring(classes[class_name]))
+        found = []
+        for field in classes[class_name].body:
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            name = f"{section}.{field.target.id}".lstrip(".")
+            kind = ast.unparse(field.annotation)
+            if kind in classes:
+                found += self.keys(kind, name)
+                continue
+            found.append(Key(name, kind, self._default(field.value), meanings[field.target.id]))
+            for item in classes.keys() & set(re.findall(r"\w+", kind)):
+                found += self.keys(item, f"{name}[]")
+        return found
+
+    def _default(self, value: ast.expr | None) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, ast.Call):  # field(default_factory=dict)
+            return {"dict": "{}", "list": "[]"}[ast.unparse(value.keywords[0].value)]
+        return json.dumps(self.constant(value.id) if isinstance(value, ast.Name) else ast.literal_eval(value))
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Meanings by name, from the section "Attributes" of a docstring."""
+    entries = re.split(r"^    (?=\w+: )", docstring.partition("Attributes:\n")[2], flags=re.MULTILINE)
+    pairs = (entry.partition(": ") for entry in entries)
+    return {name: " ".join(meaning.split()) for name, colon, meaning in pairs if colon}
 
 
 def main(argv: list[str] | None = None) -> int:

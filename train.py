@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a model: `accelerate launch train.py CONFIG [key=value ...]`.
+# ruff: noqa: E402  --help is answered before the imports that take seconds
+"""Train a model: `accelerate launch --quiet train.py CONFIG [key=value ...]`.
 
 The story of a run: read the configuration, prepare the data, build the model, train and validate epoch by
 epoch, keep the best, and finish with the test split and a model card.
 """
 
-import shlex
 import sys
+
+import msa_online_cli
+
+if __name__ == "__main__" and (status := msa_online_cli.answer_training_help(sys.argv[1:])) is not None:
+    sys.exit(status)
+
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -258,10 +265,7 @@ def finish(
 
 def main(argv: list[str]) -> int:
     """Run from the command line; returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else 2
-    command = "accelerate launch train.py " + shlex.join(argv)
+    command = "accelerate launch --quiet train.py " + shlex.join(argv)
     return run_command(lambda: train(read_arguments(argv[0], argv[1:]), command))
 
 

@@ -28,8 +28,8 @@ class MSAConfig(PretrainedConfig):
     Attributes:
         text_config: Configuration of the text encoder, as a config object or the dict it saves; None in a
             model of features.
-        text_encoder: Name or folder the text encoder was taken from; for the record only. A folder's path is
-            not saved, its name is.
+        text_encoder: Name or folder of the text encoder that training starts from; in a checkpoint for the
+            record only. A folder's path is not saved, its name is.
         feature_widths: Width of each modality's features, for a model of precomputed features in
             place of raw clips; None for raw clips.
         audio_channels: Widths of the audio front-end's convolutions (METHODS 6.3, A1 and A2).

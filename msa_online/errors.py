@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the input: printed as one message without a traceback, with exit status 1."""
 
+import json
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +20,8 @@ from msa_online.evaluation.robustness import UndefinedScoreError
 from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.divergence import DivergedError
+
+OTHERS_WAIT = 5.0  # seconds; the launcher looks at its processes several times a second
 
 
 class UnfinishedError(RuntimeError):
@@ -44,8 +50,20 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except INPUT_ERRORS as error:
-        Console(stderr=True).print(
-            Text("error: ", style="red").append(str(error), style="default"), soft_wrap=True
-        )
+        _report(str(error))
         return 1
     return 0
+
+
+def _report(message: str) -> None:
+    """Print an error once, however many processes meet it.
+
+    The first process of a machine prints it at once, and the launcher then ends the others. Those wait for
+    that, and print only what the first did not meet.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(OTHERS_WAIT)
+    Console(stderr=True).print(Text("error: ", style="red").append(message, style="default"), soft_wrap=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # the launcher of several processes ends with a long report: its last lines repeat this message
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")

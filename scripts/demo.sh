@@ -18,7 +18,7 @@ say "2/5 a synthetic corpus of talking clips (made once)"
 msa-online synthesize runs/demo_corpus
 
 say "3/5 training from the raw clips, and the test split under seven modality conditions"
-accelerate launch --config_file configs/accelerate/cpu.yaml train.py configs/demo.yaml training.overwrite=true
+accelerate launch --quiet --config_file configs/accelerate/cpu.yaml train.py configs/demo.yaml training.overwrite=true
 
 say "4/5 what is inside the checkpoint"
 msa-online describe runs/demo

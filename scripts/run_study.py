@@ -110,7 +110,7 @@ def train_quietly(run: StudyRun, study: Study) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # else the next run cannot choose its precision
     GradientState._reset_state()
     clear_device_cache(garbage_collection=True)
-    command = shlex.join(["accelerate", "launch", "train.py", study.config, *run.changes])
+    command = shlex.join(["accelerate", "launch", "--quiet", "train.py", study.config, *run.changes])
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
     try:

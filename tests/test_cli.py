@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,52 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: msa-online") == 1 + len(COMMANDS)
     assert all(command in done.stdout for command in COMMANDS)
+
+
+def run_train(*words: str) -> tuple[int, str, str, set[str]]:
+    """Exit status, output and errors of train.py in a new process, and the heavy modules it imported."""
+    code = f"""
+import runpy, sys
+sys.argv = ["train.py", *{list(words)}]
+try: runpy.run_path("train.py", run_name="__main__")
+finally: print(*{{"torch", "transformers", "numpy"}} & set(sys.modules), file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    *errors, imported = done.stderr.split("\n")[:-1]
+    return done.returncode, done.stdout, "\n".join(errors), set(imported.split())
+
+
+def test_help_of_training_lists_the_keys_without_loading_torch():
+    status, printed, errors, imported = run_train("--help")
+    assert (status, errors, imported) == (0, "", set())
+    assert "training.text_learning_rate  float = 2e-05" in printed
+    assert "One of identity, ogm, conflict" in printed and "One of late_fusion, ebmc" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    status, printed, errors, imported = run_train()
+    assert status == 2 and printed == "" and imported == set()
+    assert errors.startswith("usage: ") and "--help lists the keys" in errors
+
+
+def test_every_key_of_training_is_listed_with_its_default_and_a_meaning():
+    from msa_online.balancing import HEADS
+    from msa_online.training.arguments import NOT_SET_IN_YAML, DataArguments, TrainingArguments
+    from msa_online_cli import training_keys
+
+    listed = {key.name: key for key in training_keys()}
+    assert all(len(key.meaning) > 5 and key.kind for key in listed.values())
+    defaults = {"model.head": "late_fusion"}
+    model = {f"model.{name}" for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML}
+    for section, kind in (("data", DataArguments), ("training", TrainingArguments)):
+        for name, value in asdict(kind()).items():
+            nested = value.items() if section == "data" and name == "missing" else ()
+            values = {f"{name}.{key}": each for key, each in nested} or {name: value}
+            defaults |= {f"{section}.{key}": each for key, each in values.items()}
+    stages = {f"training.stages[].{name}" for name in ("name", "epochs", "patience")}
+    assert set(listed) == defaults.keys() | model | stages
+    assert {name: json.loads(listed[name].default) for name in defaults} == json.loads(json.dumps(defaults))
+    assert listed["training.stages[].name"].default is None
+    assert all(head in listed["model.head"].meaning for head in HEADS)
 
 
 def test_every_command_of_the_parser_is_carried_out_by_somebody():

@@ -43,7 +43,7 @@ class Launcher:
     def start(self, config: Path, run: str, *changes: str, processes: int = 1) -> subprocess.Popen:
         options = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--num_processes", "1"]
         return subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *options, "train.py", str(config),
+            [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options, "train.py", str(config),
              f"training.output_dir={self.folder / run}", *changes],
             cwd=self.repository,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -154,6 +154,20 @@ def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(
     assert process.returncode != 0
     assert "holds an earlier run" in output and "training.resume=true" in output
     assert (whole_run[0] / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_wrong_key_is_one_error_line_however_many_processes_meet_it(launcher, tiny_text_encoder, processes):
+    config = launcher.configure(tiny_text_encoder, dropout=0.2)
+    process = launcher.start(config, "wrong", "data.pth=clips", processes=processes)
+    output, _ = process.communicate(timeout=LIMIT)
+    message = f"{config}: unknown key 'data.pth'; did you mean 'path'?"
+    assert process.returncode == 1
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [f"error: {message}"]
+    if processes == 1:
+        assert "Traceback" not in output
+    else:  # the report of the launcher, which --quiet does not silence, ends with the message
+        assert message in "\n".join(output.splitlines()[-2:])
 
 
 def test_fine_tuning_starts_from_a_checkpoint_with_other_labels(launcher, whole_run, tiny_corpus):
