@@ -179,6 +179,13 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         "skipped_steps": loop.progress.skipped,
         "command": command,
     }
+    if processor:
+        frames, limits = processor.settings.num_frames, processor.limits
+        record["limits"] = {
+            "text tokens": limits.max_text_tokens,
+            "seconds of sound": limits.max_audio_seconds,
+            "frames": frames,
+        }
     if masks:
         drawn = {split: mask.record for split, mask in masks.items()}
         record["missing"] = {**asdict(arguments.data.missing), "splits": drawn}

@@ -26,6 +26,7 @@ pipeline = MSAPipeline.from_pretrained("{name}")
 prediction = pipeline("clip.mp4", text="what is said in it")
 print(prediction)
 print(prediction.baseline, prediction.contributions)  # the answer with nothing seen; what each modality adds
+print(prediction.cut, prediction.warning)  # what of a long clip was not read; whether all was missing
 ```"""
 FEATURE_USAGE = """\
 Trained with `msa_online`; the checkpoint carries the statistics by which it standardises features.
@@ -60,7 +61,7 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
         name=name,
         task=task,
         outputs=outputs,
-        **_card_inputs(name, config, published["text_encoder"]),
+        **_card_inputs(name, config, published["text_encoder"], record.get("limits", {})),
         head=config.head,
         modulator=record["modulator"],
         calibrator=config.calibrator,
@@ -81,13 +82,17 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
     (folder / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
-def _card_inputs(name: str, config: MSAConfig, text_encoder: str | None) -> dict[str, str]:
+def _card_inputs(
+    name: str, config: MSAConfig, text_encoder: str | None, limits: Mapping[str, float]
+) -> dict[str, str]:
     """Inputs and usage of a model of raw clips, or of one of precomputed features."""
     if config.feature_widths is None:
+        most = ", ".join(f"{number:g} {unit}" for unit, number in limits.items())
         return {
             "inputs": "a clip of a person talking: text, audio and face",
             "usage": CLIP_USAGE.format(name=name),
-            "front_end": f"text encoder | {text_encoder}",
+            "front_end": f"text encoder | {text_encoder}"
+            + (f" |\n| reads of a clip at most | {most}" if most else ""),
         }
     widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
     return {

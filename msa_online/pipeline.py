@@ -18,7 +18,7 @@ from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import ClipExtent, MSAProcessor
 
 TOGETHER = 16  # clips in one forward pass
-FROM_NOTHING = "no text, sound or face: this is the model's baseline and says nothing about the clip"
+FROM_NOTHING = "no text, sound or face: the model's baseline, whatever the clip is"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ TRAINED_ON = {
     "selection": "validation MAE",
     "epoch": 7,
     "skipped_steps": 0,
+    "limits": {"text tokens": 128, "seconds of sound": 30.0, "frames": 8},
     "results": {"valid": RESULTS, "test": RESULTS},
     "comparison": ["valid: MAE 0.704; always predicting the mean training label (0.1) gives 1.310"],
     "command": "accelerate launch train.py configs/demo.yaml data.path='my clips'",
@@ -68,6 +69,7 @@ def test_the_card_says_all_a_reader_needs_to_judge_and_to_repeat(config, tmp_pat
         "late_fusion",
         "all-MiniLM-L6-v2",
         "validation MAE, epoch 7",
+        "| reads of a clip at most | 128 text tokens, 30 seconds of sound, 8 frames |",
         TRAINED_ON["command"],
     ):
         assert fact in text, fact

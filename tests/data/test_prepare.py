@@ -138,9 +138,9 @@ def test_what_a_model_would_not_read_is_counted_with_figures(preparation):
     limits = InputLimits(max_text_tokens=100, max_audio_seconds=20)
     text = printed(cut, limits)
     cells = {row[0]: row[1:] for row in map(table_cells, text.splitlines()) if len(row) == 4}
-    assert cells["text cut at 100 tokens"] == ["2", "20.0%", "2, 3; at most: 100 tokens of 300 words"]
-    assert cells["sound cut at 20 s"] == ["1", "10.0%", "2; at most: first 20.0 of 182.4 s"]
-    assert cells["few frames for the length"][2] == "2; at most: 8 frames over 182.4 s"
+    assert cells["text cut at 100 tokens"] == ["2", "20.0%", "2, 3; longest: 100 tokens of 300 words"]
+    assert cells["sound cut at 20 s"] == ["1", "10.0%", "2; longest: first 20.0 of 182.4 s"]
+    assert cells["few frames for the length"][2] == "2; longest: 8 frames over 182.4 s"
     assert "nothing is lacking" not in text and "never seen by the model" in " ".join(text.split())
     assert findings_record(cut, limits)["cut"]["audio"] == {
         "lines": [2],
