@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,11 @@ ORIGIN = "origin.json"
 PICKLES = (".pkl", ".pickle")
 COLUMNS = ("id", "text", "label", "split", "speaker")
 TRANSCRIPT = "raw_text"  # what an .npz or a pickle calls the text, since `text` is its features
-DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)
-"""What numpy raises on an archive that is cut off, is none, or holds Python objects."""
+DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError),
+    *(SyntaxError, TokenError, MemoryError, RecursionError),  # of the headers, which numpy parses as Python
+)
+"""What zipfile and numpy raise on an archive that is damaged, is none, or holds Python objects."""
 
 MOST_CELLS = 20_000_000  # of text
 SMALL, RATIO = 1 << 28, 100  # bytes that any archive may unpack to, and by which share of its size more

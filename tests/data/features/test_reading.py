@@ -291,6 +291,23 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused_before_it_
     assert re.search(expected, message) and str(path) in message and path.stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize("shape", ["(" * 8000, "(" + "-" * 8000 + "1,)", "9" * 5000, "(-2,)"])
+def test_an_array_whose_header_is_no_header_is_refused(shape, tmp_path):
+    """numpy parses it as Python, and any error of the parser may come back."""
+    written = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(tmp_path / "features.npz", "w") as archive:
+        archive.writestr("id.npy", b"\x93NUMPY\x01\x00" + len(written).to_bytes(2, "little") + written)
+    assert "cannot be read as an .npz file" in refusal(tmp_path / "features.npz")
+
+
+def test_an_archive_of_a_zip_version_to_come_is_refused(feature_arrays, write_archive):
+    path = write_archive(feature_arrays)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 200  # version needed to extract
+    path.write_bytes(content)
+    assert "zip file version 20.0" in refusal(path)
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_an_archive_packed_as_numpy_never_packs_is_refused(method, tmp_path):
     """LZMA may ask for 4 GB for its dictionary alone."""
