@@ -161,10 +161,10 @@ def _require_fit(source: str | Path, own: MSAConfig, model: MSAModel, found: dic
     missing, unexpected = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
     other = {name: weights[name] for name in wanted.keys() & weights.keys() if wanted[name] != weights[name]}
     reported = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
-    strange = (missing ^ found["missing_keys"]) | (unexpected ^ found["unexpected_keys"])
-    strange |= {name for name in other.keys() | reported.keys() if other.get(name) != reported.get(name)}
-    if strange:
-        _refuse(source, sorted(strange))
+    differing = (missing ^ found["missing_keys"]) | (unexpected ^ found["unexpected_keys"])
+    differing |= {name for name in other.keys() | reported.keys() if other.get(name) != reported.get(name)}
+    if differing:
+        _refuse(source, sorted(differing))
 
 
 def _refuse(source: str | Path, names: Sequence[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves on disk: a loadable checkpoint of its best epoch, and the state it resumes from."""
+"""The folder of a run: a loadable checkpoint of its best epoch, and the state that it resumes from."""
 
 import json
 import os
@@ -29,14 +29,14 @@ class RunFolder:
     """The folder of one run; it is itself a checkpoint once an epoch has been validated.
 
         config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
-        run.yaml, history.json                                                     how it came about
+        run.yaml, history.json                                                     configuration and epochs
         stages/                                                                    teachers of later stages
         state/                                                                     the last epoch
-        logs/                                                                      what the tracker wrote
+        logs/                                                                      files of the tracker
 
     Args:
         path: The folder.
-        accelerator: Tells the main process, which alone writes.
+        accelerator: Knows the main process, which alone writes.
     """
 
     def __init__(self, path: str | Path, accelerator: Accelerator) -> None:
@@ -44,12 +44,12 @@ class RunFolder:
         self.accelerator = accelerator
 
     def check(self, arguments: RunArguments) -> None:
-        """See that the run may have the folder, without touching it.
+        """Check that the run may use the folder, without changing it.
 
         Raises:
-            ConfigurationError: An earlier run is there and neither `resume` nor `overwrite` is said; or files
-                that no run has made; or there is nothing to resume; or the resumed run was configured
-                differently.
+            ConfigurationError: It holds an earlier run, and neither `resume` nor `overwrite` is set; or files
+                that are not of a run; or it holds no state to resume, a damaged one, or that of a run with
+                another configuration.
         """
         if arguments.training.resume:
             self._check_resumable(arguments)
@@ -71,7 +71,7 @@ class RunFolder:
             ConfigurationError: As `check`.
         """
         self.check(arguments)
-        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        self.accelerator.wait_for_everyone()  # all processes check before one writes
         if self.accelerator.is_main_process and not arguments.training.resume:
             if (self.path / SETTINGS).exists():
                 shutil.rmtree(self.path)  # only ever a folder that a run of ours has made
@@ -110,7 +110,7 @@ class RunFolder:
         verify(state, self.path / SETTINGS)
 
     def _read_settings(self) -> dict[str, dict[str, Any]]:
-        """What `_record` said at the start of the run."""
+        """The `_record` of the run when it started."""
         path = self.path / SETTINGS
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -173,7 +173,7 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def stage_file(self, name: str) -> Path:
-        """Where something that a stage leaves to a later one is kept."""
+        """File for weights or answers of a stage that a later stage needs."""
         return self.path / STAGES / f"{name}.safetensors"
 
     def keep_stage(self, name: str, model: MSAModel) -> None:
@@ -188,7 +188,7 @@ class RunFolder:
     def publish(self, model: MSAModel, processor: MSAProcessor | None) -> None:
         """Make the folder a checkpoint of `model` as it is now; each file is replaced whole.
 
-        A model that takes features made elsewhere has no processor.
+        A model of precomputed features has no processor.
         """
         if not self.accelerator.is_main_process:
             return
@@ -232,7 +232,7 @@ class RunFolder:
             raise ConfigurationError(f"{published}: these are the weights of another model; {REMEDY}")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Write what every epoch brought to history.json."""
+        """Write the record of all epochs to history.json."""
         if self.accelerator.is_main_process:
             _write_atomically(self.path / "history.json", json.dumps(history, indent=1))
 

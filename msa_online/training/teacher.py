@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen teacher of a stage: what the best model of an earlier stage says of each training sample."""
+"""The frozen teacher of a stage: answers of the best model of an earlier stage on each training sample."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Teacher:
     nothing can switch its dropout on.
 
     Args:
-        answers: `(samples, ...)` float32, in the order that `index` counts in; None where nobody teaches.
+        answers: `(samples, ...)` float32, in the order of `index`; None for a stage without a teacher.
     """
 
     def __init__(self, answers: Tensor | None = None) -> None:
@@ -44,7 +44,7 @@ class Teacher:
 def appoint_teacher(
     model: MSAModel, schedule: StageSchedule, folder: RunFolder, loader: DataLoader, accelerator: Accelerator
 ) -> Teacher:
-    """The teacher of the stage that the schedule stands in; nobody, where the head or the schedule has none.
+    """The teacher of the current stage; without answers if the head or the schedule has none.
 
     Args:
         model: The student, not wrapped.

@@ -33,7 +33,7 @@ def in_turn(work: Callable[[], Result], accelerator: Accelerator) -> Result:
 
     Raises:
         SystemExit: `work` failed in another process, which has raised its error there.
-        WorkerError: Another process ended without a word.
+        WorkerError: Another process was killed.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -70,7 +70,7 @@ def _work_and_report(work: Callable[[], Result], group: ProcessGroup) -> Result:
 
 
 def _any_failed(failed: bool, group: ProcessGroup) -> bool:
-    """Wait for all processes; whether this or another one has failed."""
+    """Wait for all processes, and return whether any of them reports a failure."""
     count = torch.tensor(int(failed))
     try:
         distributed.all_reduce(count, group=group)

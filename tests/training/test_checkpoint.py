@@ -307,9 +307,7 @@ def test_a_published_folder_is_a_checkpoint_as_it_is(begun, path, tiny_model, ti
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_published_files_can_be_read_by_whom_the_umask_allows(
-    umask, path, tmp_path, tiny_model, tiny_processor
-):
+def test_published_files_have_the_permissions_of_the_umask(umask, path, tmp_path, tiny_model, tiny_processor):
     """Safetensors writes files for their owner alone."""
     before = os.umask(umask)
     try:
