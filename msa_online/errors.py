@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from feature_extractors import CacheError, ClipError
 from feature_extractors.assets import AssetError
+from feature_extractors.worker import WorkerError
 from msa_online.data.datasets import CorpusError
-from msa_online.data.prepare import WorkerError
 from msa_online.encoders.text import TextEncoderError
 from msa_online.evaluation.robustness import UndefinedScoreError
 from msa_online.hub import CheckpointError

@@ -2,12 +2,10 @@
 """Fill the feature cache before training, and say what the clips lack."""
 
 import errno
-import multiprocessing
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import replace
 
 from rich.console import Console
@@ -25,17 +23,13 @@ from rich.text import Text
 from feature_extractors.assets import get_asset
 from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ExtractionSettings
-from feature_extractors.worker import extract_into_cache, open_worker
+from feature_extractors.worker import extract_in_processes
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.data.preparation import EMPTY_TEXT, LACKS, NOTHING, Preparation
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import ClipExtent
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
-
-
-class WorkerError(RuntimeError):
-    """A process that extracted features ended before its work was done; what is cached stays cached."""
 
 
 def prepare(
@@ -58,10 +52,11 @@ def prepare(
         skip_broken: Leave clips out that cannot be decoded, instead of raising.
 
     Raises:
-        CorpusError: Clips cannot be decoded (all are listed with their lines), or none can.
+        CorpusError: Clips cannot be used (all are listed with their lines), or none can. This includes clips
+            that take too long or end the process that extracts them; the others are extracted all the same.
         CacheError: The disk has too little room for the features, or cannot be written.
         AssetError: The face model is needed and not to be had.
-        WorkerError: A process was killed, by the system for lack of memory or by a crash.
+        WorkerError: The processes that extract features cannot be started.
         ClipError: A file has gone since the corpus was read.
     """
     began = time.perf_counter()
@@ -118,42 +113,19 @@ def _extent(key: str, cache: FeatureCache, settings: ExtractionSettings) -> Clip
 def _extract_all(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, ClipError]]:
-    """Extract clips, given by cache key, in several processes; findings and failures come back by key.
-
-    Processes are spawned, not forked: a fork would copy the locks that threads of torch or MediaPipe hold.
-    """
+    """Extract clips, given by cache key, in several processes; findings and failures come back by key."""
     findings: dict[str, tuple[str, ...]] = {}
     failures: dict[str, ClipError] = {}
-    pool = ProcessPoolExecutor(
-        min(workers, len(clips)),
-        multiprocessing.get_context("spawn"),
-        initializer=open_worker,
-        initargs=(cache, settings),
-    )
-    keys = {pool.submit(extract_into_cache, key, clip): key for key, clip in clips.items()}
-    try:
-        with _progress_bar() as progress:
-            for future in progress.track(as_completed(keys), len(keys), description="extracting features"):
-                try:
-                    findings[keys[future]] = future.result()
-                except ClipError as error:
-                    failures[keys[future]] = error
-    except BrokenProcessPool as error:
-        unfinished = [clip for key, clip in clips.items() if key not in findings and key not in failures]
-        raise WorkerError(_death_notice(unfinished, len(clips), workers)) from error
-    finally:  # also on Ctrl-C: what is not begun stays undone, what is begun is stored
-        pool.shutdown(wait=True, cancel_futures=True)
+    with (
+        closing(extract_in_processes(clips, cache, settings, workers)) as results,
+        _progress_bar() as progress,
+    ):
+        for key, result in progress.track(results, len(clips), description="extracting features"):
+            if isinstance(result, ClipError):
+                failures[key] = result
+            else:
+                findings[key] = result
     return findings, failures
-
-
-def _death_notice(unfinished: Sequence[Clip], total: int, workers: int) -> str:
-    """Clips are begun in order, so one of the first unfinished ones was in work when the process died."""
-    suspects = ", ".join(str(clip.path) for clip in unfinished[:workers])
-    return (
-        "a process that extracted features was killed, for lack of memory or by a crash in a decoder; "
-        f"{len(unfinished):,} of {total:,} clips are not done, the others are cached. Probably in work: "
-        f"{suspects}. Run again with fewer workers; if it dies again, convert the clips with ffmpeg."
-    )
 
 
 def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: ExtractionSettings) -> None:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from msa_online.data.prepare import WorkerError
+from feature_extractors.worker import WorkerError
 
 PATIENCE = timedelta(
     days=7
