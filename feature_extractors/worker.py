@@ -242,16 +242,16 @@ def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSett
     except (AssetError, ValueError, OSError) as error:
         connection.send(WorkerError(str(error)))
         return
-    connection.send(_READY)
-    while (job := connection.recv()) is not None:
-        key, clip = job
-        try:
-            deadline = _ReportedDeadline(clip.path, connection)
-            features = extract(clip, settings, face_extractor, deadline)
-            cache.store(key, features)
-            connection.send(features.findings)
-        except (ClipError, CacheError) as error:
-            connection.send(error)
+    with face_extractor:
+        connection.send(_READY)
+        while (job := connection.recv()) is not None:
+            key, clip = job
+            try:
+                features = extract(clip, settings, face_extractor, _ReportedDeadline(clip.path, connection))
+                cache.store(key, features)
+                connection.send(features.findings)
+            except (ClipError, CacheError) as error:
+                connection.send(error)
 
 
 def _end_with_parent() -> None:

@@ -30,7 +30,7 @@ def only_process() -> int:
     return process.pid
 
 
-def test_all_clips_are_extracted_and_their_findings_returned(clips, tmp_path, make_clip):
+def test_all_clips_are_extracted_and_their_findings_returned(clips, tmp_path, make_clip, capfd):
     cache = FeatureCache(tmp_path / "cache")
     black = np.zeros((8, 160, 160, 3), np.uint8)
     faceless = {"e" * 64: Clip(make_clip(tmp_path / "faceless.mp4", frames=black, audio=None))}
@@ -38,6 +38,7 @@ def test_all_clips_are_extracted_and_their_findings_returned(clips, tmp_path, ma
     assert results == dict.fromkeys(clips, ()) | {"e" * 64: ("no face", "no audio stream")}
     assert all(cache.load(key).findings == findings for key, findings in results.items())
     assert multiprocessing.active_children() == []
+    assert capfd.readouterr().err == ""  # of the processes too
 
 
 def test_a_process_that_hangs_is_ended_and_its_clip_is_reported(clips, tmp_path, monkeypatch):
