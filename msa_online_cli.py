@@ -127,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_convert_features(commands: argparse._SubParsersAction) -> None:
-    convert = commands.add_parser("convert-features", help="make features of others a corpus to train on")
+    convert = commands.add_parser(
+        "convert-features", help="convert precomputed features to a corpus to train on"
+    )
     convert.add_argument("source", metavar="FILE", help=".pkl in MMSA's layout, or .npz")
     convert.add_argument("folder", metavar="FOLDER", help="a new folder")
     convert.add_argument("--metadata", metavar="CSV", help="labels, splits and text, found by the column id")

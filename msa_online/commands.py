@@ -15,7 +15,7 @@ from rich.text import Text
 
 from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
-from feature_extractors.clip import REMEDIES
+from feature_extractors.clip import REMEDIES, printable
 from msa_online.configuration_msa import MSAConfig
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
@@ -113,7 +113,7 @@ def run_evaluate(options: Namespace, console: Console) -> None:
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> Preparation:
     if means_features(options.data):
         raise CorpusError(
-            f"{options.data} means features made elsewhere, but {options.checkpoint} reads raw clips: give "
+            f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
             "such clips"
         )
     corpus = read_corpus(options.data, **_labels_to_read(options, config), skip_broken=options.skip_broken)
@@ -145,9 +145,9 @@ def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:
 
 def _require_known_labels(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
     known = label2id_of(config)
-    if known is not None and (strange := sorted({sample.label for sample in corpus.samples} - known.keys())):
+    if known is not None and (unknown := sorted({sample.label for sample in corpus.samples} - known.keys())):
         raise CorpusError(
-            f"{corpus.source}: label {strange[0]!r} is not among the checkpoint's: {', '.join(known)}"
+            f"{corpus.source}: label {unknown[0]!r} is not among the checkpoint's: {', '.join(known)}"
         )
 
 
@@ -250,7 +250,7 @@ def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
     lines = []
     for result in results:
         if isinstance(result, ClipError):
-            lines += [f"{result.path}: error", f"  {_reason(result)}", ""]
+            lines += [f"{printable(result.path)}: error", f"  {_reason(result)}", ""]
         else:
             lines += [*_lines_of(result, max(added)), ""]
     if predictions:
@@ -262,7 +262,10 @@ def _lines_of(one: Prediction, largest: float) -> list[str]:
     of_scores = one.label is None
     answer = f"{one.score:+.3f}" if of_scores else f"{one.label} ({one.probabilities[one.label]:{PERCENT}})"
     unit = ".3f" if of_scores else PERCENT
-    lines = [f"{one.clip or '(text only)'}: {answer}", f"  {'nothing seen':<12} {one.baseline:>+8{unit}}"]
+    lines = [
+        f"{printable(one.clip or '(text only)')}: {answer}",
+        f"  {'nothing seen':<12} {one.baseline:>+8{unit}}",
+    ]
     for name, value in one.contributions.items():
         if name in one.missing:
             lines.append(f"  {name:<12} {'0':>8}  {one.missing[name]}")

@@ -23,7 +23,7 @@ FROM_NOTHING = "no text, sound or face: the model's baseline, whatever the clip 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one clip, and which modality says how much of it.
+    """What the model predicts for one clip, and how much each modality contributes.
 
     What is shared out is the score, or in classification the probability of `label`. It equals `baseline`
     plus the sum of `contributions`, up to rounding in fp32. The contributions are Shapley values
@@ -94,7 +94,7 @@ class MSAPipeline:
         if processor is None:
             widths = ", ".join(f"{name} {width}" for name, width in model.config.widths.items())
             raise CheckpointError(
-                f"{source}: the model takes features made elsewhere ({widths}), not clips: score it with "
+                f"{source}: the model takes precomputed features ({widths}), not clips: score it with "
                 "`msa-online evaluate` on such features; to predict from clips, train with "
                 "model.text_encoder in place of model.feature_widths"
             )

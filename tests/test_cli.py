@@ -269,6 +269,11 @@ def test_a_prediction_that_nothing_moved_has_no_bars():
     assert not any("++" in line or "--" in line for line in lines_of([one]))
 
 
+def test_a_line_break_in_the_name_of_a_clip_does_not_break_the_output():
+    parts = dict.fromkeys(("text", "audio", "vision"), 0.0)
+    assert lines_of([Prediction("a\nb.mp4", 0.5, None, {}, (), {}, 0.5, parts)])[0] == r"a\nb.mp4: +0.500"
+
+
 @pytest.fixture
 def three_clips(make_clip, tmp_path) -> list[str]:
     """Two sounds, and between them a file that is none."""
@@ -466,11 +471,11 @@ def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_c
 def test_features_and_clips_are_not_mistaken_for_each_other(
     capsys, archive, checkpoint, feature_checkpoint, tiny_corpus
 ):
-    assert "means features made elsewhere" in refusal(capsys, "evaluate", checkpoint, archive)
+    assert "means precomputed features" in refusal(capsys, "evaluate", checkpoint, archive)
     message = refusal(capsys, "evaluate", feature_checkpoint, str(tiny_corpus))
     assert "holds no features" in message and "extract-features" in message
     message = refusal(capsys, "predict", "--model", feature_checkpoint, "--text", "good")
-    assert "takes features made elsewhere" in message and "model.text_encoder" in message
+    assert "takes precomputed features" in message and "model.text_encoder" in message
 
 
 def test_features_of_other_widths_than_the_checkpoint_are_refused(

@@ -261,7 +261,7 @@ class _FileCheck:
         except OSError as error:
             meant = self._meant(row)
             raise RowProblem(
-                f"{row.file!r} does not exist{meant}: copy it to {path} or mend the name"
+                f"{row.file!r} does not exist{meant}: copy it to {path} or correct the name"
             ) from error
         if not stat.S_ISREG(status.st_mode):
             raise RowProblem(f"{row.file!r} is not a file: name the clip itself")

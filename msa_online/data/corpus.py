@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BrokenRow:
-    """A row that cannot be used: which one, and what is wrong and how to mend it."""
+    """A row that cannot be used: which one, what is wrong and how to correct it."""
 
     source: Path
     line: int
@@ -85,7 +85,7 @@ class CorpusError(ValueError):
         lines += [f"  {place(row.source, row.line)}: {row.problem}" for row in broken[:SHOWN_ROWS]]
         if len(broken) > SHOWN_ROWS:
             lines.append(f"  and {len(broken) - SHOWN_ROWS:,} more")
-        lines.append("Mend these rows, or go on without them: --skip-broken, or data.skip_broken=true.")
+        lines.append("Correct these rows, or go on without them: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
 
 

@@ -55,7 +55,7 @@ def prepare(
         CorpusError: Clips cannot be used (all are listed with their lines), or none can. This includes clips
             that take too long or end the process that extracts them; the others are extracted all the same.
         CacheError: The disk has too little room for the features, or cannot be written.
-        AssetError: The face model is needed and not to be had.
+        AssetError: The face model is needed and unavailable.
         WorkerError: The processes that extract features cannot be started.
         ClipError: A file has gone since the corpus was read.
     """
