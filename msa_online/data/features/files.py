@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import stat
+import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -271,7 +272,8 @@ def write_feature_folder(
     draft = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+        draft = parent / f".{folder.name}-{uuid.uuid4().hex}"
+        draft.mkdir()
         with open(draft / METADATA, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())])))
             writer.writeheader()
@@ -285,9 +287,9 @@ def write_feature_folder(
             )
         }
         save_file(tensors, draft / FEATURES)
-        (draft / FEATURES).chmod(0o644)  # the library keeps it to its owner
+        # safetensors writes files that only their owner may read: give it the mode of any new file
+        (draft / FEATURES).chmod(stat.S_IMODE((draft / METADATA).stat().st_mode))
         (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-        draft.chmod(0o755)
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         raise CorpusError(

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -42,6 +43,19 @@ def test_rows_of_a_csv_file_find_their_features_by_id(described, tmp_path, featu
     sample = next(sample for sample in corpus.samples if sample.id == "s7")
     assert (sample.label, sample.text, sample.split) == (7.0, "said, in s7", "test")
     np.testing.assert_array_equal(corpus.steps["vision"].of(sample.row)[0], feature_arrays["vision"][7])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_converted_corpus_has_the_permissions_of_the_umask(umask, described, tmp_path):
+    source, rows = described
+    before = os.umask(umask)
+    try:
+        convert_features(source, tmp_path / "corpus", metadata=rows)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "corpus").iterdir()}
+    assert "features.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "corpus").stat().st_mode) == 0o777 & ~umask
 
 
 def test_ids_that_only_one_side_knows_are_named(described, tmp_path, rewrite_rows):
