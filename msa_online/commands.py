@@ -100,9 +100,9 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         results = evaluate_conditions(model, loader, accelerator)
         report["conditions"] = results
         table = conditions_table(results, title)
-    if preparation:
-        report |= findings_record(preparation, processor.limits)
     if options.json:
+        if preparation:
+            report |= findings_record(preparation, processor.limits)
         _write_json(report, options.json, console)
     if options.json != "-":
         if preparation:

@@ -213,7 +213,7 @@ class MSAPipeline:
             missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
             baseline=said.baseline.item(),
             contributions=dict(zip(MODALITIES, said.contributions.tolist(), strict=True)),
-            cut={name: cut.says for name, cut in self.processor.limits.cut(extent, text).items()},
+            cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
             warning=None if used else FROM_NOTHING,
         )
 

@@ -66,8 +66,8 @@ class InputLimits:
             of = f"tokens of {length:,} words" if self.tokenizer is None else f"of {length:,} tokens"
             cuts["text"] = Cut(f"{self.max_text_tokens:,} {of}", length)
         if extent.sound > self.max_audio_seconds + LOST_SOUND:
-            says = f"first {self.max_audio_seconds:.1f} of {extent.sound:.1f} s"
-            cuts["audio"] = Cut(says, extent.sound)
+            seconds = f"first {self.max_audio_seconds:.1f} of {extent.sound:.1f} s"
+            cuts["audio"] = Cut(seconds, extent.sound)
         if extent.frames and extent.seconds / extent.frames > FRAME_GAP:
             frames = f"{extent.frames} frame{'s' * (extent.frames != 1)}"
             cuts["vision"] = Cut(f"{frames} over {extent.seconds:.1f} s", extent.seconds)
@@ -86,11 +86,11 @@ class Cut:
     """What is read of one modality of a clip that is longer than the limit.
 
     Attributes:
-        says: What is read, and of how much: "first 30.0 of 182.4 s".
+        description: What is read, and of how much: "first 30.0 of 182.4 s".
         length: How much there is: tokens (or words), or seconds.
     """
 
-    says: str
+    description: str
     length: float
 
 

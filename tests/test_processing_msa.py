@@ -151,7 +151,7 @@ def test_the_longest_sound_is_counted_in_seconds_whatever_the_hop(tiny_tokenizer
 def test_what_a_model_does_not_read_is_named_with_figures(seconds, sound, frames, words, cut, tiny_processor):
     extent = ClipExtent(seconds, sound, frames)
     cuts = tiny_processor.limits.cut(extent, "very " * words)
-    assert {name: one.says for name, one in cuts.items()} == cut
+    assert {name: one.description for name, one in cuts.items()} == cut
 
 
 def test_a_text_that_is_reported_as_cut_is_cut_and_no_other(tiny_processor):
@@ -164,7 +164,7 @@ def test_a_text_that_is_reported_as_cut_is_cut_and_no_other(tiny_processor):
 
 def test_without_a_tokenizer_words_are_counted():
     cuts = InputLimits(max_text_tokens=100).cut(ClipExtent(1.0, 1.0, 4), "word " * 1200)
-    assert cuts["text"].says == "100 tokens of 1,200 words"
+    assert cuts["text"].description == "100 tokens of 1,200 words"
 
 
 def test_the_extent_of_a_clip_counts_only_what_a_model_can_use():

@@ -231,10 +231,8 @@ class ExpertLayer(nn.Module):
         )
         value = rearrange(values, "s (b t) (h d) -> (s b) h t d", b=mask.shape[0], h=self.heads)
         observed = mask.any(dim=1)
-        keys = (mask | ~observed.unsqueeze(-1)).repeat(values.shape[0], 1)[
-            :, None, None
-        ]  # no row without any
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
+        keys = (mask | ~observed.unsqueeze(-1)).repeat(values.shape[0], 1)  # no row without any
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys[:, None, None])
         attended = attended * observed.repeat(values.shape[0])[:, None, None, None]
         return rearrange(attended, "(s b) h t d -> s (b t) (h d)", s=values.shape[0])
 

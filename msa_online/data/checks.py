@@ -110,7 +110,8 @@ def check_label_column(
             f"numbers from {low:g} to {high:g}: train with data.task=classification, or name a column of "
             "numbers (data.label_column, or --label-column)"
         )
-    numbers = [(row, value) for row in filled if math.isfinite(value := _number(row.label) or 0.0)]
+    values = [(row, _number(row.label)) for row in filled]
+    numbers = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
     outside = [row for row, value in numbers if not low <= value <= high]
     if not skip_broken and len(outside) > max(2, OUTSIDE * len(rows)):
         lowest, highest = min(value for _, value in numbers), max(value for _, value in numbers)

@@ -121,7 +121,7 @@ def findings_table(preparation: Preparation, limits: InputLimits) -> Table:
     for name, of_modality in cuts.items():
         rows = [sample for sample, _ in of_modality]
         longest = max((cut for _, cut in of_modality), key=lambda cut: cut.length)
-        lines = f"{_lines(rows, many_sources)}; longest: {longest.says}"
+        lines = f"{_lines(rows, many_sources)}; longest: {longest.description}"
         table.add_row(titles[name], f"{len(rows):,}", f"{len(rows) / preparation.total:.1%}", lines)
     if not found and not cuts:
         table.add_row("nothing is lacking", f"{len(samples):,}", "100.0%", "")
@@ -135,11 +135,11 @@ def findings_record(preparation: Preparation, limits: InputLimits) -> dict[str, 
         "cut": {
             name: {
                 "lines": [sample.line for sample, _ in cuts],
-                "longest": max((cut for _, cut in cuts), key=lambda cut: cut.length).says,
+                "longest": max((cut for _, cut in cuts), key=lambda cut: cut.length).description,
             }
             for name, cuts in preparation.cut(limits).items()
         },
-        "left out": [row.line for row in preparation.broken],
+        "left_out": [row.line for row in preparation.broken],
     }
 
 

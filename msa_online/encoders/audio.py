@@ -25,6 +25,8 @@ class AudioEncoder(nn.Module):
         width: Width of the states that come out.
     """
 
+    input_names = ("audio_values", "audio_mask")
+
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         first, second = channels
@@ -35,8 +37,6 @@ class AudioEncoder(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(outputs) for outputs in (first, second, second))
         self.project = nn.Linear(second, width)
-
-    input_names = ("audio_values", "audio_mask")
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `audio_values` `(batch, steps, 80)` under `audio_mask` `(batch, steps)` bool.

@@ -74,13 +74,13 @@ class TextEncoder(nn.Module):
         config: Configuration of the HuggingFace encoder.
     """
 
+    input_names = ("text_input_ids", "text_mask")
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.frozen = False
         dtype = torch.get_default_dtype()
         self.model = AutoModel.from_config(config, dtype=dtype, **_without_pooler(config))
-
-    input_names = ("text_input_ids", "text_mask")
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `text_input_ids` `(batch, tokens)` int64 under `text_mask` `(batch, tokens)` bool."""

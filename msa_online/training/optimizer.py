@@ -37,7 +37,7 @@ def make_optimizer(
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
             key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)
-    trained = [parameter for parameters in groups.values() for parameter in parameters]
+    is_meta = any(parameter.is_meta for parameters in groups.values() for parameter in parameters)
     return AdamW(
         [
             {
@@ -49,7 +49,7 @@ def make_optimizer(
             }
             for (part, modality, decay), parameters in groups.items()
         ],
-        fused=not any(parameter.is_meta for parameter in trained) or None,
+        fused=None if is_meta else True,
     )
 
 

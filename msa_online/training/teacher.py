@@ -18,6 +18,7 @@ from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.checkpoint import RunFolder
 from msa_online.training.stages import StageSchedule
+from msa_online.training.state import REMEDY
 
 
 class Teacher:
@@ -87,6 +88,5 @@ def _reading(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         return read(*arguments)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigurationError(
-            f"{path}: the teacher of this stage cannot be read ({str(error).splitlines()[0]}); put the file "
-            "back, or start the run again with training.overwrite=true"
+            f"{path}: the teacher of this stage cannot be read ({str(error).splitlines()[0]}); {REMEDY}"
         ) from error

@@ -13,9 +13,8 @@ from torch.distributed import ProcessGroup
 
 from feature_extractors.worker import WorkerError
 
-PATIENCE = timedelta(
-    days=7
-)  # the group of training gives up after 10 to 30 minutes, which is right for its steps
+PATIENCE = timedelta(days=7)
+"""The group of training gives up after 10 to 30 minutes, which is right for its steps."""
 Result = TypeVar("Result")
 
 

@@ -635,6 +635,11 @@ def test_ratings_of_another_scale_name_the_range_that_would_fit_once(folder):
     assert len(read_corpus(stars, label_range=(1, 5)).samples) == 120
 
 
+def test_a_word_among_ratings_does_not_widen_the_range_that_is_proposed(folder):
+    error = complaint(labelled(folder, *["2", "5", "4"] * 10, "unknown"))
+    assert_names(error, "column 'label' runs from 2 to 5", "data.label_range=[2,5]")
+
+
 def test_an_empty_label_column_is_one_line_and_labels_of_a_part_are_used_on_request(folder):
     partly = labelled(folder, *["", "", "", "1"] * 20)
     error = complaint(partly)

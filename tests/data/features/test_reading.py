@@ -244,7 +244,7 @@ def header(shape: tuple[int, ...], kind: str | list) -> bytes:
 
 
 IDS = header((2,), "<U1") + "ab".encode("utf-32-le")
-HARMFUL = {  # members of an archive, and what is said of it
+HARMFUL = {  # members of an archive, and what its refusal says
     "an array of zeros": (
         {"id": IDS, "text": header((1000, 100_000), "<f4") + bytes(400_000_000)},
         r"unpacks to 0.4 GB, more than the 0.3 GB that an archive of its size may hold",
