@@ -203,9 +203,9 @@ class RebalancingModulator(GradientModulator):
 
     def modulate(self, context: ModulationContext) -> Modulation:
         """Take the divergences of the step, and scale each modality by its share of the others' progress."""
-        counts = {name: context.statistics[f"observed/{name}"] for name in self.modalities}
+        shares = {name: context.statistics[f"observed/{name}"] for name in self.modalities}
         found = {
-            name: context.statistics[f"divergence/{name}"] / count for name, count in counts.items() if count
+            name: context.statistics[f"divergence/{name}"] / share for name, share in shares.items() if share
         }
         if found:
             equal = dict.fromkeys(self.modalities, 1 - 1 / len(self.modalities))

@@ -25,7 +25,7 @@ def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> d
     Args:
         output: `MSAOutput`, whose `modality_logits` are judged on the samples `present` says have them.
         labels: `(batch,)`; floats mean regression.
-        modalities: Whom to judge.
+        modalities: Modalities to judge.
 
     Returns:
         Means over all samples of the micro-batch, zero for those without the modality: of the absolute errors
@@ -72,7 +72,7 @@ def damping_coefficients(
 
     Args:
         scores: Quality of each modality, above 0.
-        modalities: Whom to give a coefficient; without a score, or without others, it is 1.
+        modalities: Modalities that get a coefficient; without a score, or without others, it is 1.
         strength: alpha.
         shift: 0 as printed, where the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores; 1 makes it
             continuous there.

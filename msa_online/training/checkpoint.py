@@ -4,7 +4,6 @@
 import json
 import os
 import shutil
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
@@ -197,19 +196,11 @@ class RunFolder:
         model.save_pretrained(staging, state_dict=weights)
         if processor is not None:
             processor.save_pretrained(staging)
-        mode = self._mode_of_new_files()
+        for file in staging.glob("*.safetensors"):  # the library lets only the owner read them
+            shutil.copymode(staging / CONFIG_NAME, file)
         for file in staging.iterdir():
-            file.chmod(mode)  # safetensors writes files that only their owner may read
             os.replace(file, self.path / file.name)
         staging.rmdir()
-
-    def _mode_of_new_files(self) -> int:
-        """Permissions that the system gives to a new file in this folder."""
-        empty = self.path / "mode.new"
-        empty.touch()
-        mode = stat.S_IMODE(empty.stat().st_mode)
-        empty.unlink()
-        return mode
 
     def load_best(self, model: MSAModel) -> None:
         """Give a model the weights that were published, without a second copy of it in memory.

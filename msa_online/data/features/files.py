@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import stat
 import uuid
 import zipfile
 import zlib
@@ -269,10 +268,9 @@ def write_feature_folder(
     """
     require_new_folder(folder)
     parent = folder.absolute().parent
-    draft = None
+    draft = parent / f".{folder.name}-{uuid.uuid4().hex}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        draft = parent / f".{folder.name}-{uuid.uuid4().hex}"
         draft.mkdir()
         with open(draft / METADATA, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())])))
@@ -287,8 +285,7 @@ def write_feature_folder(
             )
         }
         save_file(tensors, draft / FEATURES)
-        # safetensors writes files that only their owner may read: give it the mode of any new file
-        (draft / FEATURES).chmod(stat.S_IMODE((draft / METADATA).stat().st_mode))
+        shutil.copymode(draft / METADATA, draft / FEATURES)  # the library lets only the owner read it
         (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
@@ -296,8 +293,7 @@ def write_feature_folder(
             f"{folder} cannot be written ({error}): make room, or name a folder on another disk"
         ) from error
     finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _checked_steps(
