@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments
-from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, seal, verify
+from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, require_settings, seal, verify
 
 STATE = "state"
 STAGES = "stages"
@@ -94,7 +94,7 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path}: nothing to resume: no epoch of a run has been finished there, or all have"
             )
-        verify(state)
+        manifest = verify(state)
         before = self._read_settings()
         for section, values in self._record(arguments).items():
             started = before.get(section, {})
@@ -106,7 +106,7 @@ class RunFolder:
                         f"{self.path}: the run was started with {section}.{key}={started.get(key)!r}, not "
                         f"{values.get(key)!r}; resume it unchanged, or start another"
                     )
-        verify(state, self.path / SETTINGS)
+        require_settings(manifest, self.path / SETTINGS)
 
     def _read_settings(self) -> dict[str, dict[str, Any]]:
         """The `_record` of the run when it started."""

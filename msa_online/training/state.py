@@ -111,12 +111,11 @@ def seal(folder: Path, processes: int, settings: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def verify(folder: Path, settings: Path | None = None) -> dict[str, Any]:
+def verify(folder: Path) -> dict[str, Any]:
     """Check that a state is complete and as it was written; its content is hashed, not interpreted.
 
     Args:
         folder: The state.
-        settings: The configuration of the run that the state must belong to.
 
     Returns:
         The manifest.
@@ -141,11 +140,22 @@ def verify(folder: Path, settings: Path | None = None) -> dict[str, Any]:
     for name, written in files.items():
         with _explained(folder / name):
             _compare(_measure(folder / name), written)
-    if settings is not None:
-        with _explained(settings):
-            if _measure(settings) != manifest.get(SETTINGS):
-                raise ValueError(f"it is not the configuration that {folder} was written under")
     return manifest
+
+
+def require_settings(manifest: Mapping[str, Any], settings: Path) -> None:
+    """Check that a state was written under the configuration of its run.
+
+    Args:
+        manifest: The manifest of the state.
+        settings: The file of the configuration.
+
+    Raises:
+        ConfigurationError: It is missing or another one.
+    """
+    with _explained(settings):
+        if _measure(settings) != manifest.get(SETTINGS):
+            raise ValueError("it is not the configuration that the state was written under")
 
 
 def _measure(path: Path, flush: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.loop import Progress
-from msa_online.training.state import MANIFEST, RunState, seal, verify
+from msa_online.training.state import MANIFEST, RunState, require_settings, seal, verify
 
 CPU = torch.device("cpu")
 FILES = (
@@ -91,7 +91,7 @@ def test_a_pickle_in_place_of_any_file_is_refused_and_never_run(name, forged, fo
     if forged and name != MANIFEST:
         accept(folder, name)
     with pytest.raises(ConfigurationError, match=f"{name.split('.')[0]}.*cannot be resumed.*overwrite=true"):
-        verify(folder, settings)
+        require_settings(verify(folder), settings)
         state_of(Part({"step": 0})).read(folder)
     assert not mark.exists()
     pickle.loads((folder / name).read_bytes())
@@ -130,10 +130,10 @@ def test_a_manifest_of_anything_else_is_refused(content, folder):
 
 
 def test_a_state_of_another_run_is_refused(folder, settings):
-    verify(folder, settings)
+    require_settings(verify(folder), settings)
     settings.write_text("training: {seed: 2}\n")
-    with pytest.raises(ConfigurationError, match="run.yaml.*not the configuration that .*state was written"):
-        verify(folder, settings)
+    with pytest.raises(ConfigurationError, match="run.yaml.*not the configuration that the state was"):
+        require_settings(verify(folder), settings)
     with pytest.raises(ConfigurationError, match=r"model\.safetensors.*size mismatch"):
         state_of(Part({"step": 0}), torch.nn.Linear(3, 1)).read(folder)
     with pytest.raises(ConfigurationError, match="run.json.*it holds part, not optimizer"):
