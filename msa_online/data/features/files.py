@@ -39,6 +39,7 @@ DAMAGED = (
 """What zipfile and numpy raise on an archive that is damaged, is none, or holds Python objects."""
 
 MOST_CELLS = 20_000_000  # of text
+MOST_HEADER = 1_000_000  # bytes of a safetensors header
 SMALL, RATIO = 1 << 28, 100  # bytes that any archive may unpack to, and by which share of its size more
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -75,21 +76,28 @@ def read_feature_folder(folder: Path) -> FeatureTable:
     if not (folder / METADATA).is_file():
         raise CorpusError(f"{folder} has no {METADATA}: it says what the rows of {FEATURES} are")
     metadata = read_csv(folder / METADATA)
+    known = [f"{name}.{part}" for name in MODALITIES for part in ("values", "offsets")]
     try:
+        with open(source, "rb") as file:
+            if (size := int.from_bytes(file.read(8), "little")) > MOST_HEADER:
+                raise CorpusError(
+                    f"{source} has a header of {size:,} bytes, too many for {len(known)} tensors: copy or "
+                    "make it again"
+                )
         with safe_open(source, framework="pt") as file:
+            if unknown := sorted(set(file.keys()).difference(known)):
+                raise CorpusError(
+                    f"{source} holds {', '.join(unknown[:10])}: known are <modality>.values and "
+                    f"<modality>.offsets of {', '.join(MODALITIES)}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
         raise CorpusError(f"{source} is damaged or cut off ({error}): copy or make it again") from error
     steps = {}
     for name in MODALITIES:
-        parts = [tensors.pop(f"{name}.{part}", None) for part in ("values", "offsets")]
+        parts = [tensors.get(f"{name}.{part}") for part in ("values", "offsets")]
         if parts != [None, None]:
             steps[name] = _checked_steps(source, name, *parts)
-    if tensors:
-        raise CorpusError(
-            f"{source} holds {', '.join(sorted(tensors))}: known are <modality>.values and "
-            f"<modality>.offsets of {', '.join(MODALITIES)}"
-        )
     lines = sorted([*(line for line, _ in metadata.rows), *(row.line for row in metadata.broken)])
     place_of = {line: place for place, line in enumerate(lines)}
     places = tuple(place_of[line] for line, _ in metadata.rows)

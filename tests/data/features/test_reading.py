@@ -371,12 +371,17 @@ def test_a_folder_with_rows_missing_is_refused(feature_folder, rewrite_rows):
         ({"vision.values": torch.zeros(12, 2).double()}, "vision.values is .* of torch.float64"),
         ({"vision.offsets": torch.zeros(13, dtype=torch.int64)}, "must rise from 0 to the 12 steps"),
         ({"vision.offsets": torch.arange(13).int()}, "must be int64"),
+        (
+            dict.fromkeys(map(str, range(100)), torch.zeros(1)),
+            "holds 0, 1, 10, 11, 12, 13, 14, 15, 16, 17: k",
+        ),
+        (dict.fromkeys(map(str, range(20_000)), torch.zeros(1)), r"header of 1,[\d,]+ bytes, too many for 6"),
     ],
 )
 def test_tensors_of_a_folder_that_do_not_fit_are_refused(feature_folder, changes, expected):
     path = feature_folder / "features.safetensors"
     tensors = {**load_file(path), **changes}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(CorpusError, match=expected):
         read_features(feature_folder, label_range=RANGE)
 
