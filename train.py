@@ -2,7 +2,7 @@
 # ruff: noqa: E402  --help is answered before the imports that take seconds
 """Train a model: `accelerate launch --quiet train.py CONFIG [key=value ...]`.
 
-The story of a run: read the configuration, prepare the data, build the model, train and validate epoch by
+A run in order: read the configuration, prepare the data, build the model, train and validate epoch by
 epoch, keep the best, and finish with the test split and a model card.
 """
 
@@ -66,7 +66,7 @@ def train(arguments: RunArguments, command: str) -> None:
 
 
 def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -> None:
-    """The story itself, from the data to the model card.
+    """A whole run, from the data to the model card.
 
     Everything that can be wrong with the input is found before the first step, the quick checks before the
     slow extraction of features, and before anything of an earlier run is touched.

@@ -10,6 +10,7 @@ import pytest
 from transformers import BertModel
 
 from msa_online import MSAConfig, MSAModel, Prediction
+from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online_cli import build_parser, main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -156,6 +157,12 @@ def test_describe_prints_json_a_script_can_read(capsys):
     document = json.loads(capsys.readouterr().out)
     parameters = document["parameters"]
     assert parameters["total"] == sum(count for part, count in parameters.items() if part != "total")
+
+
+def test_prepare_reports_what_a_model_with_the_default_limits_would_cut():
+    """The command line cannot import these numbers without importing torch."""
+    options = build_parser().parse_args(["prepare", "clips"])
+    assert (options.max_text_tokens, options.max_audio_seconds) == (MAX_TEXT_TOKENS, MAX_AUDIO_SECONDS)
 
 
 def test_describe_shows_tables_and_the_scores_of_a_checkpoint(capsys, tiny_config, tmp_path, monkeypatch):
