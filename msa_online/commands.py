@@ -17,13 +17,14 @@ from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
 from feature_extractors.clip import REMEDIES, printable
 from msa_online.configuration_msa import MSAConfig
+from msa_online.data.checks import why_not_writable
 from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
 from msa_online.data.features.conversion import convert_features
 from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
 from msa_online.data.features.dataset import FeatureDataset
 from msa_online.data.features.extraction import extract_features
-from msa_online.data.features.files import means_features, require_new_folder, why_not_writable
+from msa_online.data.features.files import means_features, require_new_folder
 from msa_online.data.features.reading import read_features
 from msa_online.data.missing_frames import FrameDrop, stand_ins_of
 from msa_online.data.preparation import Preparation, findings_record, findings_table

@@ -2,7 +2,7 @@
 """MSAModel: encoders -> calibrator -> balancing head."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class MSAModel(PreTrainedModel):
         present = {name: sequence.present for name, sequence in sequences.items()}
         probed = {name: probe(output.features[name].detach()) for name, probe in self.probes.items()}
         loss = torch.stack(terms).sum() if terms else None
-        seen = {name: seq.with_values(seq.values.detach()) for name, seq in sequences.items()}
+        seen = {name: replace(seq, values=seq.values.detach()) for name, seq in sequences.items()}
         return MSAOutput(
             loss=loss,
             **vars(output),
@@ -139,7 +139,7 @@ class MSAModel(PreTrainedModel):
         """What the head reads, narrowed to the type of its weights in a model of half precision."""
         return self.calibrator(
             {
-                name: sequence.with_values(no_wider(sequence.values, self.head))
+                name: replace(sequence, values=no_wider(sequence.values, self.head))
                 for name, sequence in sequences.items()
             }
         )

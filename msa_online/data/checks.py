@@ -310,3 +310,13 @@ class _FileCheck:
         self.searches_left -= 1
         near = get_close_matches(wanted.name, self.names[folder], n=1, cutoff=0.8)
         return f" (did you mean {str(wanted.parent / near[0])!r}?)" if near else ""
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why `path` cannot be written, or None. Parent folders that are missing are no reason."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"this user has no permission to write in {there}"
+    return None

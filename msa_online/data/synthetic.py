@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
+from msa_online.data.checks import why_not_writable
 from msa_online.data.corpus import CorpusError
-from msa_online.data.features.files import why_not_writable
 from msa_online.data.synthetic_plan import (
     CorpusRecipe,
     PlannedClip,

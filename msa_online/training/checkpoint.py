@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from msa_online.data.checks import why_not_writable
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments
@@ -48,7 +49,7 @@ class RunFolder:
         Raises:
             ConfigurationError: It holds an earlier run, and neither `resume` nor `overwrite` is set; or files
                 that are not of a run; or it holds no state to resume, a damaged one, or that of a run with
-                another configuration.
+                another configuration; or it cannot be made.
         """
         if arguments.training.resume:
             self._check_resumable(arguments)
@@ -61,6 +62,10 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path} holds files of no run (for example {next(self.path.iterdir()).name}): "
                 "give training.output_dir a folder of its own"
+            )
+        elif reason := "it is a file" if self.path.is_file() else why_not_writable(self.path):
+            raise ConfigurationError(
+                f"training.output_dir={self.path} cannot be made: {reason}; name another"
             )
 
     def open(self, arguments: RunArguments) -> None:

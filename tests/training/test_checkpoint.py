@@ -112,6 +112,14 @@ def test_overwrite_never_deletes_what_the_run_did_not_write(path):
     assert (path / "interview.mp4").read_text() == "the only copy"
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_clips_are_decoded(tmp_path, inside):
+    (tmp_path / "notes").write_text("a file")
+    path = tmp_path / "notes" / "run" if inside else tmp_path / "notes"
+    with pytest.raises(ConfigurationError, match="training.output_dir=.*notes.* cannot be made: .* a file"):
+        Run(path).folder.check(configured(path))
+
+
 def test_resuming_where_no_epoch_was_finished_is_refused(path):
     with pytest.raises(ConfigurationError, match=f"{path.name}: nothing to resume"):
         Run(path).folder.open(configured(path, resume=True))

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from msa_online.data.checks import why_not_writable
 from msa_online.data.corpus import CorpusError
 from msa_online.data.features.corpus import FeatureSteps
 from msa_online.data.limited_process import installed_memory
@@ -245,16 +246,6 @@ def require_new_folder(folder: Path) -> None:
         raise CorpusError(f"{folder} is there already: name a new folder, or delete this one")
     if reason := why_not_writable(folder):
         raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
-
-
-def why_not_writable(path: Path) -> str | None:
-    """Why `path` cannot be written, or None. Parent folders that are missing are no reason."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        return f"{there} is a file, not a folder"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"this user has no permission to write in {there}"
-    return None
 
 
 def write_feature_folder(
