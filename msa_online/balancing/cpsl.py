@@ -56,7 +56,8 @@ class CPSLHead(BalancingHead):
 
         audio  ── to the token grid ── AME ── Z_a ─┐
         vision ── to the token grid ── AME ── Z_v ─┴─ gate ── P ── T + beta P ── norm, pool ── s
-                                       └── A^, V^, s_a, s_v, statistics               T ── s_t
+                                       └── A^, V^, statistics
+        audio, vision ── own steps ── AME ── pool ── s_a, s_v            T ── pool ── s_t
 
     Losses, unweighted: `task` on s; `recon` of the inputs from Z; `unimodal`, the sum of the task losses of
     s_t, s_a, s_v; `div`, the negative entropy of the latents (absent without AME); `stat`, L_stat (4.5). The
@@ -65,7 +66,8 @@ class CPSLHead(BalancingHead):
     Deviations and readings (METHODS 4.3): inputs are scaled by running minima and maxima and not by those of
     the batch, so that a sample is judged alone; targets of `recon` and `stat` are held fixed, because a
     learned front-end could meet them by shrinking; the latents have no noise in evaluation; a learned state
-    stands in for what is absent.
+    stands in for what is absent; s_a and s_v come from the same encoders on the steps of audio and vision
+    themselves, because on the token grid the number of words would change them (A32).
 
     Relations: `ConflictModulator` is the other half of the method; both work without the other.
 
@@ -158,7 +160,7 @@ class CPSLHead(BalancingHead):
         fused = torch.tanh(self.pooler(fused))
         output = HeadOutput(
             logits=self.classifier(self.dropout(fused)),
-            modality_logits={name: self.predictors[name](state) for name, state in features.items()},
+            modality_logits=self._alone(sequences, features["text"]),
             features=features,
             fused=fused,
         )
@@ -184,6 +186,15 @@ class CPSLHead(BalancingHead):
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Trunk, mean and variance of the Gaussian encoders (4.10); the text has an encoder only."""
         return {"text": [], **{name: list(self.encoders[name].parameters()) for name in ENCODED}}
+
+    def _alone(self, sequences: Mapping[str, ModalitySequence], text: Tensor) -> dict[str, Tensor]:
+        """s_t from the pooled text `(batch, width)`, s_a and s_v from their own steps: `(batch, outputs)`."""
+        states = {"text": text}
+        for name in ENCODED:
+            own = self.scaling[name].scale(sequences[name])
+            pooled = masked_mean(own.with_values(self._draw(*self.encoders[name](own.values))))
+            states[name] = self.missing(name, pooled, own.present)
+        return {name: self.predictors[name](state) for name, state in states.items()}
 
     def _draw(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Z = mu + eps sqrt(sigma^2): eps normal in training with AME, else 0 (4.1)."""
@@ -268,9 +279,13 @@ class RunningMinMax(nn.Module):
         nn.init.zeros_(self.batches)
 
     def forward(self, sequence: ModalitySequence) -> ModalitySequence:
-        """Scale the observed steps of `(batch, time, width)`."""
+        """Scale the observed steps of `(batch, time, width)`, in training by the range that includes them."""
         if self.training:
             self._follow(sequence)
+        return self.scale(sequence)
+
+    def scale(self, sequence: ModalitySequence) -> ModalitySequence:
+        """Scale the observed steps of `(batch, time, width)` by the range seen so far."""
         spread = self.high - self.low
         values = (sequence.values - self.low) / torch.where(spread > SMALL, spread, 1.0)
         return sequence.with_values(values.to(sequence.values.dtype))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small EBMC head and encoded batches for it."""
+"""Encoded batches, and small heads that read them."""
 
 import pytest
 import torch
 
-from msa_online.balancing import EBMCHead
+from msa_online.balancing import HEADS, BalancingHead
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}
@@ -32,13 +32,30 @@ def make_sequences():
 
 
 @pytest.fixture(scope="session")
-def make_ebmc():
-    """A function that makes a small head with random weights, in float64 and evaluation mode."""
+def make_head():
+    """A function that makes a small head by its name, with random weights, in float64 and evaluation mode.
 
-    def make(outputs: int = 1, stage: str = "balance", **settings) -> EBMCHead:
+    `moved` are the starts of names of parameters that are moved off their start values: those of a norm are
+    the identity, and tokens are near zero, where an error could hide.
+    """
+
+    def make(
+        name: str,
+        outputs: int = 1,
+        stage: str | None = None,
+        *,
+        widths=WIDTHS,
+        moved: tuple[str, ...] = (),
+        **settings,
+    ) -> BalancingHead:
         torch.manual_seed(0)
-        head = EBMCHead(WIDTHS, outputs, **{"hidden_size": 8, "depth": 2, **settings}).double().eval()
-        head.start_stage(stage)
+        head = HEADS[name](widths, outputs, **{"hidden_size": 8, **settings}).double().eval()
+        if stage:
+            head.start_stage(stage)
+        with torch.no_grad():
+            for key, parameter in head.named_parameters():
+                if key.startswith(moved):
+                    parameter += torch.rand_like(parameter) * 0.5
         return head
 
     return make
@@ -65,25 +82,5 @@ def make_gappy():
             values = torch.randn(*shape, WIDTHS[name], generator=generator, dtype=torch.float64)
             sequences[name] = ModalitySequence.of(values.to(dtype), mask).only(there[:, column])
         return sequences
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_cpsl():
-    """A function that makes a small CP/SL head with random weights, in float64 and evaluation mode.
-
-    It drops nothing, and no weight stands where it would not count.
-    """
-    from msa_online.balancing import CPSLHead
-
-    def make(outputs: int = 1, widths=WIDTHS, **settings) -> CPSLHead:
-        torch.manual_seed(0)
-        small = {"hidden_size": 8, "fusion_size": 7, "dropout": 0.0, "classifier_dropout": 0.0}
-        head = CPSLHead(widths, outputs, **{**small, **settings}).double().eval()
-        with torch.no_grad():  # the norm starts as the identity, tokens near zero
-            for parameter in (head.norm.weight, head.norm.bias, head.missing.tokens):
-                parameter += torch.rand_like(parameter) * 0.5
-        return head
 
     return make

@@ -3,6 +3,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from msa_online.balancing.cpsl import (
     GatedFusion,
     diversity_loss,
     reconstruction_loss,
+    resample,
     statistical_loss,
+    token_grid,
 )
 from msa_online.modalities import MODALITIES, ModalitySequence
 
@@ -25,6 +28,13 @@ ENCODED = ("audio", "vision")
 LABELS = torch.linspace(-2, 2, 4, dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture(scope="session")
+def make_cpsl(make_head):
+    """A function that makes a small CP/SL head that drops nothing."""
+    small = {"fusion_size": 7, "dropout": 0.0, "classifier_dropout": 0.0}
+    return partial(make_head, "cpsl", moved=("norm.", "missing."), **small)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -344,6 +354,18 @@ def test_without_text_each_modality_is_one_token_of_all_its_steps(make_cpsl, mak
             average = values[sequences[name].mask[sample]].mean(dim=0)
             expected, _ = head.encoders[name](average)  # the scaling is the identity before training
             torch.testing.assert_close(features[name][sample], expected, **EXACT)
+
+
+def test_only_training_on_the_token_grid_moves_the_extremes(make_cpsl, make_gappy):
+    """The steps behind s_a and s_v reach further than averages over tokens; the same range scales them."""
+    head, sequences = make_cpsl().train(), make_gappy()
+    head(sequences)
+    for name in ENCODED:
+        averaged = resample(sequences[name], token_grid(sequences["text"]))
+        for extreme, found in (("low", "amin"), ("high", "amax")):
+            expected = getattr(averaged.values[averaged.mask], found)(dim=0)
+            torch.testing.assert_close(getattr(head.scaling[name], extreme), expected, **EXACT)
+        assert head.scaling[name].batches == 1
 
 
 def test_padding_changes_no_loss_and_no_extreme(make_cpsl, make_gappy):

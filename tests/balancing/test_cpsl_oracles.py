@@ -7,6 +7,7 @@ every parameter and of every input have to agree with the head's.
 
 import math
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ MODES = ("evaluation", "first batch", "later batch")
 MOMENTUM = torch.tensor(0.1).double()  # a number of fp32 whatever the precision of the head
 
 
+@pytest.fixture(scope="session")
+def make_cpsl(make_head):
+    """A function that makes a small CP/SL head that drops nothing."""
+    small = {"fusion_size": 7, "dropout": 0.0, "classifier_dropout": 0.0}
+    return partial(make_head, "cpsl", moved=("norm.", "missing."), **small)
+
+
 def mean(values: list[Tensor]) -> Tensor:
     """Mean of scalars; zero of none."""
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
@@ -66,11 +74,14 @@ def average_over_tokens(steps: dict[int, Tensor], tokens: int) -> list[Tensor | 
 class Oracle:
     """What the equations say of a batch, from a head's weights and extremes.
 
-    `noise` are the draws of eps, `(batch, tokens, hidden)` by modality; None is no noise. Tables are lists
-    over samples, then over the tokens of the sample.
+    `noise` are the draws of eps, `(batch, tokens, hidden)` by modality, and `own_noise` those of what each
+    modality predicts alone, `(batch, time, hidden)`; None is no noise. Tables are lists over samples, then
+    over the tokens of the sample.
     """
 
-    def __init__(self, head, outputs: int, settings: dict, sequences: dict, mode: str, noise) -> None:
+    def __init__(
+        self, head, outputs: int, settings: dict, sequences: dict, mode: str, noise, own_noise
+    ) -> None:
         self.weights = dict(head.named_parameters())
         self.buffers = {name: value.clone() for name, value in head.named_buffers()}
         self.outputs, self.settings, self.mode = outputs, settings, mode
@@ -90,7 +101,12 @@ class Oracle:
             self.z[m] = [[self.latent(m, i, j, noise) for j in self.tokens(i)] for i in self.batch]
         self.features = [self.pooled(i) for i in self.batch]
         self.alone = [
-            {m: self.linear(f"predictors.{m}", row[m]) for m in MODALITIES} for row in self.features
+            {"text": self.linear("predictors.text", row["text"])}
+            | {
+                m: self.linear(f"predictors.{m}", self.own_state(m, sequences[m], i, own_noise))
+                for m in ENCODED
+            }
+            for i, row in enumerate(self.features)
         ]
         self.fused = [self.fuse(i) for i in self.batch]
         self.logits = [self.linear("classifier", state) for state in self.fused]
@@ -135,6 +151,17 @@ class Oracle:
             return self.mu[m][i][j]
         eps = noise[m][i, self.places[i][j]]
         return self.mu[m][i][j] + eps * torch.sqrt(self.sigma2[m][i][j] + 1e-6)
+
+    def own_state(self, m: str, sequence, i: int, noise) -> Tensor:
+        """Mean of Z_m over the steps of m itself (A32); the learned state where m is absent."""
+        low, high = (self.buffers[f"scaling.{m}.{key}"] for key in ("low", "high"))
+        latents = []
+        for time, x in self.observed(sequence, i).items():
+            mu, sigma2 = self.gaussian(m, (x - low) / (high - low))
+            latents.append(mu if noise is None else mu + noise[m][i, time] * torch.sqrt(sigma2 + 1e-6))
+        if not latents:
+            return self.weights["missing.tokens"][ENCODED.index(m)]
+        return sum(latents) / len(latents)
 
     def pooled(self, i: int) -> dict[str, Tensor]:
         text = torch.stack(self.text[i])
@@ -226,9 +253,10 @@ def test_the_equations_taken_step_by_step_give_what_the_head_gives(case, make_cp
     }
     draws = mode != "evaluation" and head.ame
     torch.manual_seed(7)
-    shape = (5, sequences["text"].mask.shape[1], HIDDEN)
-    noise = {m: torch.randn(shape, dtype=torch.float64) for m in ENCODED} if draws else None
-    oracle = Oracle(head, outputs, SETTINGS[setting], sequences, mode, noise)
+    tokens = sequences["text"].mask.shape
+    noise = {m: torch.randn(*tokens, HIDDEN, dtype=torch.float64) for m in ENCODED} if draws else None
+    own = {m: torch.randn(*sequences[m].mask.shape, HIDDEN, dtype=torch.float64) for m in ENCODED}
+    oracle = Oracle(head, outputs, SETTINGS[setting], sequences, mode, noise, own if draws else None)
     labels = torch.arange(5) % outputs if outputs > 1 else torch.tensor([-3.0, -0.4, 0.0, 1.5, 3.0]).double()
     torch.manual_seed(7)
     output = head(sequences, labels)

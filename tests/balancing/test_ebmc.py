@@ -2,6 +2,7 @@
 """What EBMC does in each of its stages, with each of its switches, and what it never does (METHODS 1.7)."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ every_stage = pytest.mark.parametrize("stage", STAGES)
 every_switch = pytest.mark.parametrize(
     "switches", SWITCHES, ids=lambda given: "-".join(map(str, given.values()))
 )
+
+
+@pytest.fixture(scope="session")
+def make_ebmc(make_head):
+    """A function that makes a small EBMC head, in its second stage if no other is named."""
+    return partial(make_head, "ebmc", depth=2)
 
 
 def gradients(head, loss: Tensor) -> dict[str, Tensor]:

@@ -334,11 +334,11 @@ class Oracle:
 
 
 @pytest.fixture
-def trial(request, make_ebmc, make_sequences):
+def trial(request, make_head, make_sequences):
     """A head and the oracle on one batch: (head, oracle, sequences, labels, teacher)."""
     stage, outputs, setting, present = request.param
     settings = SETTINGS[setting]
-    head = make_ebmc(outputs, stage, hidden_size=4, depth=DEPTH, heads=HEADS, **settings, **FACTORS)
+    head = make_head("ebmc", outputs, stage, hidden_size=4, depth=DEPTH, heads=HEADS, **settings, **FACTORS)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # norms start as the identity, tokens near zero: make every weight count
         for name, parameter in head.named_parameters():

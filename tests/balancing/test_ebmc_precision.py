@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """EBMC under half precision: finite on inputs far from ordinary ones, and near fp32 on ordinary ones."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ every_stage = pytest.mark.parametrize("stage", STAGES)
 every_task = pytest.mark.parametrize("outputs", [1, 4], ids=["regression", "classification"])
 ALL, BATCH = (True, True, True), 4
 WIDE = {"hidden_size": 64, "depth": 4, "learned_scalars": True}
+
+
+@pytest.fixture(scope="session")
+def make_ebmc(make_head):
+    """A function that makes a small EBMC head, in its second stage if no other is named."""
+    return partial(make_head, "ebmc", depth=2)
 
 
 def scaled(sequences: dict[str, ModalitySequence], factor: float) -> dict[str, ModalitySequence]:
