@@ -14,17 +14,18 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 
 @dataclass
 class HeadOutput:
-    """What a head hands back.
+    """The output of a head.
 
     Attributes:
         logits: Fused prediction, `(batch, outputs)`.
-        modality_logits: Prediction of each modality alone, `(batch, outputs)` each; empty if the head has
-            none.
-        features: State of each modality that the fused prediction is computed from, `(batch, hidden)` each.
-        fused: State the fused prediction is read from, `(batch, width)`.
+        modality_logits: Prediction of each modality alone, `(batch, outputs)` each: no other modality may
+            change it. Empty if the head has none.
+        features: State of each modality that the fused prediction is computed from, `(batch, width)` each,
+            as the tensors the fusion reads, not as copies. It may depend on another modality.
+        fused: State the fused prediction is computed from by the last layer, `(batch, width)`.
         losses: Loss terms by name, unweighted scalars; empty without labels.
         fused_valid: False in a stage that does not train the fused prediction yet.
-        diagnostics: Detached scalars worth logging, by names like "energy/text".
+        diagnostics: Detached scalars for the log, by names with a slash, like "energy/text".
     """
 
     logits: Tensor
@@ -40,7 +41,9 @@ class BalancingHead(nn.Module):
     """Three sequences in, a prediction and named losses out. A method is one subclass, in a file of its own.
 
     A subclass takes `widths` (width of each modality's states) and `num_labels` (outputs; 1 is regression),
-    then its hyper-parameters as keywords: they are the `head_kwargs` of the configuration.
+    then its hyper-parameters as keywords with defaults, `hidden_size` among them: they are the `head_kwargs`
+    of the configuration. docs/adding_a_method.md lists all that a head promises, and
+    tests/balancing/test_contract.py checks it.
 
     Attributes:
         stages: Names of the training stages in the order they run.
@@ -64,37 +67,37 @@ class BalancingHead(nn.Module):
             sequences: One per modality, states `(batch, time, width)`; time differs between modalities.
             labels: `(batch,)`, float for regression and int64 for classification; without them no loss is
                 computed.
-            teacher: What `teach` of the frozen teacher said of these samples, `(batch, ...)`; None where
-                nobody teaches.
+            teacher: Output of the frozen teacher's `teach` for these samples, `(batch, ...)`; None in a stage
+                without a teacher.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def teach(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
-        """What this head, frozen, tells the stages it is a teacher of about samples, `(batch, ...)`.
+        """Targets that this head, frozen, gives a later stage of training, `(batch, ...)`.
 
-        The answer on a modality may depend on that modality alone, so that it is computed once for each
-        sample and holds whatever is hidden from the student.
+        What it returns for a modality must depend on that modality only: it is computed once for each sample
+        and has to hold whatever is hidden from the student.
         """
-        raise TypeError(f"{type(self).__name__} teaches nobody")
+        raise TypeError(f"{type(self).__name__} defines no teach")
 
     def start_stage(self, name: str) -> None:
-        """Enter the training stage `name`; heads that train in one go need nothing here.
+        """Enter the training stage `name`; heads with one stage need nothing here.
 
-        A new head stands in the last of its `stages`, where it predicts.
+        A new head is in the last of its `stages`, where it predicts.
         """
 
     def end_step(self, taken: bool) -> None:
         """The optimizer has stepped, or (`taken` False) skipped a step; for heads that keep running state.
 
-        What the forward passes of a step have shown is to be kept only if the step was taken, so that
-        accumulation changes nothing and what is not finite stays out.
+        A head collects in the forward passes of a step and updates its state here, if the step was taken:
+        then accumulation changes nothing, and values that are not finite stay out.
         """
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Parameters of the head that bring one modality alone to the fusion, disjoint; the rest is shared.
 
-        With the encoder of the modality they are what gradient modulators act on. Predictors that only judge
-        a modality are not among them: damped, they would judge it worse than it is.
+        Gradient modulators act on them and on the encoder of the modality. The predictors behind
+        `modality_logits` are not among them: slowed down, they would rate their modality too low.
         """
         return {name: [] for name in MODALITIES}
 

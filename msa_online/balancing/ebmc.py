@@ -168,10 +168,6 @@ class EBMCHead(BalancingHead):
         self.temperature = LearnedScalar(temperature, (0.01, 0.5), learned_scalars)
         self.gain = LearnedScalar(1.0, learned=learned_scalars)
 
-    def start_stage(self, name: str) -> None:
-        """Enter "enhance" or "balance"."""
-        self.balancing = name == "balance"
-
     def forward(
         self,
         sequences: Mapping[str, ModalitySequence],
@@ -229,6 +225,10 @@ class EBMCHead(BalancingHead):
         means = _each(self.private_predictors, private)
         log_variance = _each(self.predictors, states)[..., self.num_labels :]
         return torch.cat([means, log_variance], dim=-1).transpose(0, 1)
+
+    def start_stage(self, name: str) -> None:
+        """Enter "enhance" or "balance"."""
+        self.balancing = name == "balance"
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Projection, router and MSD of each modality; stacks and generators read the others as well."""

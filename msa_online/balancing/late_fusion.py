@@ -67,6 +67,7 @@ class LateFusionHead(BalancingHead):
             }
         )
         self.missing = MissingTokens(hidden_size)
+        # U_m; in newer heads `predictors`, here the name is in the keys of published checkpoints
         self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in widths})
         self.fusion = nn.Sequential(
             nn.Linear(len(widths) * hidden_size, hidden_size), nn.GELU(), nn.Dropout(dropout)

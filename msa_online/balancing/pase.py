@@ -149,6 +149,7 @@ class PaSEHead(BalancingHead):
         )
         self.prototypes = PrototypeBanks(bins if num_labels == 1 else num_labels, hidden_size, momentum)
         self.gate = GATES[gate]()
+        # of s_m; in newer heads `predictors`, here the name is in the keys of published checkpoints
         self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in MODALITIES})
         joint = len(MODALITIES) * hidden_size
         self.fusion = nn.Sequential(nn.Linear(joint, joint), nn.ReLU(), Dropout(dropout))
@@ -259,16 +260,6 @@ class PaSEHead(BalancingHead):
         }
 
 
-def score_bins(scores: Tensor, bins: int) -> Tensor:
-    """Class `(batch,)` int64 of scores `(batch,)` in -3 .. 3; halves round to even, as in Acc-5 and Acc-7."""
-    if bins == 2:
-        return (scores >= 0).long()
-    if bins == 3:
-        return scores.sign().long() + 1
-    limit = (bins - 1) // 2
-    return scores.clamp(-limit, limit).round().long() + limit
-
-
 class EntropyGate(nn.Module):
     """exp(-H), of how surely a state belongs to one prototype (2.5)."""
 
@@ -308,6 +299,16 @@ class UniformGate(nn.Module):
 
 
 GATES = {"entropy": EntropyGate, "learned": LearnedGate, "uniform": UniformGate}
+
+
+def score_bins(scores: Tensor, bins: int) -> Tensor:
+    """Class `(batch,)` int64 of scores `(batch,)` in -3 .. 3; halves round to even, as in Acc-5 and Acc-7."""
+    if bins == 2:
+        return (scores >= 0).long()
+    if bins == 3:
+        return scores.sign().long() + 1
+    limit = (bins - 1) // 2
+    return scores.clamp(-limit, limit).round().long() + limit
 
 
 class ShapleyModulator(GradientModulator):

@@ -142,7 +142,7 @@ def test_a_method_without_teachers_asks_nobody(run, tiny_config):
     student = make_model(tiny_config, "late_fusion")
     teacher = appoint_teacher(student, standing_in("train"), run.folder, run.loader, run.folder.accelerator)
     assert teacher.answers is None
-    with pytest.raises(TypeError, match="LateFusionHead teaches nobody"):
+    with pytest.raises(TypeError, match="LateFusionHead defines no teach"):
         student.head.teach({})
 
 
