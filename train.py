@@ -13,6 +13,10 @@ import msa_online_cli
 if __name__ == "__main__" and (status := msa_online_cli.answer_training_help(sys.argv[1:])) is not None:
     sys.exit(status)
 
+import os
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: DDP warns of a flag that stages need
+
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict

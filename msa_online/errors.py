@@ -4,6 +4,7 @@
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.divergence import DivergedError
 
-OTHERS_WAIT = 5.0  # seconds; the launcher looks at its processes several times a second
+OTHERS_WAIT = 5.0  # seconds
 
 
 class UnfinishedError(RuntimeError):
@@ -47,6 +48,7 @@ def run_command(command: Callable[[], None]) -> int:
     """Carry out a command of the command line; returns the exit status, 1 after an error of the input."""
     logging.set_verbosity_error()  # transformers reports a pooler left out on purpose as if it were a fault
     logging.disable_progress_bar()
+    warnings.formatwarning = _as_line
     try:
         command()
     except INPUT_ERRORS as error:
@@ -55,15 +57,37 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+def _as_line(message: Warning | str, *_: object) -> str:
+    """A warning as a user reads it: without the place in the code and the line there."""
+    return f"warning: {message}\n"
+
+
 def _report(message: str) -> None:
     """Print an error once, however many processes meet it.
 
-    The first process of a machine prints it at once, and the launcher then ends the others. Those wait for
-    that, and print only what the first did not meet.
+    The first process of a machine prints it at once, and the launcher then ends the others. That may take
+    many seconds, so the others look for the report of the first, and print only what it did not meet.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        time.sleep(OTHERS_WAIT)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _first_process_reports(message, report):
+        return
     Console(stderr=True).print(Text("error: ", style="red").append(message, style="default"), soft_wrap=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if report:
         # the launcher of several processes ends with a long report: its last lines repeat this message
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
+
+
+def _first_process_reports(message: str, report: str | None) -> bool:
+    """Whether the first process of this machine reports `message`, too; waits `OTHERS_WAIT` for it.
+
+    Args:
+        message: The error.
+        report: Where this process would report it: the launcher gives each process `NUMBER/error.json`.
+    """
+    until = time.monotonic() + OTHERS_WAIT
+    while time.monotonic() < until:
+        first = report and Path(report).parent.with_name("0") / "error.json"
+        if first and first.exists() and json.dumps(message) in first.read_text("utf-8"):
+            return True
+        time.sleep(0.1)
+    return False

@@ -117,6 +117,7 @@ def test_two_processes_and_one_land_on_the_same_weights(launcher, tiny_text_enco
     two = launcher.run(config, "two", *changes, "training.accumulation=1", processes=2)
     assert "1 process on cpu" in one
     assert "2 processes on cpu" in two
+    assert "reducer.cpp" not in two  # DDP's advice about a flag that stages need
     alone, together = weights(launcher.folder / "one"), weights(launcher.folder / "two")
     for name, value in alone.items():
         torch.testing.assert_close(

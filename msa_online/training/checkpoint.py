@@ -4,13 +4,14 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
@@ -96,9 +97,7 @@ class RunFolder:
     def _check_resumable(self, arguments: RunArguments) -> None:
         state = self._state
         if state is None:
-            raise ConfigurationError(
-                f"{self.path}: nothing to resume: no epoch of a run has been finished there, or all have"
-            )
+            raise ConfigurationError(self._why_nothing_to_resume())
         manifest = verify(state)
         before = self._read_settings()
         for section, values in self._record(arguments).items():
@@ -112,6 +111,20 @@ class RunFolder:
                         f"{values.get(key)!r}; resume it unchanged, or start another"
                     )
         require_settings(manifest, self.path / SETTINGS)
+        published = self.path / SAFE_WEIGHTS_NAME
+        if published.exists():  # read again only after the last epoch
+            with _published(published), safe_open(published, framework="pt"):
+                pass
+
+    def _why_nothing_to_resume(self) -> str:
+        if not (self.path / SETTINGS).exists():
+            return f"{self.path}: nothing to resume: no run was started there; leave training.resume out"
+        if (self.path / SAFE_WEIGHTS_NAME).exists():
+            return f"{self.path}: nothing to resume: the run has finished, or its state was deleted"
+        return (
+            f"{self.path}: nothing to resume: the run stopped before its first epoch ended; start it again "
+            "with training.overwrite=true"
+        )
 
     def _read_settings(self) -> dict[str, dict[str, Any]]:
         """The `_record` of the run when it started."""
@@ -219,11 +232,8 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path}: no epoch had a validation score that is a number; lower the learning rates"
             )
-        try:
+        with _published(published):
             missing, unexpected = load_model(model, published, strict=False)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigurationError(f"{published}: cannot be read ({reason}); {REMEDY}") from error
         if unexpected or not all(name.startswith(PROBES) for name in missing):
             raise ConfigurationError(f"{published}: these are the weights of another model; {REMEDY}")
 
@@ -252,6 +262,16 @@ def require_space(folder: Path, model: MSAModel) -> None:
             f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give "
             "another training.output_dir or make room"
         )
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading the published weights into a message that names them and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"{path}: cannot be read ({reason}); {REMEDY}") from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

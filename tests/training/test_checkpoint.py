@@ -121,10 +121,25 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_clips_are_decoded(tm
 
 
 def test_resuming_where_no_epoch_was_finished_is_refused(path):
-    with pytest.raises(ConfigurationError, match=f"{path.name}: nothing to resume"):
+    with pytest.raises(ConfigurationError, match=f"{path.name}: nothing to resume: no run was started"):
         Run(path).folder.open(configured(path, resume=True))
     Run(path).folder.open(configured(path))  # started, and stopped in its first epoch
-    with pytest.raises(ConfigurationError, match="nothing to resume"):
+    with pytest.raises(ConfigurationError, match="nothing to resume.*training.overwrite=true"):
+        Run(path).folder.open(configured(path, resume=True))
+
+
+def test_resuming_a_finished_run_says_that_it_has_finished(begun, path):
+    (path / "model.safetensors").write_bytes(b"the best epoch")
+    begun.folder.forget_state()
+    with pytest.raises(ConfigurationError, match="nothing to resume: the run has finished"):
+        Run(path).folder.open(configured(path, resume=True))
+
+
+def test_a_damaged_best_epoch_is_named_when_the_run_is_resumed_and_not_after_the_last_epoch(begun, path):
+    save_file({"weight": torch.zeros(64)}, path / "model.safetensors")
+    Run(path).folder.open(configured(path, resume=True))
+    os.truncate(path / "model.safetensors", 100)
+    with pytest.raises(ConfigurationError, match="model.safetensors: cannot be read.*put the file back"):
         Run(path).folder.open(configured(path, resume=True))
 
 
