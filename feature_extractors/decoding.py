@@ -159,11 +159,13 @@ def _decode_window(container: "av.container.InputContainer", task: _Task, *, see
         collectors[stream.index].add(frame, origin)
     if seek and any(c.first is None or c.first > window.start for c in collectors.values()):
         return None
+    if video and sampler.first is None and sound.first is None:
+        limits.check_size_known(clip.path, video.codec_context.width)
     _check_complete(clip, window, max(sampler.last, sound.last))
     _check_times(clip, window, sound)
     frames, timestamps = sampler.finish()
     waveform = sound.finish()
-    _check_samples(clip, waveform)
+    _check_samples(clip, waveform, window.start)
     return RawClip(
         frames=frames,
         timestamps=timestamps,
@@ -274,11 +276,11 @@ def _check_times(clip: Clip, window: _Window, sound: WaveformCollector) -> None:
         raise ClipError(clip.path, "undecodable", f"cannot be decoded (damaged timestamps: {late})")
 
 
-def _check_samples(clip: Clip, waveform: np.ndarray) -> None:
+def _check_samples(clip: Clip, waveform: np.ndarray, start: float) -> None:
     """Refuses sound with values that are not finite or far beyond full scale, which no model can use."""
     index = first_bad_sample(waveform)
     if index is not None:
-        value, seconds = waveform[index], index / SAMPLE_RATE
+        value, seconds = waveform[index], start + index / SAMPLE_RATE
         detail = f"the sound has the value {value:g} at {seconds:.2f} s, where full scale is 1"
         raise ClipError(clip.path, "bad samples", detail)
 

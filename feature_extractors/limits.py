@@ -110,6 +110,19 @@ def check_picture(path: Path, width: int, height: int) -> None:
         raise ClipError(path, "picture too large", detail)
 
 
+def check_size_known(path: Path, width: int) -> None:
+    """Refuses pictures whose width is zero although the decoder has seen them.
+
+    A decoder that meets a picture of more than `MAX_PIXELS` stops before decoding and reports no size.
+
+    Raises:
+        ClipError: Naming the limit.
+    """
+    if not width:
+        detail = f"has pictures of more than {MAX_PIXELS:,} pixels in all, or of damaged size"
+        raise ClipError(path, "picture too large", detail)
+
+
 def check_sound(path: Path, channels: int, sample_rate: int) -> None:
     """Refuses sound that cannot be resampled at a bearable cost.
 

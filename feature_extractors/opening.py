@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feature_extractors.clip import ClipError
-from feature_extractors.limits import Deadline
+from feature_extractors.limits import MAX_PIXELS, Deadline
 
 if TYPE_CHECKING:
     import av
@@ -48,20 +48,20 @@ FORMATS = VIDEO_FORMATS + AUDIO_FORMATS + PICTURE_FORMATS + SUBTITLE_FORMATS
 
 PLAYLISTS = {
     "an M3U or HLS playlist": r"#EXTM3U",
-    "an ffconcat list": r"ffconcat version",
+    "an ffconcat list": r"(#.*\n\s*)*(ffconcat version|file\s+\S)",
     "a PLS playlist": r"\[playlist\]",
     "an ASF reference file": r"\[reference\]|ASF ",
-    "a DASH manifest": r"<([^>]*>\s*<)*(\w+:)?MPD\b",
-    "a Smooth Streaming manifest": r"<([^>]*>\s*<)*SmoothStreamingMedia\b",
-    "an ASX playlist": r"<([^>]*>\s*<)*asx\b",
-    "a SMIL or WPL playlist": r"<([^>]*>\s*<)*smil\b",
-    "an XSPF playlist": r"<([^>]*>\s*<)*playlist\b",
-    "an IMF composition": r"<([^>]*>\s*<)*(\w+:)?(CompositionPlaylist|AssetMap|PackingList)\b",
+    "a DASH manifest": r"<([\s\S]*<)?(\w+:)?MPD\b",
+    "a Smooth Streaming manifest": r"<([\s\S]*<)?SmoothStreamingMedia\b",
+    "an ASX playlist": r"<([\s\S]*<)?asx\b",
+    "a SMIL or WPL playlist": r"(SMILtext\s*)?<([\s\S]*<)?smil\b",
+    "an XSPF playlist": r"<([\s\S]*<)?playlist\b",
+    "an IMF composition": r"<([\s\S]*<)?(\w+:)?(CompositionPlaylist|AssetMap|PackingList)\b",
     "a session description (SDP)": r"v=0\r?\n|(.*\n)*?c=IN IP",
     "a VobSub index": r"# VobSub index file",
     "a cue sheet": r"((REM|TITLE|PERFORMER|CATALOG|SONGWRITER)\b.*\n\s*)*FILE \"",
     "an internet shortcut": r"\[InternetShortcut\]",
-    "a list of addresses": r"(https?|rtsp|rtmp|mms|ftp|file)://",
+    "a list of addresses": r"(#.*\n\s*)*(RTSPtext\s*)?[a-z][a-z0-9+.-]+://",
 }
 """What names media instead of holding them, and how its text begins."""
 
@@ -87,13 +87,14 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
         raise _names_others(path, f"a file that refers to {url!r}")
 
     with open(path, "rb", buffering=0) as file:
-        if kind := _playlist_kind(file) or _reference_movie(file):
+        if kind := _playlist_kind(file) or _reference_movie(file, deadline):
             raise _names_others(path, kind)
         file.seek(0)
         try:
             container = av.open(
                 _MediaFile(file, _hint(path), deadline),
                 container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
+                options={"max_pixels": str(MAX_PIXELS)},  # opening a file decodes its first pictures
                 metadata_errors="replace",
                 io_open=refuse_further_files,
             )
@@ -159,30 +160,31 @@ def _playlist_kind(file: FileIO) -> str | None:
     return next((kind for kind, begins in PLAYLISTS.items() if re.match(begins, text, re.IGNORECASE)), None)
 
 
-def _reference_movie(file: FileIO) -> str | None:
+def _reference_movie(file: FileIO, deadline: Deadline) -> str | None:
     """Whether a QuickTime or MP4 file keeps its media in other files; None for all others."""
     size = file.seek(0, os.SEEK_END)
-    for name, begin, end in _boxes(file, 0, size):
+    for name, begin, end in _boxes(file, 0, size, deadline):
         if not (name.isascii() and name.replace(b" ", b"a").isalnum()):
             return None  # no QuickTime file, or a damaged one
         if name == b"moov":
-            movie = list(_boxes(file, begin, end))
+            movie = list(_boxes(file, begin, end, deadline))
             references = [box for box in movie if box[0] == b"rmra"]
             tracks = (box for name, *box in movie if name == b"trak")
-            if references or any(_is_external(file, *track) for track in tracks):
+            if references or any(_is_external(file, *track, deadline) for track in tracks):
                 return "a QuickTime reference movie"
             return None
     return None
 
 
-def _is_external(file: FileIO, begin: int, end: int) -> bool:
+def _is_external(file: FileIO, begin: int, end: int, deadline: Deadline) -> bool:
     """Whether a track's data references point out of the file."""
     for wanted in (b"mdia", b"minf", b"dinf", b"dref"):
-        found = next((box for name, *box in _boxes(file, begin, end) if name == wanted), None)
+        boxes = _boxes(file, begin, end, deadline)
+        found = next((box for name, *box in boxes if name == wanted), None)
         if found is None:
             return False
         begin, end = found
-    for kind, entry, entry_end in _boxes(file, begin + 8, end):
+    for kind, entry, entry_end in _boxes(file, begin + 8, end, deadline):
         file.seek(entry)
         flags = int.from_bytes(file.read(4), "big")
         if kind in (b"alis", b"url ", b"urn ") and not flags & 1 and entry_end - entry > 4:
@@ -190,9 +192,10 @@ def _is_external(file: FileIO, begin: int, end: int) -> bool:
     return False
 
 
-def _boxes(file: FileIO, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(file: FileIO, begin: int, end: int, deadline: Deadline) -> Iterator[tuple[bytes, int, int]]:
     """Name, beginning and end of the content of each box of an MP4 file between two positions."""
     while begin + 8 <= end:
+        deadline.check()
         file.seek(begin)
         header = file.read(16)
         length, content = int.from_bytes(header[:4], "big"), begin + 8

@@ -322,6 +322,13 @@ def test_a_sample_that_is_no_sound_is_refused_with_its_time(tmp_path, value, kin
     assert caught.value.problem == "bad samples" and "from -1 to 1" in str(caught.value)
 
 
+def test_the_time_of_a_bad_sample_counts_from_the_beginning_of_the_file(tmp_path):
+    samples = tone(2 * SAMPLE_RATE)
+    samples[-SAMPLE_RATE // 2] = np.nan
+    with pytest.raises(ClipError, match=r"the value nan at 1\.(49|50) s"):
+        decode(Clip(wav(tmp_path / "a.wav", samples), start=1.0))
+
+
 @pytest.mark.parametrize("suffix", [".mkv", ".mov", ".caf", ".au", ".aiff", ".nut", ".w64"])
 def test_samples_that_are_no_sound_are_refused_in_every_container_of_float_sound(tmp_path, suffix):
     import av

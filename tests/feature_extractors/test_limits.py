@@ -2,6 +2,8 @@
 """Clips that would cost gigabytes or days are refused from their header, naming value and limit."""
 
 import struct
+import subprocess
+import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -13,17 +15,18 @@ from feature_extractors import Clip, ClipError, decode, limits
 from feature_extractors.limits import Deadline
 
 
-def png(path: Path, width: int, height: int) -> Path:
-    """A gray picture of any size in few bytes."""
+def png(path: Path, width: int, height: int, depth: int = 1, rows: int | None = None) -> Path:
+    """A gray picture of any size in few bytes; it may end after some rows."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
             struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
         )
 
-    rows = zlib.compressobj(9)
-    pixels = b"".join(rows.compress(bytes(1 + -(-width // 8))) for _ in range(height)) + rows.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    row = bytes(1 + -(-width * depth // 8))
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(rows or height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     return path
@@ -43,16 +46,31 @@ def wav(path: Path, rate: int, channels: int, seconds: float = 0.1) -> Path:
     [
         (30_000, 1, "pictures of 30000 x 1 pixels, an aspect ratio beyond 16:1"),
         (1, 30_000, "pictures of 1 x 30000 pixels, an aspect ratio beyond 16:1"),
-        (9_000, 8_000, "pictures of 9000 x 8000 pixels, more than 67,108,864 in all"),
+        (9_000, 8_000, "pictures of more than 67,108,864 pixels in all, or of damaged size"),
+        (30_000, 30_000, "pictures of more than 67,108,864 pixels in all, or of damaged size"),
     ],
 )
 def test_extreme_pictures_are_refused_from_their_header(tmp_path, width, height, words):
-    path = png(tmp_path / "bomb.png", width, height)
+    path = png(tmp_path / "bomb.png", width, height, rows=min(height, 9))
     assert path.stat().st_size < 20_000
     with pytest.raises(ClipError) as caught:
         decode(Clip(path))
     assert caught.value.problem == "picture too large" and words in str(caught.value)
     assert "with ffmpeg" in str(caught.value)
+
+
+def test_a_picture_beyond_the_limit_is_not_decoded_when_its_file_is_opened(tmp_path):
+    path = png(tmp_path / "bomb.png", 15_000, 15_000, depth=16, rows=9)
+    assert path.stat().st_size < 2_000
+    command = (
+        "import resource, sys; from feature_extractors import Clip, ClipError, decode\n"
+        "try: decode(Clip(sys.argv[1]))\n"
+        "except ClipError as error: print(error.problem, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    ran = subprocess.run([sys.executable, "-c", command, path], capture_output=True, text=True, check=True)
+    problem, kilobytes = ran.stdout.rsplit(maxsplit=1)
+    assert problem == "picture too large"
+    assert int(kilobytes) < 250_000  # the decoded picture alone has 450 MB
 
 
 def test_the_largest_real_pictures_are_accepted(tmp_path):
@@ -144,23 +162,30 @@ def test_the_time_allowed_grows_with_what_is_decoded(tmp_path, make_clip):
     assert deadline.seconds == pytest.approx(limits.OPENING_SECONDS + 2 * limits.SECONDS_PER_SECOND, abs=1)
 
 
+class Impatient(Deadline):
+    """Allows a number of checks."""
+
+    def __init__(self, path, allowed=float("inf")):
+        super().__init__(path)
+        self.checks, self.allowed = 0, allowed
+
+    def check(self):
+        self.checks += 1
+        if self.checks > self.allowed:
+            raise limits.too_slow(self.path, self.seconds)
+
+
 def test_time_is_checked_while_a_long_file_is_decoded(tmp_path, make_clip):
     path = make_clip(tmp_path / "clip.mp4", seconds=2)
-
-    class Impatient(Deadline):
-        """Allows half of the checks that this clip needs."""
-
-        checks, allowed = 0, float("inf")
-
-        def check(self):
-            self.checks += 1
-            if self.checks > self.allowed:
-                raise limits.too_slow(self.path, self.seconds)
-
     patient = Impatient(path)
     decode(Clip(path), deadline=patient)
-    impatient = Impatient(path)
-    impatient.allowed = patient.checks // 2
     with pytest.raises(ClipError, match="takes longer"):
-        decode(Clip(path), deadline=impatient)
+        decode(Clip(path), deadline=Impatient(path, patient.checks // 2))
     assert patient.checks > 100
+
+
+def test_time_is_checked_while_a_file_is_searched_for_references_to_others(tmp_path):
+    path = tmp_path / "boxes.mov"
+    path.write_bytes(struct.pack(">I4s", 8, b"free") * 1_000)
+    with pytest.raises(ClipError, match="takes longer"):
+        decode(Clip(path), deadline=Impatient(path, 500))

@@ -123,6 +123,24 @@ def test_a_playlist_is_refused_by_kind_and_what_it_names_is_not_read(tmp_path, g
     assert connections == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("an ffconcat list", "# my clips\nfile 'a.mp4'\nfile 'b.mp4'\n"),
+        ("a DASH manifest", '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a SYSTEM "http://b/c">]><MPD/>'),
+        ("a SMIL or WPL playlist", "SMILtext<smil><video src='a.mp4'/></smil>"),
+        ("a list of addresses", "# radio\nsmb://server/a.mp4\n"),
+        ("a list of addresses", "udp://127.0.0.1:5004"),
+    ],
+)
+def test_a_playlist_is_recognised_without_the_usual_header(tmp_path, kind, text):
+    path = tmp_path / "list.mp4"
+    path.write_text(text)
+    with pytest.raises(ClipError) as caught:
+        decode(Clip(path))
+    assert f"is {kind}" in caught.value.detail
+
+
 def test_every_kind_of_playlist_is_tested():
     assert set(PLAYLIST_TEXTS) == set(PLAYLISTS)
 
