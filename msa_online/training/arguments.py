@@ -7,6 +7,7 @@ import difflib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from huggingface_hub.errors import StrictDataclassError
 from feature_extractors import ExtractionSettings
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.audio import AudioEncoder
+from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.text import load_text_config
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import look_up
@@ -384,6 +387,12 @@ def _check(arguments: RunArguments, origin: str) -> None:
         modulator = look_up(MODULATORS, "modulator", arguments.training.modulator)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
+    if config.feature_widths is None:
+        channels, width = config.audio_channels, config.audio_width
+        _build_once(AudioEncoder, (channels, width), {}, origin, "model.audio_channels and model.audio_width")
+        channels, width = config.face_channels, config.face_width
+        given = (channels, width, config.blendshapes)
+        _build_once(FaceEncoder, given, {}, origin, "model.face_channels and model.face_width")
     _check_part(head, (config.widths, 1), config.head_kwargs, origin, "model.head_kwargs")
     _check_part(calibrator, (config.widths,), config.calibrator_kwargs, origin, "model.calibrator_kwargs")
     _check_part(modulator, (), arguments.training.modulator_kwargs, origin, "training.modulator_kwargs")
@@ -403,8 +412,19 @@ def _check_part(
     for name, value in keywords.items():
         if name in hints:
             keywords[name] = _typed(value, hints[name], origin, f"{section}.{name}")
+    _build_once(part, given, keywords, origin, section)
+
+
+def _build_once(
+    part: type, given: tuple[Any, ...], keywords: Mapping[str, Any], origin: str, section: str
+) -> None:
+    """Build a part without memory for its weights; refuse one that fails or has empty weights."""
     try:
-        with torch.device("meta"):
-            part(*given, **keywords)
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of empty weights: refused below
+            built = part(*given, **keywords)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {section}: {error}") from error
+    weights = built.named_parameters() if isinstance(built, torch.nn.Module) else ()
+    if empty := next((name for name, weight in weights if not weight.numel()), None):
+        raise ConfigurationError(f"{origin}: {section}: {empty} would be empty; sizes are at least 1")

@@ -261,6 +261,25 @@ def test_keywords_no_method_takes_are_refused_before_hours_of_extraction(read, t
         read(text)
 
 
+@pytest.mark.parametrize("head", ["late_fusion", "ebmc", "cpsl", "pase"])
+@pytest.mark.parametrize("size", [-3, 0, 10**11])
+def test_sizes_of_heads_that_cannot_be_built_are_refused(read, head, size):
+    with pytest.raises(ConfigurationError, match=r"run\.yaml: model\.head_kwargs: "):
+        read(f"model: {{text_encoder: x, head: {head}, head_kwargs: {{hidden_size: {size}}}}}")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *("audio_channels: [-1, 3]", "audio_channels: [0, 0]", "audio_channels: []", "audio_width: 0"),
+        *("face_channels: 7", "face_channels: -8", "face_width: -1", "face_width: 0"),
+    ],
+)
+def test_sizes_of_encoders_that_cannot_be_built_are_refused(read, size):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: .*model\.{size.split(':')[0]}"):
+        read(f"model: {{text_encoder: x, {size}}}")
+
+
 def test_a_run_needs_a_text_encoder_or_a_checkpoint_to_start_from(read):
     with pytest.raises(ConfigurationError, match=r"run\.yaml: model\.text_encoder is missing"):
         read("data: {path: clips}")
