@@ -23,7 +23,10 @@ from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, requ
 
 STATE = "state"
 STAGES = "stages"
-FREE_TO_CHANGE_ON_RESUME = {"resume", "overwrite", "log_with", "prepare_workers", "loader_workers"}
+FREE_TO_CHANGE_ON_RESUME = {
+    "output_dir",  # the folder may have been moved
+    *("resume", "overwrite", "log_with", "prepare_workers", "loader_workers"),
+}
 
 
 class RunFolder:

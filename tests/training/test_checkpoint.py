@@ -157,6 +157,12 @@ def test_resuming_under_another_configuration_names_what_changed(begun, path, ch
         Run(path).folder.open(configured(path, resume=True, **change))
 
 
+def test_a_run_goes_on_after_its_folder_was_moved(begun, path):
+    moved = path.with_name("moved")
+    path.rename(moved)
+    Run(moved).folder.open(configured(moved, resume=True))
+
+
 def test_a_key_given_up_since_the_start_counts_as_a_change(begun, path):
     started = path / "run.yaml"
     started.write_text(started.read_text().replace("bert-base-uncased", "bert-base-uncased\n  head: ebmc"))
