@@ -105,6 +105,7 @@ class WaveformCollector:
         self._resampler: av.AudioResampler | None = None
         self._format: tuple[str, str, int] | None = None
         self._channels = 1  # that come out of the resampler
+        self._dropped = 0  # samples before the window, which are not kept
         self._pieces: list[np.ndarray] = []
 
     def add(self, frame: "av.AudioFrame", origin: float) -> None:
@@ -135,7 +136,7 @@ class WaveformCollector:
         if not self._pieces:
             return np.zeros(0, np.float32)
         sound = np.concatenate(self._pieces)
-        skip = round((self.start - self.first) * SAMPLE_RATE)
+        skip = self._before_window() - self._dropped
         length = round((self.end - self.start) * SAMPLE_RATE)
         sound = sound[skip:] if skip >= 0 else np.pad(sound, (min(-skip, length), 0))
         return sound[:length]
@@ -151,4 +152,11 @@ class WaveformCollector:
         for piece in self._resampler.resample(frame):
             samples = piece.to_ndarray()[0]
             mono = samples if self._channels == 1 else samples.reshape(-1, self._channels).mean(axis=1)
-            self._pieces.append(mono)
+            if not self._pieces and self._dropped + len(mono) <= self._before_window():
+                self._dropped += len(mono)
+            else:
+                self._pieces.append(mono)
+
+    def _before_window(self) -> int:
+        """Samples from the first sound to the window's start; negative if the sound begins later."""
+        return round((self.start - self.first) * SAMPLE_RATE)

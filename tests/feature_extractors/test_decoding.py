@@ -3,12 +3,15 @@
 
 import multiprocessing
 import struct
+import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from feature_extractors import SAMPLE_RATE, Clip, ClipError, decode
+from feature_extractors.collecting import WaveformCollector
 from feature_extractors.decoding import check_file
 
 SIZE = (96, 64)  # width, height
@@ -357,3 +360,19 @@ def test_sound_of_many_channels_is_mixed_to_one(tmp_path, channels):
     raw = decode(Clip(wav(tmp_path / "a.wav", tone(), channels=channels)))
     assert len(raw.waveform) == SAMPLE_RATE
     assert np.corrcoef(raw.waveform, tone())[0, 1] > 0.99
+
+
+def test_sound_before_the_window_is_not_kept_in_memory():
+    import av
+
+    collector = WaveformCollector(start=100, end=101)
+    tracemalloc.start()
+    for second in range(102):
+        frame = av.AudioFrame.from_ndarray(np.full((1, 16_000), second / 1000, np.float32), "flt", "mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16_000, 16_000 * second, Fraction(1, 16_000)
+        collector.add(frame, origin=0.0)
+    waveform = collector.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(waveform, np.full(16_000, 0.1), atol=1e-6)
+    assert peak < 1_000_000  # the whole sound has 6.5 MB
