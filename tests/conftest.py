@@ -141,6 +141,15 @@ WORDS = ["a", "the", "it", "is", "was", "i", "not", "very", "really", "and", "bu
 WORDS += ["loved", "liked", "hated", "film", "movie", "ending", "good", "bad", "great", "awful"]
 
 
+@pytest.fixture
+def fresh_accelerate() -> None:
+    """Accelerate keeps one precision for a process: a test of a command starts as a new process would."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def tiny_text_config():
     from transformers import BertConfig

@@ -13,6 +13,7 @@ from msa_online import MSAConfig, MSAModel, Prediction
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online_cli import build_parser, main
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = (
     *("prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
@@ -358,9 +359,7 @@ def test_an_option_that_cannot_work_is_refused_before_the_work_begins(
     capsys, words, checkpoint, tmp_path, cache_dir, monkeypatch
 ):
     import torch
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # fp16 cannot work without a GPU
     (tmp_path / "clip.mp4").write_bytes(b"would be decoded if work began")
     (tmp_path / "metadata.csv").write_text("file_name,text,label,split\nclip.mp4,good,1,test\n")

@@ -15,6 +15,7 @@ from feature_extractors.__main__ import main as feature_extractors_main
 from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.training.arguments import read_arguments
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
