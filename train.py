@@ -138,7 +138,6 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         console.print(f"resuming after epoch {schedule.epoch}")
 
     constant = ConstantModel.fit(loaders["train"].dataset.labels, loop.bare_model.config)
-    floor = constant.metrics(loaders["valid"].dataset.labels)
     stage, condition = None, COMPLETE
     while not schedule.finished:
         if schedule.stage != stage:
@@ -153,7 +152,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, for_validation, accelerator, condition)
-        check_epoch(title, losses, metrics, floor, accelerator.scaler)
+        check_epoch(title, losses, metrics, arguments.data.label_range, accelerator.scaler)
         score = selection_score(metrics, loop.bare_model.config.is_regression)
         loop.modulator.on_validation(score)
         best = schedule.advance(score)

@@ -11,8 +11,8 @@ from torch.amp import GradScaler
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.robustness import DIVERGED, metrics_of, selection_score
 
-ABSURD = 100.0
-"""A validation MAE of more than this many times that of the constant means a diverged run."""
+ABSURD = 10.0
+"""A validation MAE of more than this many times the width of the label range means a diverged run."""
 
 
 class DivergedError(RuntimeError):
@@ -58,7 +58,7 @@ def check_epoch(
     title: str,
     losses: Mapping[str, float],
     metrics: Mapping[str, float],
-    constant: Mapping[str, float],
+    label_range: tuple[float, float],
     scaler: GradScaler | None,
 ) -> None:
     """Stop a run that has diverged before anything of the epoch is kept.
@@ -67,7 +67,7 @@ def check_epoch(
         title: Names the epoch.
         losses: Training losses of the epoch; empty if every step was skipped.
         metrics: Validation metrics of the epoch.
-        constant: Metrics of the constant model on the same split.
+        label_range: Lowest and highest legal label of a regression.
         scaler: Of fp16; while it searches for its scale, skipped steps are normal.
 
     Raises:
@@ -75,10 +75,10 @@ def check_epoch(
     """
     if not losses and (scaler is None or scaler.get_scale() < 1):
         raise DivergedError(f"{title}: every step was skipped, because no gradient was finite; {DIVERGED}")
-    if "mae" in metrics and metrics["mae"] > ABSURD * constant["mae"]:
+    low, high = label_range
+    if "mae" in metrics and metrics["mae"] > ABSURD * (high - low):
         raise DivergedError(
-            f"{title}: validation MAE {metrics['mae']:.3g}, where predicting the mean training label gives "
-            f"{constant['mae']:.3g}; {DIVERGED}"
+            f"{title}: validation MAE {metrics['mae']:.3g} for labels from {low:g} to {high:g}; {DIVERGED}"
         )
 
 
