@@ -186,3 +186,24 @@ class ClipFeatures:
             findings=(),
             duration=0.0,
         )
+
+
+@dataclass(frozen=True)
+class ClipExtent:
+    """How much of each modality there is in a clip.
+
+    Attributes:
+        seconds: Length of the clip.
+        sound: Seconds of sound; 0 without any.
+        frames: Sampled frames; 0 if none shows a face.
+    """
+
+    seconds: float
+    sound: float
+    frames: int
+
+    @classmethod
+    def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
+        """The extent of what was extracted with spectrogram steps of `hop_ms` milliseconds."""
+        sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
+        return cls(features.duration, sound, len(features.face_crops) if features.has_face else 0)

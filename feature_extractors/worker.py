@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extraction in several processes; a clip that hangs or crashes a decoder costs its process, not the run.
 
-Each process holds a face model, works on one clip at a time, stores features in the cache and returns the
-findings. Here and not beside `prepare`, so that a spawned process imports neither torch nor transformers. The
-executors of the standard library are not enough: they do not tell which clip a dead process had, cannot end
-one that hangs, and give up all work when one dies.
+Each process holds a face model, works on one clip at a time, stores features in the cache and returns
+findings and extent. Here and not beside `prepare`, so that a spawned process imports neither torch nor
+transformers. The executors of the standard library are not enough: they do not tell which clip a dead process
+had, cannot end one that hangs, and give up all work when one dies.
 """
 
 import math
@@ -22,7 +22,7 @@ from pathlib import Path
 from feature_extractors import limits
 from feature_extractors.assets import AssetError
 from feature_extractors.cache import CacheError, FeatureCache
-from feature_extractors.clip import Clip, ClipError, ExtractionSettings
+from feature_extractors.clip import Clip, ClipError, ClipExtent, ExtractionSettings
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline, too_slow
@@ -36,6 +36,9 @@ GRACE_SECONDS = 30.0
 MAX_FAILED_STARTS = 3
 """Processes killed while they start, one after another, after which extraction gives up."""
 
+Extracted = tuple[tuple[str, ...], ClipExtent]
+"""Findings and extent of a clip whose features are in the cache."""
+
 _READY = "ready"
 _context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of MediaPipe hold
 
@@ -46,7 +49,7 @@ class WorkerError(RuntimeError):
 
 def extract_in_processes(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
-) -> Iterator[tuple[str, tuple[str, ...] | ClipError]]:
+) -> Iterator[tuple[str, Extracted | ClipError]]:
     """Extract clips into the cache.
 
     A clip whose process dies is tried once more at the end, alone, because the system may have killed the
@@ -59,7 +62,8 @@ def extract_in_processes(
         workers: Number of processes, at least one.
 
     Yields:
-        The key of each clip with its findings, or with the error if it cannot be used; in no fixed order.
+        The key of each clip with its findings and extent, or with the error if it cannot be used; in no
+        fixed order.
 
     Raises:
         CacheError: The cache cannot be written.
@@ -79,7 +83,7 @@ def extract_in_processes(
 
 def _extract(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
-) -> Iterator[tuple[str, tuple[str, ...] | ClipError]]:
+) -> Iterator[tuple[str, Extracted | ClipError]]:
     """One attempt at each clip, begun in order."""
     queue = deque(clips.items())
     pool: list[_Worker] = []
@@ -249,7 +253,7 @@ def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSett
             try:
                 features = extract(clip, settings, face_extractor, _ReportedDeadline(clip.path, connection))
                 cache.store(key, features)
-                connection.send(features.findings)
+                connection.send((features.findings, ClipExtent.of(features, settings.hop_ms)))
             except (ClipError, CacheError) as error:
                 connection.send(error)
 

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
-from feature_extractors import Clip, ClipError, ClipFeatures, FaceExtractor, FeatureCache, extract
+from feature_extractors import (
+    Clip,
+    ClipError,
+    ClipExtent,
+    ClipFeatures,
+    FaceExtractor,
+    FeatureCache,
+    extract,
+)
 from msa_online.evaluation.robustness import DIVERGED, UndefinedScoreError
 from msa_online.evaluation.shares import Attribution, attribute
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
-from msa_online.processing_msa import ClipExtent, MSAProcessor
+from msa_online.processing_msa import MSAProcessor
 
 TOGETHER = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: the model's baseline, whatever the clip is"

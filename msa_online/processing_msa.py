@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from feature_extractors import ClipFeatures, ExtractionSettings
+from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings
 from msa_online.modalities import MODALITIES
 
 MAX_TEXT_TOKENS = 128
@@ -22,27 +22,6 @@ FRAME_GAP = 4.0
 """Seconds between two sampled frames from which a clip is reported to have few: with the default of eight
 frames, clips longer than 32 s. Utterances of the usual corpora last 1 to 10 s."""
 LOST_SOUND = 0.1  # seconds; codecs pad sound by less than that
-
-
-@dataclass(frozen=True)
-class ClipExtent:
-    """How much of each modality there is in a clip.
-
-    Attributes:
-        seconds: Length of the clip.
-        sound: Seconds of sound; 0 without any.
-        frames: Sampled frames; 0 if none shows a face.
-    """
-
-    seconds: float
-    sound: float
-    frames: int
-
-    @classmethod
-    def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
-        """The extent of what was extracted with spectrogram steps of `hop_ms` milliseconds."""
-        sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
-        return cls(features.duration, sound, len(features.face_crops) if features.has_face else 0)
 
 
 @dataclass(frozen=True)

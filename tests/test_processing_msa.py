@@ -7,9 +7,9 @@ import torch
 from transformers import AutoProcessor
 
 import msa_online  # noqa: F401  registers the processor with AutoProcessor
-from feature_extractors import ClipFeatures, ExtractionSettings
+from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings
 from msa_online import MSAProcessor
-from msa_online.processing_msa import ClipExtent, InputLimits
+from msa_online.processing_msa import InputLimits
 
 SETTINGS = ExtractionSettings(face_size=32, num_frames=4)
 

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
+from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO, ClipExtent
 from msa_online.data.corpus import BrokenRow, Corpus, Sample, place
 from msa_online.modalities import MODALITIES
-from msa_online.processing_msa import ClipExtent, Cut, InputLimits
+from msa_online.processing_msa import Cut, InputLimits
 
 EMPTY_TEXT = "empty text"
 NOTHING = "no modality at all"

@@ -22,12 +22,11 @@ from rich.text import Text
 
 from feature_extractors.assets import get_asset
 from feature_extractors.cache import CacheError, FeatureCache
-from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ExtractionSettings
-from feature_extractors.worker import extract_in_processes
+from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ClipExtent, ExtractionSettings
+from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.data.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.data.preparation import EMPTY_TEXT, LACKS, NOTHING, Preparation
 from msa_online.modalities import MODALITIES
-from msa_online.processing_msa import ClipExtent
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 
@@ -67,8 +66,8 @@ def prepare(
         _require_space(missing.values(), cache, settings)
         get_asset("face_landmarker")  # once, before many processes ask for it
         extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
-        findings |= extracted
-        extents |= {key: _extent(key, cache, settings) for key in extracted}
+        for key, (found, extent) in extracted.items():
+            findings[key], extents[key] = found, extent
     usable = [sample for sample in corpus.samples if keys[sample.id] in findings]
     broken = [
         _broken(sample, failures[keys[sample.id]]) for sample in corpus.samples if keys[sample.id] in failures
@@ -100,21 +99,11 @@ def _look_up(
     return keys, findings, extents
 
 
-def _extent(key: str, cache: FeatureCache, settings: ExtractionSettings) -> ClipExtent:
-    """The extent of a clip that was extracted just now."""
-    features = cache.load(key)
-    if features is None:
-        raise CacheError(
-            f"an entry has left the cache {cache.folder} since it was written: check the disk, start again"
-        )
-    return ClipExtent.of(features, settings.hop_ms)
-
-
 def _extract_all(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
-) -> tuple[dict[str, tuple[str, ...]], dict[str, ClipError]]:
-    """Extract clips, given by cache key, in several processes; findings and failures come back by key."""
-    findings: dict[str, tuple[str, ...]] = {}
+) -> tuple[dict[str, Extracted], dict[str, ClipError]]:
+    """Extract clips, given by cache key, in several processes; results and failures by key."""
+    extracted: dict[str, Extracted] = {}
     failures: dict[str, ClipError] = {}
     with (
         closing(extract_in_processes(clips, cache, settings, workers)) as results,
@@ -124,8 +113,8 @@ def _extract_all(
             if isinstance(result, ClipError):
                 failures[key] = result
             else:
-                findings[key] = result
-    return findings, failures
+                extracted[key] = result
+    return extracted, failures
 
 
 def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: ExtractionSettings) -> None:

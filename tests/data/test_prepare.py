@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from feature_extractors.cache import CacheError, FeatureCache
-from feature_extractors.clip import ExtractionSettings
+from feature_extractors.clip import ClipExtent, ExtractionSettings
 from msa_online import MSAProcessor
 from msa_online.data.datasets import Corpus, CorpusError, read_corpus
 from msa_online.data.preparation import Preparation, findings_record, findings_table
 from msa_online.data.prepare import prepare
-from msa_online.processing_msa import ClipExtent, InputLimits
+from msa_online.processing_msa import InputLimits
 
 SETTINGS = ExtractionSettings(num_frames=2)
 ROWS = (

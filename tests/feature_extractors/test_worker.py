@@ -11,7 +11,15 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from feature_extractors import CacheError, Clip, ClipError, ExtractionSettings, FeatureCache, worker
+from feature_extractors import (
+    CacheError,
+    Clip,
+    ClipError,
+    ClipExtent,
+    ExtractionSettings,
+    FeatureCache,
+    worker,
+)
 from feature_extractors.worker import WorkerError, extract_in_processes
 
 SETTINGS = ExtractionSettings(num_frames=1, face_size=32)
@@ -35,8 +43,11 @@ def test_all_clips_are_extracted_and_their_findings_returned(clips, tmp_path, ma
     black = np.zeros((8, 160, 160, 3), np.uint8)
     faceless = {"e" * 64: Clip(make_clip(tmp_path / "faceless.mp4", frames=black, audio=None))}
     results = dict(extract_in_processes(clips | faceless, cache, SETTINGS, workers=2))
-    assert results == dict.fromkeys(clips, ()) | {"e" * 64: ("no face", "no audio stream")}
-    assert all(cache.load(key).findings == findings for key, findings in results.items())
+    findings = {key: found for key, (found, _) in results.items()}
+    assert findings == dict.fromkeys(clips, ()) | {"e" * 64: ("no face", "no audio stream")}
+    for key, result in results.items():
+        features = cache.load(key)
+        assert result == (features.findings, ClipExtent.of(features, SETTINGS.hop_ms))
     assert multiprocessing.active_children() == []
     assert capfd.readouterr().err == ""  # of the processes too
 
@@ -52,7 +63,7 @@ def test_a_process_that_hangs_is_ended_and_its_clip_is_reported(clips, tmp_path,
     first, hanging, *others = clips
     assert results[hanging].problem == "too slow" and results[hanging].path == clips[hanging].path
     assert "takes longer than the 120 s allowed" in str(results[hanging])
-    assert {results[key] for key in (first, *others)} == {()}
+    assert {results[key][0] for key in (first, *others)} == {()}
 
 
 def test_a_clip_whose_process_was_killed_is_tried_again(clips, tmp_path):
@@ -62,7 +73,7 @@ def test_a_clip_whose_process_was_killed_is_tried_again(clips, tmp_path):
             if not results:
                 os.kill(only_process(), signal.SIGKILL)
             results[key] = result
-    assert results == dict.fromkeys(clips, ())
+    assert {key: found for key, (found, _) in results.items()} == dict.fromkeys(clips, ())
     assert list(results)[-1] == list(clips)[1]  # the one whose process was killed comes last
 
 

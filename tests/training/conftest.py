@@ -2,6 +2,10 @@
 """Training loops and whole runs on the spot, for tests of what modulators do in them."""
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +164,31 @@ def train(repository):
         return Path(document["training"]["output_dir"])
 
     return carry_out
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(repository):
+    """A function that runs a program as two ranks of one launch; returns exit status and output of both."""
+
+    def run(program: str, folder: Path, *arguments: str | Path) -> tuple[list[int], list[str]]:
+        script = folder / "rank.py"
+        script.write_text(program)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                cwd=repository,
+                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+        return [process.returncode for process in processes], printed
+
+    return run

@@ -2,11 +2,6 @@
 """Whole runs of train.py under modulation, on features: on two processes, and over an interruption."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,33 +122,6 @@ accelerator.end_training()
 """
 
 
-def on_two_processes(documents: Sequence[dict], folder: Path, repository: Path) -> None:
-    """Carry out runs on two processes; the parameters after the last step of each lie beside its folder."""
-    program = folder / "rank.py"
-    program.write_text(RANK)
-    settings = []
-    for document in documents:
-        settings.append(f"{document['training']['output_dir']}.yaml")
-        Path(settings[-1]).write_text(yaml.safe_dump(document))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    together = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), *settings],
-            cwd=repository,
-            env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(printed)
-
-
 REBALANCED = {
     "modulator": "rebalance",
     "modulator_kwargs": {"modalities": ["audio", "vision"], "epochs": [0, 3]},
@@ -174,7 +142,7 @@ AS_ONE = [kind for kind, (_, weights, _) in KINDS.items() if "pcl" not in weight
 
 
 @pytest.fixture(scope="module")
-def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+def pairs(train, on_two_processes, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """The same runs on one process and on two; a pair of folders for each kind."""
     folder = tmp_path_factory.mktemp("pairs")
     still = {"dropout": 0.0, "classifier_dropout": 0.0, "ame": False}
@@ -195,7 +163,12 @@ def pairs(train, repository, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
                 document["model"] |= {"head": "late_fusion", "head_kwargs": kwargs}
         one = train(one)
         runs[kind] = one, folder / f"two{number}"
-    on_two_processes(launched, folder, repository)
+    settings = []
+    for document in launched:
+        settings.append(f"{document['training']['output_dir']}.yaml")
+        Path(settings[-1]).write_text(yaml.safe_dump(document))
+    statuses, printed = on_two_processes(RANK, folder, *settings)
+    assert statuses == [0, 0], "".join(printed)
     return runs
 
 

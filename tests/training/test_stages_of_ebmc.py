@@ -2,10 +2,6 @@
 """EBMC through train.py: two stages, a teacher between them, interruptions at every point, two processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -263,9 +259,8 @@ sys.exit(status)
 """
 
 
-def test_two_processes_pass_the_switch_together_and_hold_the_same_weights(runs, repository, tmp_path):
-    program, settings = tmp_path / "rank.py", tmp_path / "two.yaml"
-    program.write_text(RANK)
+def test_two_processes_pass_the_switch_together_and_hold_the_same_weights(runs, on_two_processes, tmp_path):
+    settings = tmp_path / "two.yaml"
     document = runs.document(
         "two",
         stages=[{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 2}],
@@ -274,23 +269,8 @@ def test_two_processes_pass_the_switch_together_and_hold_the_same_weights(runs, 
         measure_gradients=True,
     )
     settings.write_text(yaml.safe_dump(document))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    together = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(tmp_path), str(settings)],
-            cwd=repository,
-            env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(printed)
+    statuses, printed = on_two_processes(RANK, tmp_path, tmp_path, settings)
+    assert statuses == [0, 0], "".join(printed)
     assert "2 processes on cpu" in printed[0]
     ranks = [weights(tmp_path / f"rank{number}.safetensors") for number in range(2)]
     assert ranks[0]["steps"] == 6  # two an epoch

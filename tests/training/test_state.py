@@ -5,9 +5,6 @@ import math
 import os
 import pickle
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +262,7 @@ accelerator.end_training()
 """
 
 
-def test_two_processes_resume_onto_the_same_weights(repository, tmp_path):
+def test_two_processes_resume_onto_the_same_weights(on_two_processes, tmp_path):
     random_ = np.random.default_rng(0)
     labels = random_.uniform(-3, 3, size=40)
     widths = {"text": 6, "audio": 4, "vision": 5}
@@ -283,24 +280,8 @@ def test_two_processes_resume_onto_the_same_weights(repository, tmp_path):
     }
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump(document))
-    program = tmp_path / "rank.py"
-    program.write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(settings), str(tmp_path)],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(printed)
+    statuses, printed = on_two_processes(RANK, tmp_path, settings, tmp_path)
+    assert statuses == [0, 0], "".join(printed)
     assert "2 processes on cpu" in printed[0] and "resuming after epoch 1" in printed[0]
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
     assert_same(ends[1], ends[0])

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first extraction of a run on two processes: the second waits for longer than a collective may take."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,30 +50,6 @@ if __name__ == "__main__":
 """
 
 
-def on_two_processes(
-    repository: Path, folder: Path, kind: str, *corpora: Path
-) -> tuple[list[int], list[str]]:
-    """Exit status and output of both."""
-    program = folder / "rank.py"
-    program.write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(folder), kind, *map(str, corpora)],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = [process.communicate(timeout=240)[0] for process in processes]
-    return [process.returncode for process in processes], printed
-
-
 @pytest.fixture
 def make_corpus(make_clip, tmp_path):
     """A function that makes a corpus of three clips, one of each split, one of them broken if so asked."""
@@ -98,10 +70,10 @@ def make_corpus(make_clip, tmp_path):
 
 
 def test_processes_wait_for_an_extraction_that_outlasts_their_collectives_and_end_with_a_failed_one(
-    make_corpus, cache_dir, repository, tmp_path
+    make_corpus, cache_dir, on_two_processes, tmp_path
 ):
     corpora = make_corpus("good"), make_corpus("bad", broken=True)
-    statuses, printed = on_two_processes(repository, tmp_path, "slow", *corpora)
+    statuses, printed = on_two_processes(RANK, tmp_path, tmp_path, "slow", *corpora)
     together = "".join(printed)
     assert "extracted 3" in printed[0] and "extracted 0" in printed[1], together
     assert all("ready with 3" in output for output in printed)
@@ -110,8 +82,8 @@ def test_processes_wait_for_an_extraction_that_outlasts_their_collectives_and_en
 
 
 def test_a_process_killed_in_extraction_ends_the_others_with_what_to_do(
-    make_corpus, cache_dir, repository, tmp_path
+    make_corpus, cache_dir, on_two_processes, tmp_path
 ):
-    statuses, printed = on_two_processes(repository, tmp_path, "killed", make_corpus("good"))
+    statuses, printed = on_two_processes(RANK, tmp_path, tmp_path, "killed", make_corpus("good"))
     assert statuses == [-9, 1], "".join(printed)
     assert "start again to go on from there" in printed[1] and "Traceback" not in printed[1]
