@@ -254,7 +254,7 @@ def training_keys() -> list[Key]:
     model = [
         key for key in _Source("configuration_msa.py").keys("MSAConfig", "model") if _last(key) not in hidden
     ]
-    tables = _Source("balancing/__init__.py")
+    tables = _Source("methods/__init__.py")
     choices = {"head": "HEADS", "calibrator": "CALIBRATORS", "modulator": "MODULATORS"}
     return [
         replace(key, meaning=f"{key.meaning} One of {', '.join(tables.constant(choices[_last(key)]))}.")

@@ -27,23 +27,18 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
 
-from msa_online.data.collate import in_order
-from msa_online.data.missing import FixedCondition
-from msa_online.data.missing_rates import SplitMask, rates_table
+from msa_online.batching import in_order
 from msa_online.errors import run_command
-from msa_online.evaluation.report import conditions_table, epoch_line, open_console, shares_table, show
-from msa_online.evaluation.robustness import evaluate_conditions, selection_score, validate
-from msa_online.evaluation.shares import modality_shares
+from msa_online.evaluation.attribution import modality_shares
+from msa_online.evaluation.conditions import evaluate_conditions, selection_score, validate
+from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
+from msa_online.missing.modalities import FixedCondition
+from msa_online.missing.rates import SplitMask, rates_table
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.model_card import write_model_card
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import RunArguments, TrainingArguments, read_arguments
-from msa_online.training.checkpoint import RunFolder, require_space
-from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
-from msa_online.training.hiding import draw_masks, make_hidings, occurring_modalities
-from msa_online.training.loop import TrainingLoop
-from msa_online.training.optimizer import make_optimizer, make_scheduler
-from msa_online.training.setup import (
+from msa_online.training.build import (
     build_model,
     class_names,
     fit_encoders,
@@ -56,6 +51,11 @@ from msa_online.training.setup import (
     seed_everything,
     start_accelerator,
 )
+from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
+from msa_online.training.loop import TrainingLoop
+from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
+from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.stages import make_schedule
 from msa_online.training.teacher import appoint_teacher
 
@@ -86,20 +86,20 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, processor and processor.limits, accelerator, console)
-    masks = draw_masks(data, arguments.data.missing)
+    masks = draw_split_masks(data, arguments.data.missing)
     if masks:
         show(rates_table(masks), console)
     fit_encoders(model, data, arguments, masks)
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
     fit_modulator(modulator, training, occurring, console)
-    hidings = make_hidings(data, training, masks, model, processor)
+    input_masks = make_input_masks(data, training, masks, model, processor)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator)
     for line in loaders_report(loaders, schedule.total_epochs):
         console.print(line, soft_wrap=True, highlight=False)
     folder.open(arguments)
 
     sampler = loaders["train"].batch_sampler
-    for_teacher = hidings["teacher"].over(accelerator.prepare(in_order(loaders["train"])))
+    for_teacher = input_masks["teacher"].over(accelerator.prepare(in_order(loaders["train"])))
     optimizer = make_optimizer(
         model,
         learning_rate=training.learning_rate,
@@ -111,14 +111,14 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
-    for_validation = hidings["valid"].over(loaders["valid"])
+    for_validation = input_masks["valid"].over(loaders["valid"])
     loop = TrainingLoop(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         modulator=modulator,
-        hiding=hidings["train"],
+        input_mask=input_masks["train"],
         clip_norm=training.clip_norm,
         seed=training.seed,
         measure_gradients=training.measure_gradients,
@@ -146,7 +146,7 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
             loop.teacher = appoint_teacher(loop.bare_model, schedule, folder, for_teacher, accelerator)
             if schedule.is_last_stage and training.condition:
                 condition = training.condition
-                loop.hiding = FixedCondition(CONDITIONS[condition])
+                loop.input_mask = FixedCondition(CONDITIONS[condition])
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
         sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"

@@ -16,27 +16,27 @@ from rich.text import Text
 from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
 from feature_extractors.clip import REMEDIES, printable
+from msa_online.batching import BucketBatchSampler, ClipDataset, make_loader
 from msa_online.configuration_msa import MSAConfig
-from msa_online.data.checks import why_not_writable
-from msa_online.data.collate import BucketBatchSampler, ClipDataset, make_loader
-from msa_online.data.datasets import Corpus, CorpusError, read_corpus, require_splits
-from msa_online.data.features.conversion import convert_features
-from msa_online.data.features.corpus import FeatureCorpus, features_table, require_feature_splits
-from msa_online.data.features.dataset import FeatureDataset
-from msa_online.data.features.extraction import extract_features
-from msa_online.data.features.files import means_features, require_new_folder
-from msa_online.data.features.reading import read_features
-from msa_online.data.missing_frames import FrameDrop, stand_ins_of
-from msa_online.data.preparation import Preparation, findings_record, findings_table
-from msa_online.data.prepare import prepare
+from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
+from msa_online.corpora.reading import Corpus, CorpusError, read_corpus, require_splits
+from msa_online.corpora.validation import why_not_writable
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.encoders.text import load_tokenizer
 from msa_online.errors import UnfinishedError, run_command
-from msa_online.evaluation.report import conditions_table, frame_rates_table, open_console, shares_table, show
-from msa_online.evaluation.robustness import evaluate_conditions, evaluate_frame_rates
+from msa_online.evaluation.conditions import evaluate_conditions, evaluate_frame_rates
+from msa_online.evaluation.tables import conditions_table, frame_rates_table, open_console, shares_table, show
 from msa_online.hub import load_checkpoint
+from msa_online.missing.frames import FrameDrop, stand_ins_of
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
+from msa_online.precomputed.conversion import convert_features
+from msa_online.precomputed.corpus import FeatureCorpus, features_table, require_feature_splits
+from msa_online.precomputed.dataset import FeatureDataset
+from msa_online.precomputed.extraction import extract_features
+from msa_online.precomputed.files import means_features, require_new_folder
+from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits, MSAProcessor
 from msa_online.training.precision import choose_precision
 from msa_online.training.run_data import label2id_of
@@ -56,10 +56,10 @@ def run_prepare(options: Namespace, console: Console) -> None:
     """Extract every clip of a corpus into the cache and show what was found."""
     corpus = read_corpus(options.data, label_column=None, skip_broken=options.skip_broken)
     settings = ExtractionSettings(num_frames=options.num_frames, face_size=options.face_size)
-    preparation = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
+    prepared = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     limits = InputLimits(options.max_text_tokens, options.max_audio_seconds, tokenizer)
-    show(findings_table(preparation, limits), console)
+    show(findings_table(prepared, limits), console)
 
 
 def run_evaluate(options: Namespace, console: Console) -> None:
@@ -76,11 +76,11 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         Console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
     accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
-    preparation = None
+    prepared = None
     if model.config.feature_widths is None:
-        preparation = _clips_to_score(options, model.config, processor)
+        prepared = _clips_to_score(options, model.config, processor)
         labels = label2id_of(model.config)
-        dataset = ClipDataset(preparation.samples, preparation.keys, FeatureCache(), processor, labels)
+        dataset = ClipDataset(prepared.samples, prepared.keys, FeatureCache(), processor, labels)
     else:
         dataset = _features_to_score(options, model.config)
     sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
@@ -102,16 +102,16 @@ def run_evaluate(options: Namespace, console: Console) -> None:
         report["conditions"] = results
         table = conditions_table(results, title)
     if options.json:
-        if preparation:
-            report |= findings_record(preparation, processor.limits)
+        if prepared:
+            report |= findings_record(prepared, processor.limits)
         _write_json(report, options.json, console)
     if options.json != "-":
-        if preparation:
-            show(findings_table(preparation, processor.limits), console)
+        if prepared:
+            show(findings_table(prepared, processor.limits), console)
         show(table, console)
 
 
-def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> Preparation:
+def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> PreparedCorpus:
     if means_features(options.data):
         raise CorpusError(
             f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
@@ -173,7 +173,7 @@ def run_extract_features(options: Namespace, console: Console) -> None:
     """Make a corpus of features out of raw clips."""
     require_new_folder(Path(options.folder))
     corpus = read_corpus(options.data, label_column=options.label_column, skip_broken=options.skip_broken)
-    preparation = extract_features(
+    prepared = extract_features(
         corpus,
         Path(options.folder),
         text_encoder=options.text_encoder,
@@ -183,7 +183,7 @@ def run_extract_features(options: Namespace, console: Console) -> None:
         skip_broken=options.skip_broken,
     )
     limits = InputLimits(MAX_TEXT_TOKENS, math.inf, load_tokenizer(options.text_encoder))
-    show(findings_table(preparation, limits), console)
+    show(findings_table(prepared, limits), console)
     _show_features(options.folder, console)
 
 
@@ -309,7 +309,7 @@ def run_get_models(options: Namespace, console: Console) -> None:
 
 def run_synthesize(options: Namespace, console: Console) -> None:
     """Render the synthetic corpus."""
-    from msa_online.data.synthetic import CorpusRecipe, render_corpus  # its libraries come with an extra
+    from msa_online.synthetic.corpus import CorpusRecipe, render_corpus  # its libraries come with an extra
 
     strengths = {name: getattr(options, name) for name in ("text", "audio", "vision")}
     recipe = CorpusRecipe(clips=options.clips, seed=options.seed, strengths=strengths)

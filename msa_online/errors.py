@@ -15,9 +15,9 @@ from transformers.utils import logging
 from feature_extractors import CacheError, ClipError
 from feature_extractors.assets import AssetError
 from feature_extractors.worker import WorkerError
-from msa_online.data.datasets import CorpusError
+from msa_online.corpora.reading import CorpusError
 from msa_online.encoders.text import TextEncoderError
-from msa_online.evaluation.robustness import UndefinedScoreError
+from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.divergence import DivergedError

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.report import markdown_table
+from msa_online.evaluation.tables import markdown_table
 
 RUN_FILES = "Everything else is in `run.yaml` beside this file, and every epoch in `history.json`."
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")

@@ -12,10 +12,10 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from msa_online.balancing import CALIBRATORS, HEADS, HeadOutput
-from msa_online.balancing.blocks import no_wider
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
+from msa_online.layers.precision import no_wider
+from msa_online.methods import CALIBRATORS, HEADS, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.model_card import write_model_card
 

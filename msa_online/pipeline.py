@@ -18,8 +18,8 @@ from feature_extractors import (
     FeatureCache,
     extract,
 )
-from msa_online.evaluation.robustness import DIVERGED, UndefinedScoreError
-from msa_online.evaluation.shares import Attribution, attribute
+from msa_online.evaluation.attribution import Attribution, attribute
+from msa_online.evaluation.conditions import DIVERGED, UndefinedScoreError
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel

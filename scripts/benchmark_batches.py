@@ -26,8 +26,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from msa_online.data.collate import BucketBatchSampler, micro_batch_sizes, overlap
-from msa_online.data.datasets import read_corpus
+from msa_online.batching import BucketBatchSampler, micro_batch_sizes, overlap
+from msa_online.corpora.reading import read_corpus
 from msa_online.encoders.text import load_tokenizer
 from msa_online.errors import run_command
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(REPOSITORY))
 from plain_ebmc import PlainEBMC
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing.ebmc import EBMCHead
 from msa_online.encoders.text import load_text_config
 from msa_online.errors import run_command
+from msa_online.methods.ebmc import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.training.arguments import read_arguments
 from msa_online.training.optimizer import make_optimizer

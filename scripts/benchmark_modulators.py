@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator, ShapleyModulator
-from msa_online.data.missing import Hiding
 from msa_online.encoders.text import load_text_config
 from msa_online.errors import run_command
+from msa_online.methods import ConflictModulator, GradientModulator, OGMModulator, ShapleyModulator
+from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
 from msa_online.training.arguments import read_arguments
 from msa_online.training.loop import TrainingLoop
@@ -111,7 +111,7 @@ def make_loops(
     model, optimizer = accelerator.prepare(model, optimizer)
     return {
         name: TrainingLoop(
-            accelerator, model, optimizer, scheduler, modulator, hiding=Hiding(), clip_norm=1.0, seed=0
+            accelerator, model, optimizer, scheduler, modulator, input_mask=InputMask(), clip_norm=1.0, seed=0
         )
         for name, modulator in modulators.items()
     }

@@ -30,12 +30,12 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import Parameter
 
-from msa_online.balancing import MODULATORS, GradientModulator, Modulation, ModulationContext
-from msa_online.balancing.gradients import apply_coefficients
 from msa_online.errors import run_command
+from msa_online.methods import MODULATORS, GradientModulator, Modulation, ModulationContext
+from msa_online.methods.gradients import apply_coefficients
 from msa_online.modalities import COMPLETE, MODALITIES
+from msa_online.studies.study import as_options
 from msa_online.training.arguments import read_arguments
-from msa_online.training.study import as_options
 from train import train
 
 CONFIG = REPOSITORY / "configs" / "late_fusion.yaml"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msa_online.balancing.ebmc import LENDERS
+from msa_online.methods.ebmc import LENDERS
 from msa_online.modalities import MODALITIES
 
 

@@ -41,15 +41,15 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from msa_online.errors import INPUT_ERRORS, run_command
-from msa_online.evaluation.comparison import (
+from msa_online.evaluation.tables import HEADLINES, UNLIMITED, show
+from msa_online.studies.comparison import (
     RunScore,
     compare,
     comparison_page,
     comparison_table,
 )
-from msa_online.evaluation.report import HEADLINES, UNLIMITED, show
+from msa_online.studies.study import Study, StudyRun, name_in, read_study
 from msa_online.training.arguments import ConfigurationError
-from msa_online.training.study import Study, StudyRun, name_in, read_study
 from train import train
 
 matplotlib.use("Agg")

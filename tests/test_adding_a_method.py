@@ -14,8 +14,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "adding_a_method.md").read_text(encoding="utf-8")
 CHANGES = re.findall(r"^`([^`\n]+)`:\n\n```(\w+)\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-HEAD = "msa_online/balancing/mean_fusion.py"
-TABLES = "msa_online/balancing/__init__.py"
+HEAD = "msa_online/methods/mean_fusion.py"
+TABLES = "msa_online/methods/__init__.py"
 
 MISTAKES = {
     "no hidden_size": ("hidden_size", "size", "has no keyword hidden_size"),
@@ -116,7 +116,7 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_page_names_all_that_a_method_consists_of():
     names = [name for name, _, _ in CHANGES]
-    test, config = "tests/balancing/test_mean_fusion.py", "configs/mean_fusion.yaml"
+    test, config = "tests/methods/test_mean_fusion.py", "configs/mean_fusion.yaml"
     assert names == [HEAD, TABLES, config, test, "README.md"]
 
 
@@ -147,9 +147,9 @@ def broken(followed) -> list[str]:
                 "self.classifier = ", "self.scale = Parameter(torch.ones(1))\n        self.classifier = "
             )
         (followed / HEAD).with_name(f"broken_{number}.py").write_text(wrong)
-        joined = f"from msa_online.balancing.broken_{number} import MeanFusionHead as Broken\n"
+        joined = f"from msa_online.methods.broken_{number} import MeanFusionHead as Broken\n"
         tables.write_text(tables.read_text() + joined + f'HEADS["broken_{number}"] = Broken\n')
-    words = ["-m", "pytest", "tests/balancing/test_contract.py", "-k", "broken", "-p", "no:cacheprovider"]
+    words = ["-m", "pytest", "tests/methods/test_contract.py", "-k", "broken", "-p", "no:cacheprovider"]
     return run([*words, "--tb=no", "-q"], followed).stdout.splitlines()
 
 

@@ -7,9 +7,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from msa_online import MSAModel
+from msa_online.studies.study import read_study
 from msa_online.training.arguments import read_arguments
 from msa_online.training.stages import make_schedule
-from msa_online.training.study import read_study
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "configs"

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor, MPNetConfig, Trainer, Trainin
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
-from msa_online.balancing import HEADS
+from msa_online.methods import HEADS
 from msa_online.training.callback import RunningStateCallback
 
 SENTENCES = ["i loved the film", "a bad ending", "it was not really good but great", "", "awful", "the movie"]

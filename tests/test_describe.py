@@ -9,9 +9,9 @@ import yaml
 from rich.console import Console
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import CALIBRATORS, HEADS
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.hub import CheckpointError
+from msa_online.methods import CALIBRATORS, HEADS
 from msa_online.training.arguments import ConfigurationError
 
 

@@ -5,7 +5,7 @@ from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModel, BertModel
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import CALIBRATORS, HEADS
+from msa_online.methods import CALIBRATORS, HEADS
 
 every_head = pytest.mark.parametrize("head", HEADS)
 

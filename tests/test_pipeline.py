@@ -7,9 +7,9 @@ import torch
 
 from feature_extractors import ClipError
 from msa_online import MSAConfig, MSAModel, MSAPipeline, Prediction
-from msa_online.balancing import HEADS
-from msa_online.evaluation.robustness import UndefinedScoreError
+from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
+from msa_online.methods import HEADS
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import msa_online
 import msa_online_cli
 from feature_extractors.__main__ import main as feature_extractors_main
-from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
+from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.training.arguments import read_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -105,6 +105,6 @@ def test_every_method_has_a_file_a_test_a_configuration_and_a_row():
     registered = {**HEADS, **MODULATORS, **CALIBRATORS}
     for name in registered.keys() - {"identity"}:
         module = registered[name].__module__.rsplit(".", 1)[-1]
-        assert (REPOSITORY / f"tests/balancing/test_{module}.py").is_file()
+        assert (REPOSITORY / f"tests/methods/test_{module}.py").is_file()
         assert any(re.search(rf"\b{name}\b", text) for text in configurations)
         assert re.search(rf"`configs/\w*{module}\w*\.yaml`", README)

@@ -17,16 +17,16 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import MODULATORS, GradientModulator
-from msa_online.data.collate import BucketBatchSampler, make_loader
-from msa_online.data.features.dataset import FeatureDataset
-from msa_online.data.features.reading import read_features
-from msa_online.data.missing_frames import FrameDrop, stand_ins_of
-from msa_online.data.missing_rates import SplitMask
+from msa_online.batching import BucketBatchSampler, make_loader
 from msa_online.errors import INPUT_ERRORS
-from msa_online.evaluation.robustness import evaluate_frame_rates
+from msa_online.evaluation.conditions import evaluate_frame_rates
 from msa_online.hub import load_checkpoint
+from msa_online.methods import MODULATORS, GradientModulator
+from msa_online.missing.frames import FrameDrop, stand_ins_of
+from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS
+from msa_online.precomputed.dataset import FeatureDataset
+from msa_online.precomputed.reading import read_features
 from msa_online.training.arguments import ConfigurationError, parse_arguments
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 8}

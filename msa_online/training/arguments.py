@@ -19,15 +19,15 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from feature_extractors import ExtractionSettings
-from msa_online.balancing import CALIBRATORS, HEADS, MODULATORS
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.text import load_text_config
+from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import look_up
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
-from msa_online.training.problems import problems
+from msa_online.training.validation import problems
 
 TRUTHS = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
 NOT_SET_IN_YAML = ("text_config", "label_range", "trained_on")

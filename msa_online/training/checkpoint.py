@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from msa_online.data.checks import why_not_writable
+from msa_online.corpora.validation import why_not_writable
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, RunArguments

@@ -9,7 +9,7 @@ import numpy as np
 from torch.amp import GradScaler
 
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.robustness import DIVERGED, metrics_of, selection_score
+from msa_online.evaluation.conditions import DIVERGED, metrics_of, selection_score
 
 ABSURD = 10.0
 """A validation MAE of more than this many times the width of the label range means a diverged run."""

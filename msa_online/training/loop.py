@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from msa_online.balancing import GradientModulator, Modulation, ModulationContext
-from msa_online.balancing.gradients import gradients_of
-from msa_online.data.collate import micro_batch_sizes
-from msa_online.data.missing import Hiding
+from msa_online.batching import micro_batch_sizes
+from msa_online.methods import GradientModulator, Modulation, ModulationContext
+from msa_online.methods.gradients import gradients_of
+from msa_online.missing.modalities import InputMask
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.training.optimizer import scaled_rates
 from msa_online.training.teacher import Teacher
@@ -74,7 +74,7 @@ class TrainingLoop:
     optimizer: AcceleratedOptimizer
     scheduler: LRScheduler
     modulator: GradientModulator
-    hiding: Hiding
+    input_mask: InputMask
     clip_norm: float
     seed: int
     measure_gradients: bool = False
@@ -103,7 +103,7 @@ class TrainingLoop:
             sum of the losses, names with a slash are diagnostics of the head or the modulator.
         """
         self.model.train()
-        self.hiding.start_epoch(epoch)
+        self.input_mask.start_epoch(epoch)
         steps: dict[str, list[float]] = defaultdict(list)
         self._gradient_norms: dict[str, float] = {}
         bar = tqdm(
@@ -112,7 +112,7 @@ class TrainingLoop:
         window: list[MicroBatch] = []
         for (number, batch), weight in zip(enumerate(loader), self._weights(loader), strict=True):
             with self.accelerator.accumulate(self.model):
-                seen = self.teacher.join(self.hiding.hide(batch))
+                seen = self.teacher.join(self.input_mask.apply(batch))
                 if weight == 0:  # a placeholder for an empty micro-batch: running state must not see it
                     seen["modality_present"] = torch.zeros_like(seen["modality_present"])
                 measure = self.measure_gradients and number == 0

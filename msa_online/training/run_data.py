@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from feature_extractors import FeatureCache
+from msa_online.batching import ClipDataset
 from msa_online.configuration_msa import MSAConfig
-from msa_online.data.collate import ClipDataset
-from msa_online.data.corpus import Sample
-from msa_online.data.features.corpus import FeatureCorpus, FeatureSample, require_widths
-from msa_online.data.features.dataset import FeatureDataset
-from msa_online.data.missing_rates import SplitMask
-from msa_online.data.preparation import Preparation
-from msa_online.data.splits import SPLITS
+from msa_online.corpora.corpus import Sample
+from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.corpora.splits import SPLITS
+from msa_online.missing.rates import SplitMask
 from msa_online.modalities import MODALITIES
+from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
+from msa_online.precomputed.dataset import FeatureDataset
 from msa_online.processing_msa import MSAProcessor
 
 
@@ -24,16 +24,16 @@ class ClipData:
     """Raw clips, their features in the cache.
 
     Attributes:
-        preparation: Usable samples, their cache keys, and what was found.
+        prepared: Usable samples, their cache keys, and what was found.
         cache: Where the features are.
     """
 
-    preparation: Preparation
+    prepared: PreparedCorpus
     cache: FeatureCache
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Usable samples of a split."""
-        return self.preparation.corpus.split(name)
+        return self.prepared.corpus.split(name)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -42,13 +42,11 @@ class ClipData:
 
     def dataset(self, name: str, processor: MSAProcessor, config: MSAConfig) -> ClipDataset:
         """A split as samples that can be batched for a model of `config`."""
-        return ClipDataset(
-            self.split(name), self.preparation.keys, self.cache, processor, label2id_of(config)
-        )
+        return ClipDataset(self.split(name), self.prepared.keys, self.cache, processor, label2id_of(config))
 
     def present(self, name: str) -> Tensor:
         """Which modalities each sample of a split has, `(samples, 3)` bool."""
-        return self.preparation.present(self.split(name))
+        return self.prepared.present(self.split(name))
 
     def statistics(
         self, config: MSAConfig, masks: Mapping[str, SplitMask]

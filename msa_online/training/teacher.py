@@ -13,7 +13,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, from_numpy
 from torch.utils.data import DataLoader
 
-from msa_online.evaluation.robustness import over_split
+from msa_online.evaluation.conditions import over_split
 from msa_online.modeling_msa import MSAModel
 from msa_online.training.arguments import ConfigurationError
 from msa_online.training.checkpoint import RunFolder

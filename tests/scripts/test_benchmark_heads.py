@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from msa_online.balancing import HEADS
+from msa_online.methods import HEADS
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 

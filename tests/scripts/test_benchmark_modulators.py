@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from msa_online import MSAModel
-from msa_online.balancing import ConflictModulator, GradientModulator, OGMModulator
+from msa_online.methods import ConflictModulator, GradientModulator, OGMModulator
 
 SMALL = ["--device", "cpu", "--rounds", "1", "--batch", "2", "--tokens", "5"]
 

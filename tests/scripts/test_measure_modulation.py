@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msa_online.balancing import MODULATORS
+from msa_online.methods import MODULATORS
 
 SETTINGS = ["model.feature_widths={text: 5, audio: 3, vision: 4}"]
 SETTINGS += ["model.head_kwargs={hidden_size: 8, dropout: 0}", "training.weight_decay=0"]

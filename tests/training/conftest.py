@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import GradientModulator, Modulation, ModulationContext
-from msa_online.data.collate import BucketBatchSampler
-from msa_online.data.missing import ModalityDropout
+from msa_online.batching import BucketBatchSampler
+from msa_online.methods import GradientModulator, Modulation, ModulationContext
+from msa_online.missing.modalities import ModalityDropout
 from msa_online.training.arguments import parse_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler

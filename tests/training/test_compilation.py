@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from msa_online.balancing import MODULATORS, RebalancingModulator
 from msa_online.hub import load_checkpoint
+from msa_online.methods import MODULATORS, RebalancingModulator
 from msa_online.modalities import COMPLETE
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}

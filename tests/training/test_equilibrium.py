@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import MODULATORS, GradientModulator, ModulationContext, ShapleyModulator
+from msa_online.methods import MODULATORS, GradientModulator, ModulationContext, ShapleyModulator
 from msa_online.modalities import MODALITIES
 from msa_online.training.arguments import ConfigurationError, parse_arguments
 

@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import HEADS, GradientModulator, Modulation
-from msa_online.data.collate import BucketBatchSampler
-from msa_online.data.missing import ModalityDropout
+from msa_online.batching import BucketBatchSampler
+from msa_online.methods import HEADS, GradientModulator, Modulation
+from msa_online.missing.modalities import ModalityDropout
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.teacher import Teacher

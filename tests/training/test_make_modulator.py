@@ -14,11 +14,12 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import HEADS, MODULATORS, BalancingHead, GradientModulator, HeadOutput
-from msa_online.balancing.blocks import masked_mean, task_loss
+from msa_online.layers.losses import task_loss
+from msa_online.layers.modules import masked_mean
+from msa_online.methods import HEADS, MODULATORS, BalancingHead, GradientModulator, HeadOutput
 from msa_online.modalities import MODALITIES
 from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
-from msa_online.training.setup import make_modulator
+from msa_online.training.build import make_modulator
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 REAL = [name for name in MODULATORS if name != "identity"]

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from msa_online import MSAConfig
-from msa_online.balancing import (
+from msa_online.methods import (
     HEADS,
     MODULATORS,
     ConflictModulator,
@@ -20,7 +20,7 @@ from msa_online.balancing import (
     ModulationContext,
     OGMModulator,
 )
-from msa_online.balancing.gradients import apply_coefficients
+from msa_online.methods.gradients import apply_coefficients
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:

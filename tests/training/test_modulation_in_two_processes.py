@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from msa_online import MSAModel
-from msa_online.balancing import (
+from msa_online.methods import (
     MODULATORS,
     ConflictModulator,
     GradientModulator,
@@ -86,9 +86,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from msa_online.balancing.prototypes import PrototypeBanks
+from msa_online.methods.pase.prototypes import PrototypeBanks
 from msa_online.training.arguments import read_arguments
-from msa_online.training.setup import start_accelerator
+from msa_online.training.build import start_accelerator
 from train import carry_out
 
 seen = {}

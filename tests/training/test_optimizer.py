@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import HEADS, MODULATORS
+from msa_online.methods import HEADS, MODULATORS
 from msa_online.training.optimizer import make_optimizer, make_scheduler, scaled_rates
 
 RATES = {"learning_rate": 1e-3, "text_learning_rate": 2e-5, "weight_decay": 0.1}

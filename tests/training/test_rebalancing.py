@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msa_online import MSAConfig
-from msa_online.balancing import GradientModulator, RebalancingModulator
+from msa_online.methods import GradientModulator, RebalancingModulator
 
 QUIET = {"spatial": "off", "apply": "off"}  # probes alone
 

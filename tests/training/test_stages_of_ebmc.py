@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.balancing import MODULATORS, GradientModulator
+from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.training.arguments import ConfigurationError, parse_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:all predictions are")

@@ -231,9 +231,9 @@ def test_the_optimizer_of_a_real_model_and_its_schedule_come_back(tiny_model, ma
 
 RANK = """
 import sys
-from msa_online.balancing import MODULATORS, GradientModulator
+from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.training.arguments import read_arguments
-from msa_online.training.setup import start_accelerator
+from msa_online.training.build import start_accelerator
 from train import carry_out
 
 class Stopping(GradientModulator):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.data.collate import BucketBatchSampler
+from msa_online.batching import BucketBatchSampler
 from msa_online.training.arguments import ConfigurationError, StageArguments
 from msa_online.training.checkpoint import RunFolder
 from msa_online.training.stages import StageSchedule

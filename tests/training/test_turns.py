@@ -13,26 +13,26 @@ from rich.console import Console
 from torch import distributed
 from msa_online.errors import run_command
 from msa_online.processing_msa import InputLimits
-from msa_online.training import setup
+from msa_online.training import build
 from msa_online.training.arguments import DataArguments, TrainingArguments
 
 TIMEOUT = 3  # seconds that collectives of training may take here; by default it is half an hour
 rank = os.environ.get("RANK")
-prepare = setup.prepare
+prepare = build.prepare
 
 def slow_prepare(*arguments):
     if rank == "0":
         time.sleep(TIMEOUT + 1)
         if kind == "killed":
             os.kill(os.getpid(), 9)
-    preparation = prepare(*arguments)
-    print("extracted", preparation.extracted)
-    return preparation
+    prepared = prepare(*arguments)
+    print("extracted", prepared.extracted)
+    return prepared
 
 def command(corpus):
     data = DataArguments(path=corpus, num_frames=2, face_size=32)
-    corpus = setup.read_data(data)
-    prepared = setup.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
+    corpus = build.read_data(data)
+    prepared = build.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
     accelerator.wait_for_everyone()
     print("ready with", sum(prepared.sizes.values()))
 
@@ -42,8 +42,8 @@ if __name__ == "__main__":
     while not (Path(folder) / f"imported{1 - int(rank)}").exists():
         time.sleep(0.01)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
-    accelerator = setup.start_accelerator(TrainingArguments(output_dir=folder, log_with=None))
-    setup.prepare = slow_prepare
+    accelerator = build.start_accelerator(TrainingArguments(output_dir=folder, log_with=None))
+    build.prepare = slow_prepare
     for corpus in corpora:
         status = run_command(lambda: command(corpus))
     sys.exit(status)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora that come as Arrow: folders of `datasets.save_to_disk`, .arrow and .parquet files.
+
+Tables are read in a process with limits that follow from their size (`arrow_reader`). Clips that are stored
+inside a table are written once, under the hash of their bytes, into the cache: from there on they are files
+like any other.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from feature_extractors.assets import cache_root
+from msa_online.corpora.corpus import CorpusError
+from msa_online.corpora.csv_table import MOST_ROWS, require_columns
+from msa_online.corpora.layouts import Row, RowTable
+from msa_online.corpora.limited_process import LimitExceededError, last_line, run_limited
+from msa_online.corpora.splits import split_of
+
+SUFFIXES = (".parquet", ".arrow")
+CLIP_COLUMNS = ("video", "file_name")
+READER = Path(__file__).with_name("arrow_reader.py")
+TOO_MANY_ROWS = 4  # exit status of the reader
+SMALL, SECONDS = 1 << 30, 60  # bytes and processor time that any table may need
+
+
+def is_arrow(path: Path) -> bool:
+    """Whether the path is a file or a folder of Arrow tables."""
+    return path.suffix in SUFFIXES if path.is_file() else bool(_saved(path) or _table_files(path))
+
+
+def read_arrow(path: Path, label_column: str | None) -> RowTable:
+    """Rows of Arrow tables with the columns of a metadata.csv.
+
+    The clip is in a column `video` or `file_name`: a path relative to the table's folder, or the bytes of
+    a media file with its name, as `datasets` stores videos. Splits are the parts of a saved DatasetDict,
+    the beginnings of the file names ("train-00000-of-00002.parquet") or a column `split`.
+
+    Raises:
+        CorpusError: A column is missing, a file is no Arrow table, or it needs more memory or time than a
+            table of its size should.
+    """
+    with tempfile.TemporaryDirectory(prefix="msa-tables-") as folder:
+        lines = Path(folder, "rows")
+        _read_in_a_process(path, label_column, lines)
+        return RowTable(path, tuple(_rows(lines, label_column)))
+
+
+def _saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _table_files(folder: Path) -> list[Path]:
+    """Parquet or Arrow files in the folder or in its data/, where the Hub keeps them."""
+    places = (folder, folder / "data")
+    return sorted(path for place in places for path in place.glob("*") if path.suffix in SUFFIXES)
+
+
+def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> None:
+    """Have the reader write what the tables hold into a file.
+
+    A row needs its clip several times over. Files that are mapped into memory count as a whole.
+    """
+    saved = path.is_dir() and _saved(path)
+    paths = [path] if saved or path.is_file() else _table_files(path)
+    sizes = [file.stat().st_size for file in (path.rglob("*.arrow") if saved else paths) if file.is_file()]
+    largest, total = max(sizes, default=0), sum(sizes)
+    try:
+        done = run_limited(
+            READER,
+            (lines, _stored_clips(), label_column or "", MOST_ROWS, *paths),
+            memory=SMALL + 4 * largest + total,
+            seconds=SECONDS + total // 1_000_000,
+            output=SMALL + 4 * largest,
+        )
+    except LimitExceededError as error:
+        raise CorpusError(
+            f"{path} ({total:,} bytes) needs more than {error} to be read, the limit for tables of its size: "
+            "it is damaged or made to do harm. If you trust it, write a metadata.csv beside its clips."
+        ) from error
+    if done.returncode == TOO_MANY_ROWS:
+        raise CorpusError(f"{path} has more than {MOST_ROWS:,} rows: split it into parts")
+    if done.returncode != 0:
+        raise CorpusError(f"{path} is no complete Arrow table ({last_line(done)}): copy it again")
+
+
+def _rows(lines: Path, label_column: str | None) -> Iterator[Row]:
+    """The rows in what the reader wrote, numbered in each table from 1."""
+    with open(lines, encoding="utf-8") as file:
+        for line in file:
+            if isinstance(record := json.loads(line), list):
+                source, split = _table(record, label_column)
+                number = 0
+            else:
+                number += 1
+                yield _row(source, split, number, record)
+
+
+def _table(record: list[Any], label_column: str | None) -> tuple[Path, str | None]:
+    """Source and split of a table, its columns checked."""
+    source, split, columns = Path(record[0]), record[1], record[2]
+    clip_column = next((name for name in CLIP_COLUMNS if name in columns), "file_name")
+    require_columns(source, columns, [clip_column, "text", *([label_column] if label_column else [])])
+    in_name = source.stem.split("-")[0] if source.is_file() else None
+    return source, split or (in_name if in_name and split_of(in_name) else None)
+
+
+def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]) -> Row:
+    clip = record["clip"]
+    stored = isinstance(clip, list)
+    return Row(
+        source=source,
+        line=number,
+        folder=_stored_clips() if stored else source if source.is_dir() else source.parent,
+        file=clip[0] if stored else clip,
+        text=record["text"],
+        label=record.get("label"),
+        split=record.get("split") or split,
+        start=record.get("start", ""),
+        end=record.get("end", ""),
+        speaker=record.get("speaker", ""),
+    )
+
+
+def _stored_clips() -> Path:
+    return cache_root() / "clips"

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill the feature cache before training, and say what the clips lack."""
+
+import errno
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+    track,
+)
+from rich.text import Text
+
+from feature_extractors.assets import get_asset
+from feature_extractors.cache import CacheError, FeatureCache
+from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ClipExtent, ExtractionSettings
+from feature_extractors.worker import Extracted, extract_in_processes
+from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
+from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, NOTHING, PreparedCorpus
+from msa_online.modalities import MODALITIES
+
+TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
+
+
+def prepare(
+    corpus: Corpus,
+    cache: FeatureCache,
+    settings: ExtractionSettings,
+    workers: int | None = None,
+    skip_broken: bool = False,
+) -> PreparedCorpus:
+    """Extract the features of all clips that the cache does not hold yet.
+
+    May be stopped at any time: what was extracted stays, and the next run goes on from there. Processes
+    import the script that calls this, which therefore needs the usual `if __name__ == "__main__":`.
+
+    Args:
+        corpus: What `read_corpus` returned.
+        cache: Where features go.
+        settings: What to extract.
+        workers: Number of processes; as many as there are usable cores if None.
+        skip_broken: Leave clips out that cannot be decoded, instead of raising.
+
+    Raises:
+        CorpusError: Clips cannot be used (all are listed with their lines), or none can. This includes clips
+            that take too long or end the process that extracts them; the others are extracted all the same.
+        CacheError: The disk has too little room for the features, or cannot be written.
+        AssetError: The face model is needed and unavailable.
+        WorkerError: The processes that extract features cannot be started.
+        ClipError: A file has gone since the corpus was read.
+    """
+    began = time.perf_counter()
+    keys, findings, extents = _look_up(corpus.samples, cache, settings)
+    missing = {keys[sample.id]: sample.clip for sample in corpus.samples if keys[sample.id] not in findings}
+    failures: dict[str, ClipError] = {}
+    if missing:
+        _require_space(missing.values(), cache, settings)
+        get_asset("face_landmarker")  # once, before many processes ask for it
+        extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
+        for key, (found, extent) in extracted.items():
+            findings[key], extents[key] = found, extent
+    usable = [sample for sample in corpus.samples if keys[sample.id] in findings]
+    broken = [
+        _broken(sample, failures[keys[sample.id]]) for sample in corpus.samples if keys[sample.id] in failures
+    ]
+    if broken and not (skip_broken and usable):
+        raise CorpusError.of_rows(corpus.source, broken)
+    return PreparedCorpus(
+        corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
+        keys={sample.id: keys[sample.id] for sample in usable},
+        found=_by_finding(usable, keys, findings),
+        extents={sample.id: extents[keys[sample.id]] for sample in usable},
+        extracted=sum(keys[sample.id] in missing for sample in usable),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _look_up(
+    samples: Sequence[Sample], cache: FeatureCache, settings: ExtractionSettings
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, ClipExtent]]:
+    """Cache keys by sample id; findings and extents of the clips that are cached, by key."""
+    keys: dict[str, str] = {}
+    findings: dict[str, tuple[str, ...]] = {}
+    extents: dict[str, ClipExtent] = {}
+    for sample in track(samples, "looking into the cache", transient=True, console=Console(stderr=True)):
+        key = keys[sample.id] = cache.key(sample.clip, settings)
+        if key not in findings and (features := cache.load(key)) is not None:
+            findings[key] = features.findings
+            extents[key] = ClipExtent.of(features, settings.hop_ms)
+    return keys, findings, extents
+
+
+def _extract_all(
+    clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
+) -> tuple[dict[str, Extracted], dict[str, ClipError]]:
+    """Extract clips, given by cache key, in several processes; results and failures by key."""
+    extracted: dict[str, Extracted] = {}
+    failures: dict[str, ClipError] = {}
+    with (
+        closing(extract_in_processes(clips, cache, settings, workers)) as results,
+        _progress_bar() as progress,
+    ):
+        for key, result in progress.track(results, len(clips), description="extracting features"):
+            if isinstance(result, ClipError):
+                failures[key] = result
+            else:
+                extracted[key] = result
+    return extracted, failures
+
+
+def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: ExtractionSettings) -> None:
+    """Check that the features will probably fit on the disk.
+
+    Raises:
+        CacheError: They will not.
+    """
+    needed = sum(_estimated_bytes(clip, settings) for clip in clips)
+    folder = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CacheError(
+            errno.ENOSPC,
+            f"the features need about {needed:,} bytes but {cache.folder} has {free:,} bytes free; make "
+            "room, or point MSA_CACHE to a disk that has some",
+        )
+
+
+def _estimated_bytes(clip: Clip, settings: ExtractionSettings) -> int:
+    seconds = TYPICAL_SECONDS if clip.end is None else clip.end - (clip.start or 0.0)
+    frame = settings.face_size**2 * 3 + NUM_BLENDSHAPES * 4
+    return round(settings.num_frames * frame + seconds * 1000 / settings.hop_ms * settings.num_mels * 4)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def _broken(sample: Sample, error: ClipError) -> BrokenRow:
+    """The row of a clip that could not be decoded; another file with the same bytes may have told us."""
+    return BrokenRow(
+        sample.source, sample.line, str(ClipError(sample.clip.path, error.problem, error.detail))
+    )
+
+
+def _by_finding(
+    samples: Sequence[Sample], keys: Mapping[str, str], findings: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Sample, ...]]:
+    found = {
+        name: tuple(sample for sample in samples if name in findings[keys[sample.id]]) for name in FINDINGS
+    }
+    found[EMPTY_TEXT] = tuple(sample for sample in samples if not sample.text.strip())
+    lacking = [{sample.id for finding in LACKS[name] for sample in found[finding]} for name in MODALITIES]
+    found[NOTHING] = tuple(sample for sample in samples if all(sample.id in ids for ids in lacking))
+    return {name: having for name, having in found.items() if having}
+
+
+class _Speed(ProgressColumn):
+    """Clips per second, which rich leaves to its users."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} clips/s" if task.speed else "", style="progress.data.speed")
+
+
+def _progress_bar() -> Progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways corpora lie on disk, each brought to the same plain rows: our folders, MMSA's and MELD's."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from msa_online.corpora.corpus import BrokenRow, CorpusError
+from msa_online.corpora.csv_table import CsvTable, read_csv, require_columns
+from msa_online.corpora.splits import SPLIT_NAMES, split_of
+
+METADATA = "metadata.csv"
+MMSA_METADATA = "label.csv"
+MELD_METADATA = {"train": "train_sent_emo.csv", "dev": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".flv", ".mpg")  # preferred to other suffixes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as written, before any value is checked; cells that the data lack are empty.
+
+    Attributes:
+        source: The file that holds the row.
+        line: Its first line there.
+        folder: The folder that `file` is relative to and must not leave.
+        file: The media file.
+        text: The transcript.
+        label: The label; None where no label was asked for.
+        split: The split by any of its names; None where the data give none.
+        start: Start of the window in seconds.
+        end: End of the window in seconds.
+        speaker: Who speaks.
+    """
+
+    source: Path
+    line: int
+    folder: Path
+    file: str
+    text: str
+    label: str | None = None
+    split: str | None = None
+    start: str = ""
+    end: str = ""
+    speaker: str = ""
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """All rows of a corpus, and those that could not even be told apart into cells.
+
+    Attributes:
+        source: The file that holds the rows, or the folder where there are several.
+        rows: The rows in order.
+        broken: Rows whose number of cells differs from the header's.
+        links_into: A folder outside the corpus that its symbolic links may lead into (the Hub's cache).
+    """
+
+    source: Path
+    rows: tuple[Row, ...]
+    broken: tuple[BrokenRow, ...] = ()
+    links_into: Path | None = None
+
+
+def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
+    """The function that reads the rows of this folder, chosen by the metadata files that lie in it."""
+    if (folder / METADATA).is_file():
+        return lambda folder, label_column: read_metadata(folder / METADATA, label_column)
+    if _split_folders(folder):
+        return read_split_folders
+    if (folder / MMSA_METADATA).is_file():
+        return lambda folder, label_column: read_mmsa(folder / MMSA_METADATA, label_column)
+    if any((folder / name).is_file() for name in MELD_METADATA.values()):
+        return read_meld
+    return None
+
+
+def read_metadata(source: Path, label_column: str | None) -> RowTable:
+    """Rows of one metadata.csv (file_name, text, label; optional split, start, end, speaker).
+
+    Without a split column, clips that lie in train/, valid/ (validation/, val/, dev/) and test/ belong to
+    the split their folder names, as the Hub's video folders mean it.
+    """
+    table = read_csv(source)
+    rows = tuple(_metadata_rows(table, source.parent, "", label_column))
+    if not any(row.split for row in rows):
+        rows = tuple(replace(row, split=_split_by_folder(row.file)) for row in rows)
+    return RowTable(source, rows, table.broken)
+
+
+def read_split_folders(folder: Path, label_column: str | None) -> RowTable:
+    """Rows of the metadata.csv that lies inside each of train/, valid/ and test/."""
+    rows, broken = [], []
+    for split_folder in _split_folders(folder):
+        table = read_csv(split_folder / METADATA)
+        found = _metadata_rows(table, folder, split_folder.name, label_column)
+        rows += [replace(row, split=row.split or split_folder.name) for row in found]
+        broken += table.broken
+    return RowTable(folder, tuple(rows), tuple(broken))
+
+
+def read_mmsa(source: Path, label_column: str | None) -> RowTable:
+    """Rows of MMSA's label.csv (video_id, clip_id, text, label, mode) with clips in Raw/<video_id>/.
+
+    The file of a clip is found by its stem, whatever its suffix. One video of these corpora shows one
+    speaker, so `video_id` stands for the speaker.
+    """
+    table = read_csv(source)
+    wanted = ["video_id", "clip_id", "text", *([label_column] if label_column else [])]
+    require_columns(source, table.columns, wanted)
+    folder = source.parent
+    stems: dict[str, dict[str, str]] = {}
+    rows = []
+    for line, cells in table.rows:
+        video, clip = cells["video_id"], cells["clip_id"]
+        if video not in stems:
+            stems[video] = _names_by_stem(folder / "Raw" / video)
+        rows.append(
+            Row(
+                source=source,
+                line=line,
+                folder=folder,
+                file=f"Raw/{video}/{stems[video].get(clip, clip + '.mp4')}",
+                text=cells["text"],
+                label=cells[label_column] if label_column else None,
+                split=cells.get("mode") or None,
+                speaker=cells.get("speaker") or video,
+            )
+        )
+    return RowTable(source, tuple(rows), table.broken)
+
+
+def read_meld(folder: Path, label_column: str | None) -> RowTable:
+    """Rows of MELD's three csv files; the label column is Emotion or Sentiment.
+
+    The clips dia<D>_utt<U>.mp4 lie beside each csv file, in a folder whose name holds the split's name
+    (train_splits, dev_splits_complete, output_repeated_splits_test), possibly one level further down.
+    """
+    rows, broken = [], []
+    for split, name in MELD_METADATA.items():
+        if not (folder / name).is_file():
+            continue
+        table = read_csv(folder / name)
+        wanted = ["Utterance", "Speaker", "Dialogue_ID", "Utterance_ID"]
+        require_columns(table.path, table.columns, wanted + ([label_column] if label_column else []))
+        clips = _meld_clips(folder, split)
+        for line, cells in table.rows:
+            file = f"{clips}/dia{cells['Dialogue_ID']}_utt{cells['Utterance_ID']}.mp4"
+            label = cells[label_column] if label_column else None
+            text, speaker = cells["Utterance"], cells["Speaker"]
+            rows.append(Row(table.path, line, folder, file, text, label, split, speaker=speaker))
+        broken += table.broken
+    return RowTable(folder, tuple(rows), tuple(broken))
+
+
+def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str | None) -> Iterator[Row]:
+    """Rows of a metadata.csv that lies in `folder`/`prefix`, with file names relative to `folder`."""
+    wanted = ["file_name", "text"] + ([label_column] if label_column else [])
+    require_columns(table.path, table.columns, wanted)
+    for line, cells in table.rows:
+        file = cells["file_name"]
+        yield Row(
+            source=table.path,
+            line=line,
+            folder=folder,
+            file=os.path.join(prefix, file) if file else "",  # an absolute path stays one: refused later
+            text=cells["text"],
+            label=cells[label_column] if label_column else None,
+            split=cells.get("split", "").strip() or None,
+            start=cells.get("start", ""),
+            end=cells.get("end", ""),
+            speaker=cells.get("speaker", ""),
+        )
+
+
+def _split_by_folder(file: str) -> str | None:
+    parts = PurePosixPath(file).parts
+    return parts[0] if len(parts) > 1 and split_of(parts[0]) else None
+
+
+def _split_folders(folder: Path) -> list[Path]:
+    """Its sub-folders named like a split that hold a metadata.csv, training first."""
+    named = [folder / name for name in SPLIT_NAMES]
+    return [each for each in named if (each / METADATA).is_file()]
+
+
+def _names_by_stem(folder: Path) -> dict[str, str]:
+    """The files of a folder by name without suffix; a video is preferred to, say, the .wav beside it."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    by_rank = sorted(names, key=lambda name: Path(name).suffix.lower() in VIDEO_SUFFIXES)
+    return {Path(name).stem: name for name in by_rank}
+
+
+def _meld_clips(folder: Path, split: str) -> str:
+    nearby = sorted(path for path in (*folder.glob("*/"), *folder.glob("*/*/")) if split in path.name)
+    holding = [path for path in nearby if next(path.glob("dia*_utt*.mp4"), None)]
+    if len(holding) != 1:
+        found = ", ".join(str(path.relative_to(folder)) for path in holding) or "none"
+        raise CorpusError(
+            f"{folder / MELD_METADATA[split]}: its clips dia<D>_utt<U>.mp4 must lie in one folder beside it "
+            f"whose name holds {split!r}; found: {found}. Unpack or rename the folder of clips."
+        )
+    return holding[0].relative_to(folder).as_posix()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the corpus a user brings: metadata.csv, MMSA's or MELD's layout, Arrow tables, a Hub repository."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from feature_extractors.sources import why_hub_is_silent
+from msa_online.corpora.arrow_tables import is_arrow, read_arrow
+from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
+from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
+from msa_online.corpora.splits import SPLITS, seeded_split
+from msa_online.corpora.validation import check_label_column, check_rows
+
+__all__ = ["SPLITS", "BrokenRow", "Corpus", "CorpusError", "Sample", "read_corpus", "require_splits"]
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+SHOWN_NAMES = 8  # of what a folder holds, when it holds no metadata
+logger = logging.getLogger(__name__)
+
+
+def read_corpus(
+    path: str | Path,
+    *,
+    label_column: str | None = "label",
+    label_range: tuple[float, float] | None = None,
+    skip_broken: bool = False,
+    seed: int = 1111,
+) -> Corpus:
+    """Read and check a corpus without decoding anything, so that all that is wrong shows within a second.
+
+    Understood are a folder with metadata.csv (file_name, text, label; optional split, start, end,
+    speaker) or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files
+    with their folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; and
+    "owner/name" on the Hub. Splits that the data give are used as they are. Otherwise clips are shared
+    out 70/10/20 by speaker, or by file where no speaker is named.
+
+    Args:
+        path: The folder, the csv file or table in it, or the name of a data set on the Hub.
+        label_column: The column that holds the label; None leaves labels out.
+        label_range: Smallest and largest legal label; labels become floats. None keeps them as class names.
+        skip_broken: Leave broken rows out, counted in the log, instead of raising.
+        seed: Of the split, where the data give none.
+
+    Raises:
+        CorpusError: There is no metadata, a column is missing or holds no labels of this task, or rows are
+            broken: all of them are listed.
+    """
+    table = _read_rows(path, label_column)
+    if label_column is not None:
+        check_label_column(table.rows, label_column, label_range, skip_broken)
+    samples, broken = check_rows(table, label_range)
+    if broken and not skip_broken:
+        raise CorpusError.of_rows(table.source, broken)
+    if broken:
+        total = len(broken) + len(samples)
+        logger.warning("%s: left out %s broken rows of %s", table.source, len(broken), total)
+    if not samples:
+        raise CorpusError(f"{table.source} has no usable row: write one row for every clip", broken)
+    if not any(sample.split for sample in samples):
+        samples = _with_seeded_split(samples, table.source, seed)
+    return Corpus(tuple(samples), table.source, tuple(broken))
+
+
+def require_splits(corpus: Corpus, names: Iterable[str]) -> None:
+    """Check that the splits a command works on are not empty, before it loads any model.
+
+    Raises:
+        CorpusError: One of the named splits has no sample.
+    """
+    sizes = Counter(sample.split for sample in corpus.samples)
+    empty = [name for name in names if not sizes[name]]
+    if empty:
+        held = ", ".join(f"{sizes[name]} {name}" for name in SPLITS)
+        raise CorpusError(
+            f"{corpus.source}: the {' and '.join(empty)} split is empty (samples: {held}). Name train, valid "
+            "or test in the column 'split', or leave that column out to have the clips shared out 70/10/20.",
+            corpus.broken,
+        )
+
+
+def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
+    local = Path(path).expanduser()
+    if not local.exists():
+        if isinstance(path, str) and REPOSITORY.fullmatch(path):
+            return _read_repository(path, label_column)
+        raise CorpusError(f"{path} does not exist: give a folder with metadata.csv, or owner/name on the Hub")
+    local = local.absolute()
+    if local.is_file() and local.suffix == ".csv":
+        return (read_mmsa if local.name == MMSA_METADATA else read_metadata)(local, label_column)
+    layout = find_layout(local) if local.is_dir() else None
+    if layout is not None:
+        return layout(local, label_column)
+    if is_arrow(local):
+        return read_arrow(local, label_column)
+    raise CorpusError(_no_metadata(local))
+
+
+def _read_repository(name: str, label_column: str | None) -> RowTable:
+    """Download a data set from the Hub, or take what its cache holds, and read it as a folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(
+            snapshot_download(name, repo_type="dataset", local_files_only=bool(why_hub_is_silent()))
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorpusError(
+            f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the "
+            "name and the network, log in with `hf auth login` if it is private, or give a folder."
+        ) from error
+    # a snapshot is made of links into blobs/, two folders up
+    return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])
+
+
+def _no_metadata(path: Path) -> str:
+    looked_for = (
+        "metadata.csv (also in train/, valid/, test/), label.csv with Raw/ (MMSA), train_sent_emo.csv "
+        "(MELD), *.parquet, *.arrow"
+    )
+    if path.is_file():
+        return f"{path} is no .csv, .parquet or .arrow file: give the folder that holds metadata.csv"
+    names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    held = ", ".join(names[:SHOWN_NAMES])
+    if len(names) > SHOWN_NAMES:
+        held += f" and {len(names) - SHOWN_NAMES} more"
+    return (
+        f"{path} has no metadata.csv. Looked for: {looked_for}. The folder holds: {held or 'nothing'}. "
+        "Write a metadata.csv with the header file_name,text,label and a row for every clip."
+    )
+
+
+def _with_seeded_split(samples: list[Sample], source: Path, seed: int) -> list[Sample]:
+    files = [each.id.partition("@")[0] for each in samples]
+    groups = [each.speaker or f"file {file}" for each, file in zip(samples, files, strict=True)]
+    splits = seeded_split(groups, seed)
+    sizes = Counter(splits)
+    logger.warning(
+        "%s gives no splits: %s clips of %s %s are shared out %s/%s/%s (train/valid/test, seed %s)",
+        source,
+        len(samples),
+        len(set(groups)),
+        "speakers" if all(each.speaker for each in samples) else "speakers or files",
+        *(sizes[name] for name in SPLITS),
+        seed,
+    )
+    return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check every value of every row, so that no run stops half-way over one that was wrong before."""
+
+import logging
+import math
+import os
+import stat
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from feature_extractors.clip import Clip
+from msa_online.corpora.corpus import BrokenRow, CorpusError, Sample, place
+from msa_online.corpora.csv_table import did_you_mean
+from msa_online.corpora.layouts import Row, RowTable
+from msa_online.corpora.splits import SPLIT_NAMES, split_of
+
+OUTSIDE = 0.1  # share of labels outside the range from which the range is the mistake, not the labels
+MANY_CLASSES = 30  # numbers as class names: more than this are probably ratings
+SEARCHED_NAMES = 10  # missing files for which a similar name is searched, since that is slow
+Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
+
+
+class RowProblem(ValueError):
+    """One value of a row that cannot be used; the message holds the value and the remedy."""
+
+
+def check_rows(
+    table: RowTable, label_range: tuple[float, float] | None
+) -> tuple[list[Sample], list[BrokenRow]]:
+    """Turn rows into samples, and say of every other row all that is wrong with it.
+
+    Where no row has a split, all samples come back with an empty one for the caller to fill in.
+
+    Args:
+        table: The rows as written.
+        label_range: Smallest and largest label, both legal; None where labels are class names.
+
+    Returns:
+        The samples and the broken rows, each in the order of the rows.
+    """
+    files = _FileCheck(table.links_into)
+    splits_given = any(row.split for row in table.rows)
+    first_rows: dict[tuple[str, float, float | None], Row] = {}
+    samples, broken = [], list(table.broken)
+    for row in table.rows:
+        problems: list[str] = []
+        path = attempt(problems, files.check, row)
+        window = attempt(problems, _window, row) or (None, None)
+        label = attempt(problems, checked_label, row, label_range)
+        split = attempt(problems, checked_split, row.split) if splits_given else ""
+        if not problems:
+            earlier = first_rows.setdefault((os.path.realpath(path), window[0] or 0.0, window[1]), row)
+            if earlier is not row:
+                known = place(earlier.source, earlier.line)
+                problems.append(
+                    f"{row.file!r} has the clip and window of {known}: delete one of the two rows"
+                )
+        if problems:
+            broken.append(BrokenRow(row.source, row.line, "; ".join(problems)))
+        else:
+            clip = Clip(path, *window)
+            samples.append(
+                Sample(
+                    clip=clip,
+                    text=row.text,
+                    label=label,
+                    split=split,
+                    speaker=row.speaker.strip() or None,
+                    source=row.source,
+                    line=row.line,
+                    id=_identity(row.file, clip),
+                )
+            )
+    return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
+
+
+def check_label_column(
+    rows: Sequence[Row], column: str, label_range: tuple[float, float] | None, skip_broken: bool
+) -> None:
+    """Refuse a column that suits the task in few rows only, in one line instead of one for each row.
+
+    Args:
+        rows: All rows, with their labels as written.
+        column: Name of the label column.
+        label_range: Smallest and largest legal label of a regression; None where labels are class names.
+        skip_broken: Rows without a label, or with one out of range, will be left out on request.
+
+    Raises:
+        CorpusError: Most labels are words where numbers are needed, most are empty, or many are out of range.
+    """
+    filled = [row for row in rows if row.label is not None and row.label.strip()]
+    if not skip_broken and len(filled) < len(rows) / 2:
+        first = next(row for row in rows if not (row.label or "").strip())
+        raise CorpusError(
+            f"{place(first.source, first.line)}: the label column {column!r} is empty, as in "
+            f"{len(rows) - len(filled):,} of {len(rows):,} rows: name the column of the labels "
+            "(data.label_column, or --label-column)"
+        )
+    if label_range is None:
+        return
+    low, high = label_range
+    words = [row for row in filled if _number(row.label) is None]
+    if len(words) > len(filled) / 2:
+        raise CorpusError(
+            f"{place(words[0].source, words[0].line)}: the label column {column!r} holds words "
+            f"({words[0].label.strip()!r}; {len(words):,} of {len(rows):,} rows), but a regression needs "
+            f"numbers from {low:g} to {high:g}: train with data.task=classification, or name a column of "
+            "numbers (data.label_column, or --label-column)"
+        )
+    values = [(row, _number(row.label)) for row in filled]
+    numbers = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
+    outside = [row for row, value in numbers if not low <= value <= high]
+    if not skip_broken and len(outside) > max(2, OUTSIDE * len(rows)):
+        lowest, highest = min(value for _, value in numbers), max(value for _, value in numbers)
+        raise CorpusError(
+            f"{place(outside[0].source, outside[0].line)}: label {outside[0].label.strip()!r} is outside "
+            f"[{low:g}, {high:g}], as in {len(outside):,} of {len(rows):,} rows; column {column!r} runs from "
+            f"{lowest:g} to {highest:g}: train with data.label_range=[{math.floor(lowest)},"
+            f"{math.ceil(highest)}], or name another column (data.label_column, or --label-column)"
+        )
+
+
+def check_class_names(source: Path, column: str, names: Collection[str]) -> None:
+    """Refuse to make a class of every score; whole numbers may be classes, but many of them earn a warning.
+
+    Args:
+        source: The file that holds the labels.
+        column: Name of the label column.
+        names: All different labels.
+
+    Raises:
+        CorpusError: There is only one class; or all labels are numbers, and not all are whole.
+    """
+    if len(names) == 1:
+        raise CorpusError(
+            f"{source}: the label column {column!r} holds one class only, {next(iter(names))!r}: a "
+            "classification needs two or more; name another column with data.label_column"
+        )
+    numbers = [_number(name) for name in names]
+    if None in numbers or not all(map(math.isfinite, numbers)):
+        return
+    if fractions := sorted(name for name in names if not float(name).is_integer()):
+        raise CorpusError(
+            f"{source}: the label column {column!r} holds scores ({len(numbers):,} different numbers, like "
+            f"{fractions[0]!r}), and data.task=classification would make a class of each: set "
+            "data.task=regression, or name a column of class names with data.label_column"
+        )
+    if len(numbers) > MANY_CLASSES:
+        logger.warning(
+            "%s: column %r gives %s classes, all of them whole numbers; if they are ratings, set "
+            "data.task=regression and data.label_range",
+            source,
+            column,
+            len(numbers),
+        )
+
+
+def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:
+    """The checked value; a problem goes to the list, so that one row can report several."""
+    try:
+        return check(*values)
+    except RowProblem as problem:
+        problems.append(str(problem))
+        return None
+
+
+def _identity(file: str, clip: Clip) -> str:
+    name = str(PurePosixPath(file))
+    if clip.start is None and clip.end is None:
+        return name
+    return f"{name}@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
+
+
+def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
+    """The label of a row: a number within `label_range`, or a class name where that is None.
+
+    Raises:
+        RowProblem: It is empty, no number, not finite or out of range.
+    """
+    if row.label is None:
+        return None
+    cell = row.label.strip()
+    if not cell:
+        raise RowProblem("the label is empty: rate the clip or delete the row")
+    if label_range is None:
+        return cell
+    low, high = label_range
+    wanted = f"write a number from {low:g} to {high:g}"
+    value = _number(cell)
+    if value is None:
+        raise RowProblem(f"label {cell!r} is not a number: {wanted}")
+    if not math.isfinite(value):
+        raise RowProblem(f"label {cell!r} is not finite: {wanted}")
+    if not low <= value <= high:
+        raise RowProblem(f"label {cell!r} is outside [{low:g}, {high:g}]: {wanted}, or change label_range")
+    return value
+
+
+def checked_split(name: str | None) -> str:
+    """The split that a cell means.
+
+    Raises:
+        RowProblem: It is empty or means none.
+    """
+    if name is None:
+        raise RowProblem("no split is given here although other rows have one: write train, valid or test")
+    split = split_of(name)
+    if split is None:
+        meant = did_you_mean(name, SPLIT_NAMES)
+        raise RowProblem(f"split {name!r} is unknown{meant}: write train, valid or test")
+    return split
+
+
+def _window(row: Row) -> tuple[float | None, float | None]:
+    start, end = _seconds("start", row.start), _seconds("end", row.end)
+    if end is not None and (start or 0.0) >= end:
+        raise RowProblem(f"start {start or 0.0} is not before end {end}: write seconds, start < end")
+    return start, end
+
+
+def _seconds(column: str, cell: str) -> float | None:
+    cell = cell.strip()
+    if not cell:
+        return None
+    value = _number(cell)
+    if value is None or not math.isfinite(value) or value < 0:
+        raise RowProblem(f"{column} {cell!r} is not a time: write seconds into the file, as in 2.5")
+    return value
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+class _FileCheck:
+    """Finds the file of a row, or says why it cannot be used and which file may have been meant."""
+
+    def __init__(self, links_into: Path | None):
+        self.links_into = links_into and Path(os.path.realpath(links_into))
+        self.real_folders: dict[Path, str] = {}
+        self.names: dict[Path, list[str]] = {}
+        self.by_stem: dict[Path, dict[str, str]] = {}
+        self.places: dict[Path, dict[str, str]] = {}
+        self.searches_left = SEARCHED_NAMES
+
+    def check(self, row: Row) -> Path:
+        """The path of a file that exists within the corpus, can be read and is not empty."""
+        if not row.file.strip() or "\0" in row.file:
+            raise RowProblem(f"file name {row.file!r} is empty or no file name: name the clip of this row")
+        if os.path.isabs(row.file):
+            raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
+        path = row.folder / row.file
+        self._require_inside(row, path)
+        try:
+            status = path.stat()
+        except OSError as error:
+            meant = self._meant(row)
+            raise RowProblem(
+                f"{row.file!r} does not exist{meant}: copy it to {path} or correct the name"
+            ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise RowProblem(f"{row.file!r} is not a file: name the clip itself")
+        if status.st_size == 0:
+            raise RowProblem(f"{row.file!r} has zero bytes: copy or download it again")
+        if not os.access(path, os.R_OK):
+            raise RowProblem(f"{row.file!r} must not be read by this user: change its permissions")
+        return path
+
+    def _require_inside(self, row: Row, path: Path) -> None:
+        if row.folder not in self.real_folders:
+            self.real_folders[row.folder] = os.path.join(os.path.realpath(row.folder), "")
+        real = os.path.realpath(path)
+        if real.startswith(self.real_folders[row.folder]):
+            return
+        if self.links_into is None or not Path(real).is_relative_to(self.links_into):
+            raise RowProblem(f"{row.file!r} leaves the corpus for {real}: copy the file into {row.folder}")
+
+    def _meant(self, row: Row) -> str:
+        """A hint at the file that was probably meant: another suffix or case, another folder, a slip."""
+        wanted = PurePosixPath(row.file)
+        folder = row.folder / wanted.parent
+        if folder not in self.names:
+            self.names[folder] = sorted(os.listdir(folder)) if folder.is_dir() else []
+            self.by_stem[folder] = {PurePosixPath(name).stem.lower(): name for name in self.names[folder]}
+        near = self.by_stem[folder].get(wanted.stem.lower())
+        if near is None:
+            near = self._elsewhere(row.folder).get(wanted.name)
+            return f" (but {near!r} does)" if near else self._similar(folder, wanted)
+        return f" (but {str(wanted.parent / near)!r} does)"
+
+    def _elsewhere(self, folder: Path) -> dict[str, str]:
+        """Every file below the folder by its last name."""
+        if folder not in self.places:
+            self.places[folder] = {
+                name: (Path(base).relative_to(folder) / name).as_posix()
+                for base, _, names in os.walk(folder)
+                for name in names
+            }
+        return self.places[folder]
+
+    def _similar(self, folder: Path, wanted: PurePosixPath) -> str:
+        if self.searches_left == 0:
+            return ""
+        self.searches_left -= 1
+        near = get_close_matches(wanted.name, self.names[folder], n=1, cutoff=0.8)
+        return f" (did you mean {str(wanted.parent / near[0])!r}?)" if near else ""
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why `path` cannot be written, or None. Parent folders that are missing are no reason."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"this user has no permission to write in {there}"
+    return None

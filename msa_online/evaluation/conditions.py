@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model does when it may see only some of the modalities, or only a part of each."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from msa_online.configuration_msa import MSAConfig
+from msa_online.evaluation.metrics import classification_metrics, regression_metrics
+from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
+from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
+from msa_online.modeling_msa import MSAModel, MSAOutput
+
+DIVERGED = (
+    "training has diverged: train again with a lower training.learning_rate, training.text_learning_rate or "
+    "training.clip_norm, or with training.mixed_precision=no"
+)
+"""What it means when predictions are not numbers, and what to do about it."""
+
+Batches = Iterable[Mapping[str, Tensor]]
+"""Batches of a split, on the device, from a loader the accelerator prepared."""
+
+
+class UndefinedScoreError(ValueError):
+    """A split has no score: some predictions are not finite, or no sample has anything to predict from."""
+
+
+@dataclass(frozen=True)
+class ConditionPredictions:
+    """Outputs of the model for a whole split, in dataset order.
+
+    Attributes:
+        logits: `(samples, outputs)` float64, by condition.
+        labels: `(samples,)`.
+    """
+
+    logits: dict[str, np.ndarray]
+    labels: np.ndarray
+
+
+def evaluate_conditions(
+    model: MSAModel,
+    batches: Batches,
+    accelerator: Accelerator,
+    conditions: Iterable[str] = tuple(CONDITIONS),
+) -> dict[str, dict[str, float]]:
+    """Metrics of one model under each condition (METHODS 7.3).
+
+    Args:
+        model: The model, not wrapped.
+        batches: Batches of the split.
+        accelerator: Gives precision and gathers over ranks.
+        conditions: Names in `CONDITIONS`.
+
+    Returns:
+        The metrics of `metrics_of`, by condition.
+    """
+    predictions = predict_conditions(model, batches, accelerator, tuple(conditions))
+    return {
+        condition: metrics_of(logits, predictions.labels, model.config)
+        for condition, logits in predictions.logits.items()
+    }
+
+
+def predict_conditions(
+    model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: tuple[str, ...]
+) -> ConditionPredictions:
+    """Run the encoders once over a split, and the head once for each condition."""
+
+    def logits_under_each(batch: Mapping[str, Tensor]) -> Tensor:
+        sequences = model.encode(**batch)
+        return torch.stack(
+            [decide_under(model, sequences, CONDITIONS[condition]).logits for condition in conditions], dim=1
+        )
+
+    logits, labels = over_split(model, batches, accelerator, logits_under_each)
+    return ConditionPredictions(
+        {condition: logits[:, column] for column, condition in enumerate(conditions)}, labels
+    )
+
+
+def evaluate_frame_rates(
+    model: MSAModel,
+    batches: Batches,
+    accelerator: Accelerator,
+    drop: FrameDrop,
+    *,
+    level: str = "input",
+    rates: Sequence[float] = FRAME_RATES,
+) -> dict[str, dict[str, float]]:
+    """Metrics of one model at each rate of missing words, sounds and faces, and their mean (METHODS 7.4).
+
+    Args:
+        model: The model, not wrapped.
+        batches: Batches of the split.
+        accelerator: Gives precision and gathers over ranks.
+        drop: Decides what is dropped from which sample.
+        level: "input" drops before the encoders, which run once for each rate; "feature" behind them, where
+            states become zero.
+        rates: Shares of positions to be dropped, in [0, 1).
+
+    Returns:
+        The metrics of `metrics_of` under each rate as text ("0.1"), and their means under "mean".
+
+    Raises:
+        ValueError: No such level, or a rate outside [0, 1).
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: one of {', '.join(LEVELS)}")
+    if strange := [rate for rate in rates if not 0 <= rate < 1]:
+        raise ValueError(f"rate {strange[0]}: at least 0 and below 1")
+
+    def logits_at_each(batch: Mapping[str, Tensor]) -> Tensor:
+        if level == "input":
+            return torch.stack([model(**drop.from_inputs(batch, rate)).logits for rate in rates], dim=1)
+        sequences, index = model.encode(**batch), batch["index"]
+        dropped = (drop.from_states(sequences, index, rate) for rate in rates)
+        return torch.stack([model.decide(states).logits for states in dropped], dim=1)
+
+    logits, labels = over_split(model, batches, accelerator, logits_at_each)
+    results = {
+        str(rate): metrics_of(logits[:, column], labels, model.config) for column, rate in enumerate(rates)
+    }
+    means = {
+        name: float(np.mean([metrics[name] for metrics in results.values()]))
+        for name in results[str(rates[0])]
+    }
+    return {**results, "mean": means}
+
+
+def validate(
+    model: MSAModel, batches: Batches, accelerator: Accelerator, condition: str = COMPLETE
+) -> dict[str, float]:
+    """Metrics that the epochs of the stage the model is in are judged by.
+
+    Those of the fused prediction under `condition`; in a stage that does not train it, the mean over
+    modalities of the metrics of their own predictions, each on the samples that have the modality.
+
+    Raises:
+        UndefinedScoreError: A prediction is not finite, or no sample has any modality.
+    """
+
+    def logits_and_presence(batch: Mapping[str, Tensor]) -> Tensor:
+        sequences = model.encode(**batch)
+        output = decide_under(model, sequences, CONDITIONS[condition])
+        if output.fused_valid:
+            return torch.cat([output.logits, torch.ones_like(output.logits[:, :1])], dim=-1).unsqueeze(1)
+        alone = []
+        for name in MODALITIES:
+            present = sequences[name].present.unsqueeze(-1)
+            alone.append(torch.cat([output.modality_logits[name].where(present, 0.0), present], dim=-1))
+        return torch.stack(alone, dim=1)  # (batch, predictions, outputs + 1)
+
+    answers, labels = over_split(model, batches, accelerator, logits_and_presence)
+    logits, observed = answers[..., :-1], answers[..., -1] > 0
+    each = [
+        metrics_of(logits[seen, column], labels[seen], model.config)
+        for column, seen in enumerate(observed.T)
+        if seen.any()
+    ]
+    if not each:
+        raise UndefinedScoreError(
+            "no validation sample has text, sound or a face: there is nothing to judge by"
+        )
+    return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
+
+
+@torch.inference_mode()
+def over_split(
+    model: MSAModel,
+    batches: Batches,
+    accelerator: Accelerator,
+    answer: Callable[[Mapping[str, Tensor]], Tensor],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ask `answer` about every batch of a split, the model in evaluation mode.
+
+    Args:
+        model: The model, not wrapped.
+        batches: Batches of the split.
+        accelerator: Gives precision and gathers over ranks.
+        answer: Takes the inputs of a batch and its `index`, and returns `(batch, ...)`.
+
+    Returns:
+        The answers `(samples, ...)` float64 and the labels `(samples,)`, from all ranks, in dataset order,
+        each sample once.
+
+    Raises:
+        UndefinedScoreError: An answer is not finite.
+    """
+    training = model.training
+    model.eval()
+    answers, labels, index = [], [], []
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with accelerator.autocast():
+            answers.append(answer(inputs).float())
+        labels.append(batch["labels"])
+        index.append(batch["index"])
+    model.train(training)
+    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, answers, labels))
+    index, answers, labels = gathered
+    _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
+    answers = answers[first].astype(np.float64)
+    finite = np.isfinite(answers).reshape(len(answers), -1).all(axis=1)
+    if not finite.all():
+        found = (
+            f"{np.count_nonzero(~finite):,} of {len(finite):,} samples have predictions that are not finite"
+        )
+        raise UndefinedScoreError(f"{found}; {DIVERGED}")
+    return answers, labels[first]
+
+
+def decide_under(
+    model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: Iterable[str]
+) -> MSAOutput:
+    """Decide on encoded sequences of which only the modalities `visible` may be seen."""
+    seen = {
+        name: sequence.only(torch.full_like(sequence.present, name in visible))
+        for name, sequence in sequences.items()
+    }
+    return model.decide(seen)
+
+
+def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dict[str, float]:
+    """Metrics of outputs `(samples, outputs)` against `labels` `(samples,)`, by the task of the model."""
+    if config.is_regression:
+        return regression_metrics(logits[:, 0], labels, label_range=config.label_range)
+    return classification_metrics(logits, labels, num_classes=config.num_labels)
+
+
+def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:
+    """What the best epoch is chosen by, higher is better: -MAE in regression, else weighted F1."""
+    return -metrics["mae"] if is_regression else metrics["f1_weighted"]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balancing methods: three plain tables, name in the configuration to class.
+
+A method of one's own joins with `HEADS["mine"] = MyHead`, before the model is built.
+"""
+
+from msa_online.methods.balm import FeatureCalibration, RebalancingModulator
+from msa_online.methods.base import (
+    BalancingHead,
+    Calibrator,
+    GradientModulator,
+    HeadOutput,
+    Modulation,
+    ModulationContext,
+)
+from msa_online.methods.cpsl import ConflictModulator, CPSLHead
+from msa_online.methods.ebmc import EBMCHead
+from msa_online.methods.late_fusion import LateFusionHead
+from msa_online.methods.ogm import OGMModulator
+from msa_online.methods.pase.head import PaSEHead
+from msa_online.methods.pase.modulator import ShapleyModulator
+
+HEADS: dict[str, type[BalancingHead]] = {
+    "late_fusion": LateFusionHead,
+    "ebmc": EBMCHead,
+    "cpsl": CPSLHead,
+    "pase": PaSEHead,
+}
+
+MODULATORS: dict[str, type[GradientModulator]] = {
+    "identity": GradientModulator,
+    "ogm": OGMModulator,
+    "conflict": ConflictModulator,
+    "rebalance": RebalancingModulator,
+    "shapley": ShapleyModulator,
+}
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    "identity": Calibrator,
+    "fcm": FeatureCalibration,
+}
+
+__all__ = [
+    "CALIBRATORS",
+    "HEADS",
+    "MODULATORS",
+    "BalancingHead",
+    "CPSLHead",
+    "Calibrator",
+    "ConflictModulator",
+    "EBMCHead",
+    "FeatureCalibration",
+    "GradientModulator",
+    "HeadOutput",
+    "LateFusionHead",
+    "Modulation",
+    "ModulationContext",
+    "OGMModulator",
+    "PaSEHead",
+    "RebalancingModulator",
+    "ShapleyModulator",
+]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Late fusion: pool each modality, concatenate, predict. The baseline, and the template to copy."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from msa_online.layers.arguments import check_choice
+from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, task_loss
+from msa_online.layers.modules import MissingTokens, masked_mean
+from msa_online.methods.base import BalancingHead, HeadOutput
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+
+class LateFusionHead(BalancingHead):
+    """Concatenation of pooled modalities with a two-layer predictor (LF-DNN, METHODS 5).
+
+    Controls for everything: a balancing method that does not beat it at equal encoders, budget and tuning has
+    balanced nothing.
+
+        h_m = GELU(W_m LayerNorm(mean_t X_m))        a learned token where m is absent
+        s_m = U_m h_m                                prediction of m alone
+        s   = V GELU(W [h_text; h_audio; h_vision])  fused prediction
+
+    Losses: `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the samples that have
+    m. It keeps a weak modality learning when the strong one already explains the label; a weight of 0 turns
+    it off.
+
+    Args:
+        widths: Width of each modality's states.
+        num_labels: Outputs; 1 is regression.
+        hidden_size: Width of h_m and of the predictor's hidden layer.
+        dropout: Share of h_m and of the hidden layer dropped in training.
+        regression_loss: "mse" or "l1".
+
+    Raises:
+        ValueError: `regression_loss` is neither.
+    """
+
+    loss_names = ("task", "unimodal")
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        num_labels: int,
+        *,
+        hidden_size: int = 128,
+        dropout: float = 0.2,
+        regression_loss: str = "mse",
+    ) -> None:
+        super().__init__()
+        check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
+        self.regression_loss = regression_loss
+        self.projections = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)
+                )
+                for name, width in widths.items()
+            }
+        )
+        self.missing = MissingTokens(hidden_size)
+        # U_m; in newer heads `predictors`, here the name is in the keys of published checkpoints
+        self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in widths})
+        self.fusion = nn.Sequential(
+            nn.Linear(len(widths) * hidden_size, hidden_size), nn.GELU(), nn.Dropout(dropout)
+        )
+        self.classifier = nn.Linear(hidden_size, num_labels)
+
+    def forward(
+        self,
+        sequences: Mapping[str, ModalitySequence],
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> HeadOutput:
+        """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
+        features = {
+            name: self.missing(name, self.projections[name](masked_mean(sequence)), sequence.present)
+            for name, sequence in sequences.items()
+        }  # (batch, hidden) each
+        fused = self.fusion(torch.cat([features[name] for name in MODALITIES], dim=-1))  # (batch, hidden)
+        output = HeadOutput(
+            logits=self.classifier(fused),
+            modality_logits={name: self.unimodal[name](state) for name, state in features.items()},
+            features=features,
+            fused=fused,
+        )
+        if labels is not None:
+            present = {name: sequence.present for name, sequence in sequences.items()}
+            output.losses = {
+                "task": task_loss(output.logits, labels, regression_loss=self.regression_loss),
+                "unimodal": loss_alone(output.modality_logits, labels, present, self.regression_loss),
+            }
+        return output
+
+    def modality_parameters(self) -> dict[str, list[Parameter]]:
+        """Projection of each modality."""
+        return {name: list(self.projections[name].parameters()) for name in MODALITIES}

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaSE: prototypes calibrate and align the modalities, Shapley values keep them in balance (AAAI 2026)."""
+
+from msa_online.methods.pase.head import PaSEHead
+from msa_online.methods.pase.modulator import ShapleyModulator
+
+__all__ = ["PaSEHead", "ShapleyModulator"]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features that others have made, in a pickle or an .npz file, to a corpus that training reads."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from msa_online.corpora.corpus import CorpusError
+from msa_online.corpora.csv_table import CsvTable, read_csv, require_columns
+from msa_online.precomputed.corpus import FeatureSample, FeatureSteps
+from msa_online.precomputed.files import (
+    COLUMNS,
+    PICKLES,
+    FeatureTable,
+    read_feature_archive,
+    read_feature_folder,
+    require_new_folder,
+    write_feature_folder,
+)
+from msa_online.precomputed.mmsa import read_mmsa_features
+from msa_online.precomputed.pooling import pool
+from msa_online.precomputed.reading import check_features
+
+LABELS = ("label", "regression_labels", "annotations", "classification_labels")
+"""Where a label is looked for if nobody says; the first that is there."""
+
+NON_FINITE = ("refuse", "zero")
+SHOWN_IDS = 5
+
+
+def convert_features(
+    source: Path,
+    folder: Path,
+    *,
+    metadata: Path | None = None,
+    label_column: str | None = None,
+    split_column: str = "split",
+    level: str = "sequence",
+    non_finite: str = "refuse",
+    valid_share: float | None = None,
+    skip_broken: bool = False,
+) -> None:
+    """Make a corpus of features; all that is wrong shows before anything is written.
+
+    Args:
+        source: A pickle in MMSA's layout, an .npz file, or a folder with features.safetensors.
+        folder: Where the corpus goes; it appears whole or not at all.
+        metadata: A csv file whose rows, found by their id, take the place of what the source says.
+        label_column: The column that becomes the label; by default the first of `LABELS` that is there.
+        split_column: The column that becomes the split.
+        level: "sequence" keeps the steps; "utterance" pools them as `pool` says.
+        non_finite: What becomes of NaN and infinities: "refuse" them, or take "zero" for each.
+        valid_share: Share of the training samples that become the validation split, whole speakers where they
+            are named; for data that bring no such split.
+        skip_broken: Leave broken rows out, instead of raising.
+
+    Raises:
+        CorpusError: The source or the folder cannot be used; the message names file, row, value and remedy.
+    """
+    require_new_folder(folder)
+    table = _read(source)
+    if metadata is not None:
+        table = _described_by(table, read_csv(metadata), source)
+    replaced: dict[str, int] = {}
+    if non_finite == "zero":
+        replaced = {name: int((~torch.isfinite(s.values)).sum()) for name, s in table.steps.items()}
+        table = replace(table, steps={name: _with_zeros(steps) for name, steps in table.steps.items()})
+    label_column = label_column or next((name for name in LABELS if name in table.metadata.columns), "label")
+    samples, broken = check_features(
+        table, label_column=label_column, split_column=split_column, label_range=None
+    )
+    if broken and not (skip_broken and samples):
+        raise CorpusError.of_rows(table.metadata.path, broken)
+    if valid_share is not None:
+        samples = _with_valid(samples, valid_share, table.metadata.path)
+    steps = table.steps
+    if [sample.row for sample in samples] != list(range(len(table.metadata.rows))):
+        steps = {
+            name: of_modality.take([each.row for each in samples]) for name, of_modality in steps.items()
+        }
+    if level == "utterance":
+        steps = pool(steps)
+    origin = {
+        "made by": "msa-online convert-features",
+        "source": str(source),
+        "metadata": str(metadata) if metadata else None,
+        "label column": label_column,
+        "split column": split_column,
+        "level": level,
+        "non-finite numbers replaced by zero": replaced,
+        "share of training taken for validation": valid_share,
+        "rows left out": len(broken),
+        "widths": {name: of_modality.width for name, of_modality in steps.items()},
+    }
+    write_feature_folder(folder, _rows(table, samples, label_column, split_column), steps, origin)
+
+
+def _read(source: Path) -> FeatureTable:
+    if source.suffix in PICKLES:
+        return read_mmsa_features(source)
+    if not source.exists():
+        raise CorpusError(f"{source} does not exist: give a .pkl or .npz file")
+    if source.is_dir():
+        return read_feature_folder(source)
+    if source.suffix != ".npz":
+        raise CorpusError(f"{source} is neither a .pkl in MMSA's layout nor an .npz file")
+    return read_feature_archive(source)
+
+
+def _described_by(table: FeatureTable, metadata: CsvTable, source: Path) -> FeatureTable:
+    """The same features under the rows of another table, found by id."""
+    require_columns(metadata.path, metadata.columns, ["id"])
+    if metadata.broken:
+        raise CorpusError.of_rows(metadata.path, metadata.broken)
+    lines = Counter(cells["id"] for _, cells in metadata.rows)
+    if twice := [name for name, count in lines.items() if count > 1]:
+        raise CorpusError(f"{metadata.path} names {_some(twice)} more than once: keep one row for each id")
+    rows = {cells["id"]: (line, cells) for line, cells in metadata.rows}
+    ids = [cells["id"] for _, cells in table.metadata.rows]
+    if unnamed := [name for name in ids if name not in rows]:
+        raise CorpusError(
+            f"{metadata.path} does not name {_some(unnamed)}, of which {source} has features: add a row for "
+            "each id"
+        )
+    if unknown := sorted(rows.keys() - ids):
+        raise CorpusError(
+            f"{metadata.path} names {_some(unknown)}, of which {source} has no features: delete these rows"
+        )
+    return replace(table, metadata=replace(metadata, rows=tuple(rows[name] for name in ids)))
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:SHOWN_IDS])
+    return shown + (f" and {len(names) - SHOWN_IDS:,} more" if len(names) > SHOWN_IDS else "")
+
+
+def _with_zeros(steps: FeatureSteps) -> FeatureSteps:
+    return replace(steps, values=torch.nan_to_num(steps.values, nan=0.0, posinf=0.0, neginf=0.0))
+
+
+def _with_valid(samples: Sequence[FeatureSample], share: float, source: Path) -> list[FeatureSample]:
+    """Training samples moved to "valid", by speaker or else by id, in the order of a hash of their names."""
+    sizes = Counter(sample.speaker or sample.id for sample in samples if sample.split == "train")
+    if any(sample.split == "valid" for sample in samples):
+        raise CorpusError(f"{source} has a validation split already: leave --valid-share out")
+    wanted = share * sizes.total()
+    moved: set[str] = set()
+    for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if sum(sizes[each] for each in moved) >= wanted:
+            break
+        moved.add(group)
+    return [
+        replace(sample, split="valid")
+        if sample.split == "train" and (sample.speaker or sample.id) in moved
+        else sample
+        for sample in samples
+    ]
+
+
+def _rows(
+    table: FeatureTable, samples: Sequence[FeatureSample], label_column: str, split_column: str
+) -> list[dict[str, str]]:
+    """Rows to write: ours, and behind them the source's other columns."""
+    ours = {*COLUMNS, label_column, split_column}
+    others = [name for name in table.metadata.columns if name not in ours and not name.endswith("_lengths")]
+    cells = dict(zip(table.places, (row for _, row in table.metadata.rows), strict=True))
+    return [
+        {
+            "id": sample.id,
+            "text": sample.text,
+            "label": str(sample.label),
+            "split": sample.split,
+            "speaker": sample.speaker or "",
+            **{name: cells[sample.row][name] for name in others if name},
+        }
+        for sample in samples
+    ]

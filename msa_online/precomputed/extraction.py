@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw clips to a corpus of features: states of a frozen text encoder, descriptors of voice, face scores."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from feature_extractors import CacheError, ExtractionSettings, FeatureCache
+from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
+from msa_online.corpora.cache_filling import PreparedCorpus, prepare
+from msa_online.corpora.corpus import Corpus
+from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
+from msa_online.precomputed.corpus import FeatureSteps
+from msa_online.precomputed.files import require_new_folder, write_feature_folder
+from msa_online.precomputed.pooling import pool
+from msa_online.processing_msa import MAX_TEXT_TOKENS
+
+TEXTS_TOGETHER = 32
+
+
+def extract_features(
+    corpus: Corpus,
+    folder: Path,
+    *,
+    text_encoder: str,
+    level: str = "sequence",
+    settings: ExtractionSettings | None = None,
+    workers: int | None = None,
+    skip_broken: bool = False,
+) -> PreparedCorpus:
+    """Make a corpus of features from raw clips, for trying many heads on states computed once.
+
+    Text becomes the last hidden states of the text encoder as it was published, sound the descriptors of
+    `audio_descriptors`, each frame with a face its 52 blendshape scores. What a clip lacks has no steps.
+
+    Args:
+        corpus: The clips; their label, split and speaker are kept.
+        folder: Where the corpus of features goes; it appears whole or not at all.
+        text_encoder: Folder or name of a text encoder.
+        level: "sequence" keeps the steps; "utterance" pools them as `pool` says.
+        settings: What to extract from clips; what the cache holds is not extracted again.
+        workers: Processes that extract features.
+        skip_broken: Leave clips out that cannot be decoded, instead of raising.
+
+    Returns:
+        What was found in the clips.
+
+    Raises:
+        CorpusError: The folder is taken or cannot be written, or clips cannot be decoded.
+        TextEncoderError: The text encoder is not to be had.
+    """
+    settings = settings or ExtractionSettings()
+    require_new_folder(folder)
+    tokenizer, encoder = load_tokenizer(text_encoder), TextEncoder(load_text_config(text_encoder))
+    encoder.load_pretrained(text_encoder)
+    cache = FeatureCache()
+    prepared = prepare(corpus, cache, settings, workers, skip_broken)
+    samples = prepared.samples
+    sequences = {name: [] for name in MODALITIES}
+    sequences["text"] = encode_texts([sample.text for sample in samples], tokenizer, encoder)
+    for sample in _progress(samples, "describing voices and faces"):
+        features = cache.load(prepared.keys[sample.id])
+        if features is None:
+            raise CacheError(f"the features of {sample.clip.path} have left the cache: start again")
+        sequences["audio"].append(audio_descriptors(features.log_mel if features.has_audio else _NO_SOUND))
+        sequences["vision"].append(blendshapes_of(features))
+    widths = {"text": _width_of(encoder), "audio": len(DESCRIPTORS), "vision": NUM_BLENDSHAPES}
+    steps = {name: FeatureSteps.join(sequences[name], widths[name]) for name in MODALITIES}
+    if level == "utterance":
+        steps = pool(steps)
+    rows = [
+        {
+            "id": sample.id,
+            "text": sample.text,
+            "label": str(sample.label),
+            "split": sample.split,
+            "speaker": sample.speaker or "",
+        }
+        for sample in samples
+    ]
+    origin = {
+        "made by": "msa-online extract-features",
+        "clips": str(corpus.source),
+        "level": level,
+        "text": {"encoder": text_encoder, "states": "last hidden layer, special tokens included"},
+        "audio": {"descriptors": DESCRIPTORS},
+        "vision": {"scores": "MediaPipe blendshapes of frames with a face"},
+        "extraction": asdict(settings),
+        "widths": {name: each.width for name, each in steps.items()},
+    }
+    write_feature_folder(folder, rows, steps, origin)
+    return prepared
+
+
+_NO_SOUND = np.zeros((0, 1), np.float32)
+
+
+@torch.inference_mode()
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
+) -> list[np.ndarray]:
+    """Last hidden states of each text, `(tokens, width)` float32; none for an empty text.
+
+    Special tokens have states too. Texts beyond 128 tokens are cut, as `MSAProcessor` cuts them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = encoder.to(device).eval()
+    ids = {
+        number: torch.tensor(tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"])
+        for number, text in enumerate(texts)
+        if text.strip()
+    }
+    states = [np.zeros((0, _width_of(encoder)), np.float32)] * len(texts)
+    order = sorted(ids, key=lambda number: len(ids[number]))
+    batches = [order[at : at + TEXTS_TOGETHER] for at in range(0, len(order), TEXTS_TOGETHER)]
+    for batch in _progress(batches, "encoding texts"):
+        padding = tokenizer.pad_token_id
+        padded = pad_sequence([ids[number] for number in batch], batch_first=True, padding_value=padding)
+        lengths = torch.tensor([len(ids[number]) for number in batch])
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+        sequence = encoder({"text_input_ids": padded.to(device), "text_mask": mask.to(device)})
+        for number, values, length in zip(batch, sequence.values.cpu().numpy(), lengths, strict=True):
+            states[number] = values[:length].copy()
+    return states
+
+
+def blendshapes_of(features: ClipFeatures) -> np.ndarray:
+    """Scores of the frames that show the face, `(frames with a face, 52)` float32 in [0, 1]."""
+    return features.blendshapes[features.face_found]
+
+
+def _width_of(encoder: TextEncoder) -> int:
+    return encoder.model.config.hidden_size
+
+
+def _progress(items: Sequence, description: str):
+    return track(items, description, transient=True, console=Console(stderr=True))

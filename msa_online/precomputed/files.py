@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora of features on disk: a folder with metadata.csv and features.safetensors, or an .npz file."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import uuid
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msa_online.corpora.corpus import CorpusError
+from msa_online.corpora.csv_table import MOST_ROWS, CsvTable, read_csv
+from msa_online.corpora.limited_process import installed_memory
+from msa_online.corpora.validation import why_not_writable
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed.corpus import FeatureSteps
+
+METADATA = "metadata.csv"
+FEATURES = "features.safetensors"
+ORIGIN = "origin.json"
+PICKLES = (".pkl", ".pickle")
+COLUMNS = ("id", "text", "label", "split", "speaker")
+TRANSCRIPT = "raw_text"  # what an .npz or a pickle calls the text, since `text` is its features
+DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError),
+    *(SyntaxError, TokenError, MemoryError, RecursionError),  # of the headers, which numpy parses as Python
+)
+"""What zipfile and numpy raise on an archive that is damaged, is none, or holds Python objects."""
+
+MOST_CELLS = 20_000_000  # of text
+MOST_HEADER = 1_000_000  # bytes of a safetensors header
+SMALL, RATIO = 1 << 28, 100  # bytes that any archive may unpack to, and by which share of its size more
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features and their rows as written, before any value is checked.
+
+    Attributes:
+        metadata: The rows.
+        places: Place of each row among the features; rows that could not be told apart into cells have one
+            too, which is then left out here.
+        steps: Features by modality.
+    """
+
+    metadata: CsvTable
+    places: tuple[int, ...]
+    steps: dict[str, FeatureSteps]
+
+
+def means_features(path: str | Path) -> bool:
+    """Whether a path means features made elsewhere, and not clips; that they can be used is not said."""
+    local = Path(path).expanduser()
+    return local.suffix in (".npz", *PICKLES) or (local / FEATURES).is_file()
+
+
+def read_feature_folder(folder: Path) -> FeatureTable:
+    """Rows and memory-mapped features of a folder.
+
+    Raises:
+        CorpusError: A file is missing, damaged, or does not fit the other.
+    """
+    source = folder / FEATURES
+    if not (folder / METADATA).is_file():
+        raise CorpusError(f"{folder} has no {METADATA}: it says what the rows of {FEATURES} are")
+    metadata = read_csv(folder / METADATA)
+    known = [f"{name}.{part}" for name in MODALITIES for part in ("values", "offsets")]
+    try:
+        with open(source, "rb") as file:
+            if (size := int.from_bytes(file.read(8), "little")) > MOST_HEADER:
+                raise CorpusError(
+                    f"{source} has a header of {size:,} bytes, too many for {len(known)} tensors: copy or "
+                    "make it again"
+                )
+        with safe_open(source, framework="pt") as file:
+            if unknown := sorted(set(file.keys()).difference(known)):
+                raise CorpusError(
+                    f"{source} holds {', '.join(unknown[:10])}: known are <modality>.values and "
+                    f"<modality>.offsets of {', '.join(MODALITIES)}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise CorpusError(f"{source} is damaged or cut off ({error}): copy or make it again") from error
+    steps = {}
+    for name in MODALITIES:
+        parts = [tensors.get(f"{name}.{part}") for part in ("values", "offsets")]
+        if parts != [None, None]:
+            steps[name] = _checked_steps(source, name, *parts)
+    lines = sorted([*(line for line, _ in metadata.rows), *(row.line for row in metadata.broken)])
+    place_of = {line: place for place, line in enumerate(lines)}
+    places = tuple(place_of[line] for line, _ in metadata.rows)
+    return fitting(FeatureTable(metadata, places, steps), source)
+
+
+def read_feature_archive(path: Path) -> FeatureTable:
+    """Rows and features of an .npz file.
+
+    Its keys: `id` and the columns of labels and splits, one-dimensional; `text`, `audio` and `vision`,
+    `(samples, width)` or `(samples, time, width)`, with `<modality>_lengths` or padded with rows of zeros at
+    the end; `raw_text` and `speaker` where they are known. No key is ever unpickled.
+
+    Raises:
+        CorpusError: It is no such file, is damaged, unpacks to far more than its size, or its arrays do not
+            fit each other.
+    """
+    try:
+        _require_honest(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except CorpusError:
+        raise
+    except DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorpusError(
+            f"{path} cannot be read as an .npz file of arrays ({reason}): copy it again; columns of text are "
+            "saved as arrays of strings (dtype U), not of Python objects"
+        ) from error
+    steps, columns = {}, {}
+    for key, array in arrays.items():
+        if key in MODALITIES and (array.ndim > 1 or array.dtype.kind not in "US"):
+            steps[key] = unpadded(path, key, array, arrays.get(f"{key}_lengths"))
+        elif array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
+            strings = array.astype(str) if array.dtype.kind == "S" else array
+            columns[TRANSCRIPT if key == "text" else key] = [str(cell) for cell in strings.ravel()]
+    metadata = table_of(path, columns)
+    return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+
+
+def _require_honest(path: Path) -> None:
+    """Check what an archive says of its arrays before any is unpacked.
+
+    Raises:
+        CorpusError: They are larger than an archive of its size should hold, or more than a corpus can be.
+        ValueError: A member is no array of numbers or text, is not as long as its shape says, or is packed in
+            another way than numpy packs; like `zipfile`'s own errors, for the caller to report.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked, size = sum(member.file_size for member in members), path.stat().st_size
+        if unpacked > (most := min(SMALL + RATIO * size, installed_memory())):
+            raise CorpusError(
+                f"{path} ({size:,} bytes) unpacks to {unpacked / 1e9:,.1f} GB, more than the "
+                f"{most / 1e9:,.1f} GB that an archive of its size may hold: it is damaged or made to do "
+                "harm. If you trust it, save its arrays with numpy.savez, without compression."
+            )
+        cells = 0
+        for member in members:
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename} is encrypted, or packed in another way than numpy packs")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in HEADERS:
+                    raise ValueError(f"{member.filename} is an array of named fields")
+                shape, _, dtype = HEADERS[version](file)
+                if dtype.hasobject:
+                    raise ValueError(f"{member.filename} holds Python objects")
+                if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                    raise ValueError(f"{member.filename} is not as long as its shape {shape} says")
+            if shape and shape[0] > MOST_ROWS:
+                raise CorpusError(f"{path}: {member.filename} has more than {MOST_ROWS:,} rows: split it")
+            cells += math.prod(shape) if math.prod(shape[1:]) == 1 else 0
+    if cells > MOST_CELLS:
+        raise CorpusError(f"{path} has {cells:,} cells in its columns, more than {MOST_CELLS:,}: split it")
+
+
+def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:
+    """Columns of text as a table; `raw_text` is called `text` in it.
+
+    Raises:
+        CorpusError: There are no ids, the columns differ in length, or they are more than a corpus can be.
+    """
+    if "id" not in columns:
+        raise CorpusError(f"{source} has no key 'id'; its keys are: {', '.join(columns) or 'none'}")
+    count = len(columns["id"])
+    if count * len(columns) > MOST_CELLS or count > MOST_ROWS:
+        raise CorpusError(f"{source} has {count:,} rows of {len(columns)} columns: split it into parts")
+    for key, cells in columns.items():
+        if len(cells) != count:
+            raise CorpusError(f"{source}: {len(cells):,} {key} for {count:,} ids: one is needed for each")
+    names = tuple("text" if name == TRANSCRIPT else name for name in columns)
+    rows = enumerate(zip(*columns.values(), strict=True), start=1)
+    return CsvTable(
+        source, names, tuple((number, dict(zip(names, cells, strict=True))) for number, cells in rows), ()
+    )
+
+
+def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | None) -> FeatureSteps:
+    """Features of a modality without their padding.
+
+    Args:
+        source: The file, for messages.
+        name: The modality, for messages.
+        values: `(samples, width)`, one step each, or `(samples, time, width)`.
+        lengths: Steps of each sample, `(samples,)`; None takes rows of zeros at the end for padding, so that
+            a sample of nothing but zeros lacks the modality.
+
+    Raises:
+        CorpusError: The array has another shape or holds no numbers, or a length is not possible.
+    """
+    if values.ndim not in (2, 3) or values.dtype.kind not in "fiub" or 0 in values.shape[1:]:
+        raise CorpusError(
+            f"{source}: {name} is an array {values.shape} of {values.dtype}: numbers of the shape "
+            "(samples, width) or (samples, time, width) are needed"
+        )
+    time = values.shape[1] if values.ndim == 3 else 1
+    values = values.reshape(len(values), time, values.shape[-1])
+    if lengths is None:
+        backwards = values.any(axis=-1)[:, ::-1]  # NaN counts as something
+        lengths = np.where(backwards.any(axis=1), time - backwards.argmax(axis=1), 0)
+    lengths = _whole_numbers(source, name, np.asarray(lengths).ravel())
+    if len(lengths) != len(values):
+        raise CorpusError(f"{source}: {len(lengths):,} {name}_lengths for {len(values):,} samples of {name}")
+    if impossible := np.flatnonzero((lengths < 0) | (lengths > time)).tolist():
+        row = impossible[0]
+        raise CorpusError(
+            f"{source}: {name}_lengths says {lengths[row]} steps in row {row + 1}, but {name} has {time} "
+            f"({len(impossible):,} such rows): mend the lengths, or leave them out"
+        )
+    kept = values[np.arange(time) < lengths[:, None]]
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+        return FeatureSteps(
+            torch.from_numpy(kept.astype(np.float32, copy=False)), np.cumsum([0, *lengths], dtype=np.int64)
+        )
+
+
+def require_new_folder(folder: Path) -> None:
+    """Check that a corpus can be written to a folder before the work begins; its parents are made later.
+
+    Raises:
+        CorpusError: Something is there already, or the folder cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CorpusError(f"{folder} is there already: name a new folder, or delete this one")
+    if reason := why_not_writable(folder):
+        raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
+
+
+def write_feature_folder(
+    folder: Path,
+    rows: Sequence[Mapping[str, str]],
+    steps: Mapping[str, FeatureSteps],
+    origin: Mapping[str, Any],
+) -> None:
+    """Write a corpus of features; the folder appears whole or not at all.
+
+    Args:
+        folder: Where to, see `require_new_folder`; parent folders are made.
+        rows: Cells of each sample by column: those of `COLUMNS`, and the same further ones in every row.
+        steps: Features by modality, samples in the order of `rows`.
+        origin: How the features were made.
+
+    Raises:
+        CorpusError: It cannot be written.
+    """
+    require_new_folder(folder)
+    parent = folder.absolute().parent
+    draft = parent / f".{folder.name}-{uuid.uuid4().hex}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        with open(draft / METADATA, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())])))
+            writer.writeheader()
+            writer.writerows(rows)
+        tensors = {
+            f"{name}.{part}": tensor
+            for name, of_modality in steps.items()
+            for part, tensor in (
+                ("values", of_modality.values.contiguous()),
+                ("offsets", torch.from_numpy(of_modality.offsets)),
+            )
+        }
+        save_file(tensors, draft / FEATURES)
+        shutil.copymode(draft / METADATA, draft / FEATURES)  # the library lets only the owner read it
+        (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, folder)
+    except (OSError, SafetensorError) as error:
+        raise CorpusError(
+            f"{folder} cannot be written ({error}): make room, or name a folder on another disk"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _checked_steps(
+    source: Path, name: str, values: torch.Tensor | None, offsets: torch.Tensor | None
+) -> FeatureSteps:
+    if values is None or offsets is None:
+        raise CorpusError(f"{source}: {name}.values and {name}.offsets are needed together")
+    if values.ndim != 2 or values.dtype != torch.float32 or values.shape[1] == 0:
+        raise CorpusError(
+            f"{source}: {name}.values is {tuple(values.shape)} of {values.dtype}: float32 of the shape "
+            "(all steps, width) is needed"
+        )
+    if offsets.ndim != 1 or offsets.dtype != torch.int64 or len(offsets) == 0:
+        raise CorpusError(f"{source}: {name}.offsets must be int64 of the shape (samples + 1,)")
+    ends = offsets.numpy().copy()
+    if ends[0] != 0 or ends[-1] != len(values) or (np.diff(ends) < 0).any():
+        raise CorpusError(
+            f"{source}: {name}.offsets must rise from 0 to the {len(values):,} steps of {name}.values"
+        )
+    return FeatureSteps(values, ends)
+
+
+def fitting(table: FeatureTable, source: Path) -> FeatureTable:
+    """The table as it is; `source` holds its features.
+
+    Raises:
+        CorpusError: It has no features at all, or not for as many samples as there are rows.
+    """
+    if not table.steps:
+        raise CorpusError(f"{source} holds no features: text, audio or vision are looked for")
+    count = len(table.metadata.rows) + len(table.metadata.broken)
+    for name, steps in table.steps.items():
+        if len(steps.lengths) != count:
+            raise CorpusError(
+                f"{source}: {name} has {len(steps.lengths):,} samples, but {table.metadata.path.name} names "
+                f"{count:,}: make both of the same samples in the same order"
+            )
+    return table
+
+
+def _whole_numbers(source: Path, name: str, lengths: np.ndarray) -> np.ndarray:
+    if lengths.dtype.kind in "iu":
+        return lengths.astype(np.int64)
+    if lengths.dtype.kind == "f" and np.array_equal(lengths, np.round(lengths)):
+        return lengths.astype(np.int64)
+    raise CorpusError(f"{source}: {name}_lengths must be whole numbers, not {lengths.dtype}")

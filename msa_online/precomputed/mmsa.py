@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MMSA's pickled features as a table, by way of a process that may build nothing but plain data."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from msa_online.corpora.corpus import CorpusError
+from msa_online.corpora.csv_table import MOST_ROWS
+from msa_online.corpora.limited_process import LimitExceededError, last_line, run_limited
+from msa_online.corpora.splits import split_of
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed.corpus import FeatureSteps
+from msa_online.precomputed.files import FeatureTable, fitting, table_of, unpadded
+from msa_online.precomputed.mmsa_pickle import (
+    COLUMNS,
+    FOREIGN,
+    TENSORS,
+    TOO_MANY_ROWS,
+)
+
+READER = Path(__file__).with_name("mmsa_pickle.py")
+SMALL, SECONDS = 1 << 28, 60  # bytes and processor time that any pickle may need
+SEPARATOR = "$_$"  # between the video and the clip in MMSA's ids; one video shows one speaker
+
+
+def read_mmsa_features(path: Path) -> FeatureTable:
+    """Rows and features of a pickle in MMSA's layout; nothing that it asks for is executed.
+
+    The layout: `train`, `valid` and `test`, each with `id`, `text`, `audio`, `vision`, columns of labels, and
+    possibly `raw_text`, `audio_lengths`, `vision_lengths`; without lengths, rows of zeros at the end are
+    padding. `text_bert` is passed over.
+
+    Raises:
+        CorpusError: The file is missing, corrupt, holds anything but arrays and plain data, needs more memory
+            or time than a file of its size should, or has another layout.
+    """
+    if not path.is_file():
+        raise CorpusError(f"{path} does not exist: give the pickle itself")
+    with tempfile.TemporaryDirectory(prefix="msa-features-") as folder:
+        _read_in_a_process(path, folder)
+        tensors = load_file(Path(folder, TENSORS))  # a copy: the folder goes
+        columns = json.loads(Path(folder, COLUMNS).read_text(encoding="utf-8"))
+    splits = {name: split_of(name) for name in columns}
+    if not splits or None in splits.values() or not all("id" in of_split for of_split in columns.values()):
+        held = [f"{name} ({', '.join(of_split) or 'no columns'})" for name, of_split in columns.items()]
+        raise CorpusError(
+            f"{path} is not laid out as MMSA's: train, valid and test with a key 'id' in each are needed, "
+            f"the file holds: {', '.join(held) or 'nothing of the kind'}"
+        )
+    metadata = table_of(path, _joined_columns(path, columns, splits))
+    steps = {
+        name: _joined_steps(path, name, tensors, columns)
+        for name in MODALITIES
+        if any(f"{split}/{name}" in tensors for split in columns)
+    }
+    return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+
+
+def _read_in_a_process(path: Path, folder: str) -> None:
+    """Have the reader write what a pickle holds into a folder, within limits that follow from its size.
+
+    Arrays need three times the size of their pickle: its bytes, the arrays, and what is written of them.
+    """
+    size = path.stat().st_size
+    try:
+        done = run_limited(
+            READER,
+            (path, folder, MOST_ROWS),
+            memory=SMALL + 8 * size,
+            seconds=SECONDS + size // 1_000_000,
+            output=SMALL + 4 * size,
+        )
+    except LimitExceededError as error:
+        raise CorpusError(
+            f"{path} ({size:,} bytes) needs more than {error} to be read, the limit for a pickle of its "
+            "size: it is damaged or made to do harm. If you trust it, save its arrays as an .npz file."
+        ) from error
+    if done.returncode == TOO_MANY_ROWS:
+        raise CorpusError(f"{path} has a split of more than {MOST_ROWS:,} samples: split it into parts")
+    if done.returncode == FOREIGN:
+        raise CorpusError(
+            f"{path} holds {done.stdout.strip()}, which is neither an array nor plain data: nothing of "
+            "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
+        )
+    if done.returncode != 0:
+        raise CorpusError(f"{path} cannot be read as a pickle ({last_line(done)}): copy or download it again")
+
+
+def _joined_columns(
+    path: Path, columns: Mapping[str, Mapping[str, list[str]]], splits: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The columns that all splits have, one split after the other, with `split` and `speaker` beside them."""
+    for split, of_split in columns.items():
+        for key, cells in of_split.items():
+            if len(cells) != len(of_split["id"]):
+                raise CorpusError(
+                    f"{path}: {split} has {len(cells):,} {key} for {len(of_split['id']):,} ids: one is "
+                    "needed for each"
+                )
+    shared = [key for key in next(iter(columns.values())) if all(key in each for each in columns.values())]
+    joined = {key: [cell for of_split in columns.values() for cell in of_split[key]] for key in shared}
+    joined["split"] = [splits[split] for split, of_split in columns.items() for _ in of_split["id"]]
+    videos = [name.rpartition(SEPARATOR)[0] for name in joined["id"]]
+    return {"speaker": videos, **joined} if all(videos) else joined
+
+
+def _joined_steps(
+    path: Path, name: str, tensors: Mapping[str, np.ndarray], columns: Mapping[str, Mapping[str, list[str]]]
+) -> FeatureSteps:
+    """Features of a modality in all splits, one split after the other."""
+    parts = []
+    for split, of_split in columns.items():
+        key = f"{split}/{name}"
+        if key not in tensors:
+            raise CorpusError(f"{path}: {split} has no {name}, though other splits have it")
+        if f"{key}/lengths" in tensors:
+            ends = np.cumsum([0, *tensors[f"{key}/lengths"]])
+            sequences = [tensors[key][start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+            parts.append(FeatureSteps.join(sequences, tensors[key].shape[-1]))
+        else:
+            lengths = of_split.get(f"{name}_lengths")
+            parts.append(unpadded(path, f"{split} {name}", tensors[key], lengths and _numbers(path, lengths)))
+    if len(widths := sorted({part.width for part in parts})) > 1:
+        raise CorpusError(f"{path}: {name} is {' and '.join(map(str, widths))} wide in different splits")
+    lengths = np.concatenate([part.lengths for part in parts])
+    return FeatureSteps(torch.cat([part.values for part in parts]), np.cumsum([0, *lengths], dtype=np.int64))
+
+
+def _numbers(path: Path, cells: list[str]) -> np.ndarray:
+    try:
+        return np.array(cells, dtype=np.float64)
+    except ValueError as error:
+        raise CorpusError(f"{path}: lengths are no numbers ({error})") from error

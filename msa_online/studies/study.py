@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies: variants of one configuration, each with several seeds, as a YAML file describes them."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msa_online.methods import HEADS
+from msa_online.training.arguments import ConfigurationError, RunArguments, read_arguments, read_yaml
+from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
+from msa_online.training.stages import make_schedule
+
+SET_BY_THE_STUDY = ("training.seed", "training.output_dir", "training.resume", "training.overwrite")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says.
+
+    Attributes:
+        config: Configuration all variants start from.
+        output_dir: Folder of the runs and the tables.
+        seeds: Seeds every variant runs with.
+        variants: Changes of each variant by key, by the variant's name; they win over `changes`.
+        changes: Changes to the configuration in all variants, by key.
+        settings: Changes by the name of a setting, like "rate 0.3"; where there are any, every variant runs
+            in each, its own changes winning over those of the setting.
+        keep_checkpoints: Keep the weights of finished runs.
+    """
+
+    config: str
+    output_dir: str
+    seeds: list[int]
+    variants: dict[str, dict[str, Any]]
+    changes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keep_checkpoints: bool = False
+
+    @property
+    def combinations(self) -> dict[str, dict[str, Any]]:
+        """Changes of each variant in each setting, by a name that says both."""
+        if not self.settings:
+            return self.variants
+        return {
+            name_in(variant, setting): {**of_setting, **own}
+            for setting, of_setting in self.settings.items()
+            for variant, own in self.variants.items()
+        }
+
+    def runs(self) -> list["StudyRun"]:
+        """All runs, seed by seed, so that all variants can be compared as early as possible.
+
+        Raises:
+            ConfigurationError: The configuration of a variant cannot work; the message names the variant.
+        """
+        return [self._run(variant, seed) for seed in self.seeds for variant in self.combinations]
+
+    def _run(self, variant: str, seed: int) -> "StudyRun":
+        folder = Path(self.output_dir, folder_name(variant), str(seed))
+        own = {"training.seed": seed, "training.output_dir": str(folder)}
+        changes = as_options({**self.changes, **self.combinations[variant], **own})
+        try:
+            arguments = read_arguments(self.config, changes)
+            if head := arguments.model.get("head"):
+                make_schedule(arguments.training, HEADS[head].stages)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"variant {variant!r}: {error}") from error
+        return StudyRun(variant, seed, folder, changes, arguments)
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One variant with one seed.
+
+    Attributes:
+        variant: Its name.
+        seed: Its seed.
+        folder: Its folder, as any run of training leaves it.
+        changes: Items `key=value` by which it differs from the study's configuration.
+        arguments: What comes of them.
+    """
+
+    variant: str
+    seed: int
+    folder: Path
+    changes: list[str]
+    arguments: RunArguments
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What the finished run remembers of its training, results included; None before it is finished."""
+        if self.is_interrupted:
+            return None
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return config.get("trained_on")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """A state is there from which the run can go on."""
+        return any((self.folder / name).is_dir() for name in (STATE, f"{STATE}.old"))
+
+    @property
+    def difference(self) -> str | None:
+        """A setting in which the run in the folder differs from this one, then and now; None if in none."""
+        before = yaml.safe_load((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        for section, values in self.arguments.to_dict().items():
+            earlier = before.get(section, {})
+            for key in sorted((values.keys() | earlier.keys()) - FREE_TO_CHANGE_ON_RESUME):
+                if values.get(key) != earlier.get(key):
+                    return f"{section}.{key}={earlier.get(key)!r}, now {values.get(key)!r}"
+        return None
+
+    def to_train(self) -> RunArguments:
+        """The arguments of the run, to resume it where it was interrupted or else to start it anew."""
+        resume = self.is_interrupted and self.difference is None
+        training = dataclasses.replace(self.arguments.training, resume=resume, overwrite=not resume)
+        return dataclasses.replace(self.arguments, training=training)
+
+
+def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
+    """Read a study file and apply options to it.
+
+    Args:
+        path: YAML file with the keys of `Study`.
+        options: Items like `data.path=features`, a change in all variants; or, without a dot in the key,
+            `seeds=[1111]`, a change to the study itself.
+
+    Raises:
+        ConfigurationError: The file is not there or no YAML, a key is missing or unknown (the nearest is
+            named), or a value cannot be used.
+    """
+    document = _read_section(path)
+    of_runs = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{option!r} is no change: write key=value, for example seeds=[1111]")
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"{option!r}: the value is not YAML") from error
+        (of_runs if "." in key else document)[key] = value
+    _check_keys(document, path)
+    document["changes"] = document.get("changes") or {}
+    document["settings"] = document.get("settings") or {}
+    for section in ("variants", "settings"):
+        if isinstance(document[section], dict):
+            document[section] = {name: {} if own is None else own for name, own in document[section].items()}
+    study = Study(**document)
+    if problem := next(_problems(study), None):
+        raise ConfigurationError(f"{path}: {problem}")
+    study = dataclasses.replace(study, changes={**study.changes, **of_runs})
+    if problem := next(_problems(study), None):
+        raise ConfigurationError(problem)
+    return study
+
+
+def _read_section(path: str | Path) -> dict[str, Any]:
+    try:
+        document = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot read the study ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{path}: a study must be a section of keys, not {document!r}")
+    return document
+
+
+def _check_keys(document: Mapping[str, Any], path: str | Path) -> None:
+    known = [item.name for item in dataclasses.fields(Study)]
+    for key in document:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {near!r}?")
+    for key in ("config", "output_dir", "seeds", "variants"):
+        if document.get(key) is None:
+            raise ConfigurationError(f"{path}: the study lacks {key}")
+
+
+def _problems(study: Study) -> Iterator[str]:
+    """What is wrong with the values, each with its key, the value and what is allowed."""
+    for name in ("config", "output_dir"):
+        if not isinstance(value := getattr(study, name), str):
+            yield f"{name} is {value!r}: give a path"
+    if not isinstance(study.keep_checkpoints, bool):
+        yield f"keep_checkpoints is {study.keep_checkpoints!r}: true or false"
+    seeds = study.seeds
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        yield f"seeds is {seeds!r}: a list of whole numbers, for example [1111, 1112, 1113]"
+    elif len(set(seeds)) < len(seeds):
+        yield f"seeds is {seeds!r}: each may stand there once"
+    if not isinstance(study.variants, dict) or not study.variants:
+        yield f"variants is {study.variants!r}: a section with a name and changes for each variant"
+        return
+    if not isinstance(study.settings, dict):
+        yield f"settings is {study.settings!r}: a section with a name and changes for each setting"
+        return
+    folders: dict[str, str] = {}
+    for name in study.variants | study.settings:
+        if not isinstance(name, str) or not folder_name(name):
+            yield f"{name!r}: name variants and settings in letters, in quotes if it looks like a number"
+        elif (twin := folders.setdefault(folder_name(name), name)) != name:
+            yield f"{twin!r} and {name!r} would share the folder {folder_name(name)!r}: rename one"
+    for name, changes in (("changes", study.changes), *study.variants.items(), *study.settings.items()):
+        if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
+            yield f"{name!r} is {changes!r}: a section of changes like {{training.epochs: 3}}"
+        elif taken := [key for key in SET_BY_THE_STUDY if key in changes]:
+            yield f"{name!r} sets {taken[0]}: the study sets that for every run itself"
+
+
+def name_in(variant: str, setting: str) -> str:
+    """Name of a variant in a setting."""
+    return f"{variant}, {setting}"
+
+
+def folder_name(variant: str) -> str:
+    """A variant's name as that of a folder: all but letters, digits, dots and signs becomes an underscore."""
+    return re.sub(r"[^\w.+-]+", "_", variant).strip("_.")
+
+
+def as_options(changes: Mapping[str, Any]) -> list[str]:
+    """Changes by key as the items `key=value` that `train.py` takes."""
+    return [f"{key}={_on_one_line(value)}" for key, value in changes.items()]
+
+
+def _on_one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()  # the dots that end a document of one bare value

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One planned clip made into an mp4: a face and a voice that each carry their own cue."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from msa_online.synthetic.face import FRAME_SIZE, FaceRenderer, Look, head_motion
+from msa_online.synthetic.plan import CLIPS, LIMIT, SPEAKERS, CorpusRecipe, PlannedClip, generator
+from msa_online.synthetic.voice import CARRIERS, VOICE_RATE, VOICES, prosody, speak
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+
+FRAMES_PER_SECOND = 8
+LOUDNESS = 0.4  # factor on what espeak-ng gives, so that the happiest voice does not clip
+FADE = 0.03  # seconds at either end, where the utterance is cut
+
+
+@dataclass(frozen=True)
+class SyntheticSpeaker:
+    """A voice and a face that stay the same over all clips of a speaker."""
+
+    voice: str
+    pitch_offset: float
+    look: Look
+
+    @classmethod
+    def of(cls, recipe: CorpusRecipe, number: int) -> "SyntheticSpeaker":
+        """The speaker of this number, from 0; low and high voices alternate."""
+        rng = generator(recipe, SPEAKERS, number + 1)  # 0 drew the splits
+        return cls(VOICES[number % len(VOICES)], float(rng.uniform(-4, 4)), Look.draw(rng))
+
+
+def write_clip(
+    path: Path, recipe: CorpusRecipe, index: int, planned: PlannedClip, renderer: FaceRenderer
+) -> None:
+    """Render clip number `index` of a corpus as an mp4 at `path`, which appears only once complete."""
+    rng = generator(recipe, CLIPS, index)
+    speaker = SyntheticSpeaker.of(recipe, index % recipe.speakers)
+    frames = round(rng.uniform(*recipe.seconds) * FRAMES_PER_SECOND)
+    waveform = _talk(planned.cues["audio"], speaker, frames / FRAMES_PER_SECOND, rng)
+    if planned.cues["vision"] is None:
+        pictures = renderer.faceless(frames, rng)
+    else:
+        pictures = _act(planned.cues["vision"], speaker, waveform, frames, rng, renderer)
+    handle, draft = tempfile.mkstemp(suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        _encode(Path(draft), pictures, None if planned.cues["audio"] is None else waveform)
+        os.chmod(draft, 0o644)  # mkstemp's files are private
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _talk(
+    cue: float | None, speaker: SyntheticSpeaker, seconds: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Speech that fills the clip, `(samples,)` float32; neutral where the cue is missing."""
+    words = ", ".join(CARRIERS[i] for i in rng.choice(len(CARRIERS), 2, replace=False))
+    speech, gain = prosody(cue or 0.0, speaker.voice, speaker.pitch_offset)
+    waveform = speak(words, speech)[: round(seconds * VOICE_RATE)] * np.float32(gain * LOUDNESS)
+    ramp = np.linspace(0, 1, round(FADE * VOICE_RATE), dtype=np.float32)
+    waveform[: len(ramp)] *= ramp
+    waveform[-len(ramp) :] *= ramp[::-1]
+    return waveform.clip(-1, 1)
+
+
+def _act(
+    cue: float,
+    speaker: SyntheticSpeaker,
+    waveform: np.ndarray,
+    frames: int,
+    rng: np.random.Generator,
+    renderer: FaceRenderer,
+) -> np.ndarray:
+    """The talking face, `(frames, 160, 160, 3)` uint8 RGB."""
+    waver = 1 + 0.06 * np.sin(2 * np.pi * (np.arange(frames) / rng.uniform(6, 14) + rng.random()))
+    expressions = (cue / LIMIT * waver).clip(-1, 1)
+    poses = head_motion(frames, rng)
+    openness = _openness(waveform, frames)
+    return np.stack(
+        [renderer.draw(speaker.look, *state) for state in zip(poses, expressions, openness, strict=True)]
+    )
+
+
+def _openness(waveform: np.ndarray, frames: int) -> np.ndarray:
+    """How far the mouth is open in each frame, `(frames,)` in [0, 0.8], relative to the loudest one.
+
+    Relative, because the loudness of the voice is the audio's cue and must not be seen.
+    """
+    energy = np.array([np.sqrt(np.mean(part**2)) for part in np.array_split(waveform, frames)])
+    return 0.8 * energy / max(energy.max(), 1e-6)
+
+
+def _encode(path: Path, pictures: np.ndarray, waveform: np.ndarray | None) -> None:
+    """Write H.264 and, if there is a waveform, mono AAC; one thread keeps the bytes the same."""
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        # x264's macroblock tree gave other bytes for the same frames from run to run, even on one thread
+        quality = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"}
+        video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=quality)
+        video.width = video.height = FRAME_SIZE
+        video.pix_fmt = "yuv420p"
+        video.codec_context.thread_count = 1
+        audio = None
+        if waveform is not None:
+            audio = container.add_stream("aac", rate=VOICE_RATE, layout="mono")
+            audio.bit_rate = 48_000
+        for picture in pictures:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        if audio is not None:
+            _encode_audio(container, audio, waveform)
+
+
+def _encode_audio(container: "OutputContainer", stream: "object", waveform: np.ndarray) -> None:
+    import av
+
+    frame = av.AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = VOICE_RATE, 0
+    fifo = av.AudioFifo()
+    fifo.write(frame)
+    while (chunk := fifo.read(stream.frame_size or 1024, partial=True)) is not None:
+        container.mux(stream.encode(chunk))
+    container.mux(stream.encode())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run hides on purpose, and from which split."""
+
+from collections.abc import Mapping
+
+from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
+from msa_online.missing.modalities import InputMask, ModalityDropout
+from msa_online.missing.rates import SplitMask
+from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.modeling_msa import MSAModel
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.arguments import MissingArguments, TrainingArguments
+from msa_online.training.run_data import ClipData, FeatureData
+
+
+def draw_split_masks(data: ClipData | FeatureData, missing: MissingArguments) -> dict[str, SplitMask]:
+    """The mask of each split that has samples; none at all where no missing rates are asked for.
+
+    Raises:
+        CorpusError: A split is too small for the rates.
+    """
+    if missing.rates is None:
+        return {}
+    return {
+        name: SplitMask(
+            [sample.id for sample in data.split(name)],
+            data.present(name),
+            missing.by_name,
+            split=name,
+            rounding=missing.rounding,
+            seed=missing.seed,
+        )
+        for name in data.sizes
+    }
+
+
+def occurring_modalities(
+    data: ClipData | FeatureData, training: TrainingArguments, masks: Mapping[str, SplitMask], stages: int
+) -> tuple[str, ...]:
+    """Modalities that at least one training sample shows in at least one stage.
+
+    Args:
+        data: The data of the run.
+        training: Names the condition of the last stage, if any.
+        masks: The mask of each split; empty without missing rates.
+        stages: Number of training stages; those before the last show everything.
+    """
+    seen = masks["train"].seen if masks else data.present("train")
+    visible = CONDITIONS[training.condition] if training.condition and stages == 1 else MODALITIES
+    has = dict(zip(MODALITIES, seen.any(dim=0).tolist(), strict=True))
+    return tuple(name for name in MODALITIES if has[name] and name in visible)
+
+
+def make_input_masks(
+    data: ClipData | FeatureData,
+    training: TrainingArguments,
+    masks: Mapping[str, SplitMask],
+    model: MSAModel,
+    processor: MSAProcessor | None,
+) -> dict[str, InputMask]:
+    """What is hidden in "train", in "valid", where the epochs are judged, and from a "teacher" of "train".
+
+    Args:
+        data: The data of the run.
+        training: Says what is hidden where there are no masks.
+        masks: The mask of each split, which then is all that is hidden.
+        model: The model, its encoders fitted.
+        processor: Its processor; None for a model of features.
+
+    Raises:
+        TextEncoderError: Words are to be dropped, and the tokenizer has no token to put in their place.
+    """
+    if masks:
+        return {**masks, "teacher": masks["train"]}
+    if training.frame_dropout:
+        stand_ins = stand_ins_of(model, processor)
+        ids = {split: [sample.id for sample in data.split(split)] for split in ("train", "valid")}
+        drop = FrameDrop(ids["valid"], stand_ins, split="valid", seed=training.seed)
+        return {
+            "train": FrameDropout(ids["train"], stand_ins, training.seed),
+            "valid": FramesAt(drop, VALIDATION_RATE),
+            "teacher": InputMask(),
+        }
+    dropout = ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed)
+    return {"train": dropout, "valid": InputMask(), "teacher": InputMask()}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+from torch.nn import functional as F
+
+from msa_online.methods import LateFusionHead
+from msa_online.modalities import MODALITIES, ModalitySequence
+
+WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+
+
+def test_forward_is_the_equation_in_its_docstring():
+    torch.manual_seed(0)
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8).double().eval()
+    state = head.state_dict()
+    values = {name: torch.randn(1, 3, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    mask = torch.tensor([[True, True, False]])
+    sequences = {name: ModalitySequence.of(value, mask) for name, value in values.items()}
+    sequences["audio"] = sequences["audio"].only(torch.tensor([False]))
+
+    def pooled(name: str) -> torch.Tensor:
+        if name == "audio":
+            return state["missing.tokens"][1]
+        mean = (values[name][0, 0] + values[name][0, 1]) / 2
+        normal = (mean - mean.mean()) / (
+            mean.var(unbiased=False) + 1e-5
+        ).sqrt()  # LayerNorm starts as the identity
+        return F.gelu(state[f"projections.{name}.1.weight"] @ normal + state[f"projections.{name}.1.bias"])
+
+    joined = torch.cat([pooled(name) for name in MODALITIES])
+    hidden = F.gelu(state["fusion.0.weight"] @ joined + state["fusion.0.bias"])
+    expected = state["classifier.weight"] @ hidden + state["classifier.bias"]
+    torch.testing.assert_close(head(sequences).logits[0], expected)
+
+
+def test_unimodal_loss_counts_only_samples_that_have_the_modality():
+    torch.manual_seed(0)
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8).double().eval()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    sequences = {
+        name: ModalitySequence.of(torch.randn(2, 3, width, dtype=torch.float64), mask)
+        for name, width in WIDTHS.items()
+    }
+    sequences["text"] = sequences["text"].only(torch.tensor([True, False]))
+    labels = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    output = head(sequences, labels)
+    errors = {name: (logits.squeeze(-1) - labels) ** 2 for name, logits in output.modality_logits.items()}
+    expected = errors["text"][0] + errors["audio"].mean() + errors["vision"].mean()
+    torch.testing.assert_close(output.losses["unimodal"], expected)

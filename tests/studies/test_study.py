@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from msa_online.studies.study import as_options, read_study
+from msa_online.training.arguments import ConfigurationError, read_arguments
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(
+        "model: {text_encoder: bert-base-uncased, head: late_fusion, loss_weights: {unimodal: 0.3}}\n"
+        "training: {epochs: 3}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path, config: Path):
+    """A function that writes a study file with some keys changed; None leaves a key out."""
+
+    def write(**changes) -> Path:
+        study = {
+            "config": str(config),
+            "output_dir": str(tmp_path / "runs"),
+            "seeds": [1, 2],
+            "changes": {"training.batch_size": 8},
+            "variants": {"plain": {}, "no unimodal": {"model.loss_weights.unimodal": 0}},
+        }
+        study = {key: value for key, value in (study | changes).items() if value is not None}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(study, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_every_variant_runs_with_every_seed_in_a_folder_of_its_own(write, tmp_path):
+    runs = read_study(write()).runs()
+    assert [(run.variant, run.seed) for run in runs] == [
+        ("plain", 1), ("no unimodal", 1), ("plain", 2), ("no unimodal", 2),
+    ]  # fmt: skip
+    assert len({run.folder for run in runs}) == 4
+    assert runs[1].folder == tmp_path / "runs" / "no_unimodal" / "1"
+    for run in runs:
+        assert run.arguments.training.seed == run.seed
+        assert run.arguments.training.output_dir == str(run.folder)
+        assert run.arguments.training.batch_size == 8 and run.arguments.training.epochs == 3
+    assert [run.arguments.model["loss_weights"]["unimodal"] for run in runs] == [0.3, 0, 0.3, 0]
+
+
+def test_every_variant_runs_in_every_setting_and_has_the_last_word(write):
+    settings = {"slow": {"training.learning_rate": 1e-4, "training.warmup": 0.2}, "fast": None}
+    variants = {"plain": {}, "warm": {"training.warmup": 0.5}}
+    runs = read_study(write(settings=settings, variants=variants, seeds=[1])).runs()
+    assert [run.variant for run in runs] == ["plain, slow", "warm, slow", "plain, fast", "warm, fast"]
+    assert [run.arguments.training.learning_rate for run in runs] == [1e-4, 1e-4, 1e-3, 1e-3]
+    assert [run.arguments.training.warmup for run in runs] == [0.2, 0.5, 0.1, 0.5]
+    assert len({run.folder for run in runs}) == 4
+
+
+def test_the_command_line_changes_all_variants_and_the_study_itself(write):
+    study = read_study(
+        write(), ["training.epochs=1", "training.batch_size=4", "seeds=[7]", "keep_checkpoints=true"]
+    )
+    assert study.seeds == [7] and study.keep_checkpoints
+    for run in study.runs():
+        assert run.arguments.training.epochs == 1 and run.arguments.training.batch_size == 4
+
+
+def test_what_makes_a_variant_wins_over_the_command_line(write):
+    runs = read_study(write(), ["model.loss_weights.unimodal=0.5", "seeds=[1]"]).runs()
+    assert [run.arguments.model["loss_weights"]["unimodal"] for run in runs] == [0.5, 0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        0.1,
+        1e-05,
+        True,
+        None,
+        "text",
+        "no",
+        "1e-5",
+        [{"name": "balance", "epochs": 3}],
+        {"a": {"b": [1, 2]}},
+        "x" * 200,
+    ],
+)
+def test_values_reach_a_run_as_the_study_file_has_them(value, config, tmp_path):
+    (change,) = as_options({"model.head_kwargs": {"it": value}})
+    assert "\n" not in change
+    assert yaml.safe_load(change.partition("=")[2]) == {"it": value}
+    (change,) = as_options({"training.seed": value})
+    assert yaml.safe_load(change.partition("=")[2]) == value
+
+
+def test_the_recorded_changes_make_the_same_run_with_train_py(write, config):
+    for run in read_study(write()).runs():
+        assert read_arguments(config, run.changes) == run.arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"variants": None}, "lacks variants"),
+        ({"seeds": []}, r"seeds is \[\]: a list of whole numbers"),
+        ({"seeds": [1, 1]}, "each may stand there once"),
+        ({"seeds": [True]}, "whole numbers"),
+        ({"seeds": 1111}, "seeds is 1111"),
+        ({"output_dir": 5}, "output_dir is 5"),
+        ({"keep_checkpoints": "often"}, "keep_checkpoints is 'often': true or false"),
+        ({"variants": {}}, "variants is {}"),
+        ({"variants": ["plain"]}, "a section with a name and changes"),
+        ({"variants": {"plain": 3}}, "'plain' is 3: a section of changes"),
+        ({"variants": {0.1: {}}}, "0.1: name variants and settings in letters"),
+        ({"variants": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share the folder 'a_b'"),
+        ({"variants": {"a": {"training.seed": 3}}}, "'a' sets training.seed: the study sets that"),
+        ({"changes": {"training.output_dir": "x"}}, "'changes' sets training.output_dir"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused_with_the_key_and_the_remedy(write, changes, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        read_study(write(**changes))
+    assert "study.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("seeds", "write key=value"),
+        ("seeds=[", "not YAML"),
+        ("seeds=none", "seeds is 'none'"),
+        ("epochs=3", "unknown key 'epochs'"),
+        ("training.resume=true", "sets training.resume"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_named(write, option, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_study(write(), [option])
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="nowhere.yaml: cannot read the study"):
+        read_study(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigurationError, match="must be a section of keys"):
+        read_study(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigurationError, match="not YAML"):
+        read_study(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"model.loss_weights.unimodul": 0}, "variant 'mine': .*'model.loss_weights.unimodul'"),
+        ({"training.epochs": 0}, "variant 'mine': .*training.epochs is 0"),
+        ({"training.stages": [{"name": "balance", "epochs": 1}]}, "variant 'mine': .*balance"),
+    ],
+)
+def test_a_variant_that_cannot_work_is_named_before_anything_is_trained(write, own, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_study(write(variants={"plain": {}, "mine": own})).runs()
+
+
+def leave(run, **settings) -> None:
+    """What an interrupted or finished run leaves in its folder, so far as a study looks at it."""
+    run.folder.mkdir(parents=True)
+    record = run.arguments.to_dict()
+    record["training"] |= settings
+    (run.folder / "run.yaml").write_text(yaml.safe_dump(record))
+
+
+def test_an_interrupted_run_is_resumed_and_one_with_other_settings_is_started_anew(write):
+    same, other, *_ = read_study(write()).runs()
+    leave(same, log_with="wandb")  # makes no difference to what a run learns
+    leave(other, epochs=30)
+    for run in (same, other):
+        (run.folder / "state").mkdir()
+    assert same.to_train().training.resume and not same.to_train().training.overwrite
+    assert other.to_train().training.overwrite and not other.to_train().training.resume
+    assert other.difference == "training.epochs=30, now 3"
+
+
+def test_a_run_is_finished_only_once_its_results_are_there_and_its_state_is_gone(write):
+    run = read_study(write()).runs()[0]
+    assert run.record is None
+    leave(run)
+    assert run.record is None and run.to_train().training.overwrite
+    (run.folder / "config.json").write_text(json.dumps({"trained_on": None}))
+    assert run.record is None
+    (run.folder / "config.json").write_text('{"trained_on": {"resu')
+    assert run.record is None
+    (run.folder / "config.json").write_text(json.dumps({"trained_on": {"results": {}}}))
+    assert run.record == {"results": {}} and run.difference is None
+    (run.folder / "state").mkdir()
+    assert run.record is None
