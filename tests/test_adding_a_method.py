@@ -122,7 +122,7 @@ def test_the_page_names_all_that_a_method_consists_of():
 
 def test_a_method_added_as_the_page_says_passes_its_tests_and_the_contract(followed):
     command = re.search(r"```bash\npython (-m pytest .*?)```", PAGE, flags=re.DOTALL)[1]
-    finished = run([*shlex.split(command), "-p", "no:cacheprovider", "-rA"], followed)
+    finished = run([*shlex.split(command.replace("\\\n", " ")), "-p", "no:cacheprovider", "-rA"], followed)
     assert finished.returncode == 0, finished.stdout[-4000:]
     for file in ("test_mean_fusion", "test_contract", "test_modulation", "test_configs", "test_readme"):
         assert re.search(rf"^PASSED \S*{file}\.py", finished.stdout, flags=re.MULTILINE), file
