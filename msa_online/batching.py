@@ -1,35 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From prepared samples to padded batches: the last step before the model."""
+"""From samples to padded batches, of clips and of precomputed features: the last step before the model."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from feature_extractors import CacheError, FeatureCache
-from msa_online.corpora.reading import Sample
-from msa_online.processing_msa import MSADataCollator, MSAProcessor
+from msa_online.configuration_msa import MSAConfig
+from msa_online.corpora.corpus import Sample
+from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
+from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
 
 EXCESS = 0.035  # most overlap of two epochs above that of a random order; a higher bound would save padding
 MEASURED = 128  # optimizer steps on which the overlap is measured
 
 
-class ClipDataset(Dataset):
-    """Prepared samples of one split, read from the feature cache when they are asked for.
+class FeatureProcessor:
+    """Pads features of several samples to a batch, as `MSAProcessor` does with the features of clips."""
+
+    def pad(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Join samples into the batch that `MSAModel.forward` documents.
+
+        Args:
+            samples: Of each `<modality>_values` `(time, width)` and `modality_present` `(3,)`.
+
+        Returns:
+            `<modality>_values` `(batch, time, width)`, `<modality>_mask` `(batch, time)` bool and
+            `modality_present` `(batch, 3)`.
+        """
+        batch = {"modality_present": torch.stack([sample["modality_present"] for sample in samples])}
+        for name in MODALITIES:
+            values = [sample[f"{name}_values"] for sample in samples]
+            batch[f"{name}_values"] = pad_sequence(values, batch_first=True)
+            batch[f"{name}_mask"] = mask_of(values)
+        return batch
+
+
+class SplitDataset(Dataset):
+    """Samples of one split as inputs of a model, each with its `labels` and its `index`.
 
     Args:
         samples: The samples, in a fixed order: `index` in a batch counts along it.
+        lengths: Length of each sample, by which batches are cut.
+        label2id: Number of each class; None for regression.
+
+    Attributes:
+        unit: What `lengths` count.
+        processor: Pads samples to a batch.
+    """
+
+    unit: ClassVar[str]
+    processor: "MSAProcessor | FeatureProcessor"
+
+    def __init__(
+        self,
+        samples: Sequence[Sample | FeatureSample],
+        lengths: Sequence[int],
+        label2id: Mapping[str, int] | None,
+    ) -> None:
+        self.samples = samples
+        self.lengths = lengths
+        self.labels = [sample.label if label2id is None else label2id[sample.label] for sample in samples]
+        self.label_type = torch.float32 if label2id is None else torch.int64
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Inputs of one sample, with its `labels` and `index`."""
+        label = torch.tensor(self.labels[index], dtype=self.label_type)
+        return {**self.inputs(index), "labels": label, "index": torch.tensor(index)}
+
+    def inputs(self, index: int) -> dict[str, Tensor]:
+        """Inputs of one sample, before padding."""
+        raise NotImplementedError
+
+
+class ClipDataset(SplitDataset):
+    """Raw clips, whose features are read from the cache when they are asked for.
+
+    Args:
+        samples: The samples.
         keys: Cache key of each sample, by sample id.
         cache: Store that `prepare` has filled.
         processor: The model's processor.
         label2id: Number of each class; None for regression.
-
-    Attributes:
-        lengths: Text tokens of each sample, by which batches are cut.
-        unit: What `lengths` count.
     """
 
     unit = "text tokens"
@@ -42,19 +105,13 @@ class ClipDataset(Dataset):
         processor: MSAProcessor,
         label2id: Mapping[str, int] | None,
     ) -> None:
-        self.samples = samples
+        super().__init__(samples, [len(processor.tokenize(sample.text)) for sample in samples], label2id)
         self.keys = [keys[sample.id] for sample in samples]
         self.cache = cache
         self.processor = processor
-        self.labels = [sample.label if label2id is None else label2id[sample.label] for sample in samples]
-        self.label_type = torch.float32 if label2id is None else torch.int64
-        self.lengths = [len(processor.tokenize(sample.text)) for sample in samples]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Inputs of one sample as `MSAProcessor.encode` gives them, with its `labels` and `index`.
+    def inputs(self, index: int) -> dict[str, Tensor]:
+        """Inputs of one sample as `MSAProcessor.encode` gives them.
 
         Raises:
             CacheError: Its entry has left the cache since `prepare`.
@@ -66,10 +123,68 @@ class ClipDataset(Dataset):
                 f"the features of {sample.clip.path} have left the cache {self.cache.folder}: start again to "
                 "renew them"
             )
-        inputs = self.processor.encode(features, sample.text)
-        inputs["labels"] = torch.tensor(self.labels[index], dtype=self.label_type)
-        inputs["index"] = torch.tensor(index)
-        return inputs
+        return self.processor.encode(features, sample.text)
+
+
+class FeatureDataset(SplitDataset):
+    """Precomputed features, read when they are asked for; a sample is as long as its longest modality.
+
+    Args:
+        corpus: The corpus.
+        samples: Samples of it.
+        widths: Width of each modality in the model.
+        label2id: Number of each class; None for regression. Raises `CorpusError` where a width differs from
+            that of the corpus.
+    """
+
+    unit = "steps"
+
+    def __init__(
+        self,
+        corpus: FeatureCorpus,
+        samples: Sequence[FeatureSample],
+        widths: Mapping[str, int],
+        label2id: Mapping[str, int] | None,
+    ) -> None:
+        require_widths(corpus, widths)
+        lengths = [corpus.lengths(name, samples) for name in MODALITIES]
+        super().__init__(samples, [max(of_sample) for of_sample in zip(*lengths, strict=True)], label2id)
+        self.steps = corpus.steps
+        self.widths = widths
+        self.processor = FeatureProcessor()
+
+    def inputs(self, index: int) -> dict[str, Tensor]:
+        """Features of one sample: `<modality>_values` `(time, width)` and `modality_present` `(3,)` bool.
+
+        A modality that the sample lacks is one step of zeros, and not present.
+        """
+        row = self.samples[index].row
+        values = {
+            name: self.steps[name].of(row) if name in self.steps else torch.zeros(0, self.widths[name])
+            for name in MODALITIES
+        }
+        return {
+            **{f"{name}_values": at_least_one(values[name]) for name in MODALITIES},
+            "modality_present": torch.tensor([len(values[name]) > 0 for name in MODALITIES]),
+        }
+
+
+def make_dataset(
+    data: PreparedCorpus | FeatureCorpus, split: str, processor: MSAProcessor | None, config: MSAConfig
+) -> SplitDataset:
+    """A split as samples for a model of `config`; precomputed features need no processor.
+
+    Raises:
+        CorpusError: Precomputed features have other widths than the model.
+    """
+    if isinstance(data, FeatureCorpus):
+        return FeatureDataset(data, data.split(split), config.widths, label2id_of(config))
+    return ClipDataset(data.split(split), data.keys, data.cache, processor, label2id_of(config))
+
+
+def label2id_of(config: MSAConfig) -> dict[str, int] | None:
+    """Number of each class; None for regression."""
+    return None if config.is_regression else config.label2id
 
 
 class BucketBatchSampler:
@@ -225,7 +340,7 @@ def _even_sizes(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def make_loader(dataset: ClipDataset, sampler: BucketBatchSampler, workers: int = 0) -> DataLoader:
+def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int = 0) -> DataLoader:
     """Loader of padded batches; `workers` processes read ahead and change no result."""
     return DataLoader(
         dataset,

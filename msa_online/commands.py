@@ -16,11 +16,12 @@ from rich.text import Text
 from feature_extractors import ClipError, ExtractionSettings, FeatureCache
 from feature_extractors.assets import ASSETS, AssetError, get_asset
 from feature_extractors.clip import REMEDIES, printable
-from msa_online.batching import BucketBatchSampler, ClipDataset, make_loader
+from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
-from msa_online.corpora.reading import Corpus, CorpusError, read_corpus, require_splits
+from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.validation import why_not_writable
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.encoders.text import load_tokenizer
@@ -32,14 +33,12 @@ from msa_online.missing.frames import FrameDrop, stand_ins_of
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.precomputed.conversion import convert_features
-from msa_online.precomputed.corpus import FeatureCorpus, features_table, require_feature_splits
-from msa_online.precomputed.dataset import FeatureDataset
+from msa_online.precomputed.corpus import FeatureCorpus, features_table
 from msa_online.precomputed.extraction import extract_features
 from msa_online.precomputed.files import means_features, require_new_folder
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits, MSAProcessor
 from msa_online.training.precision import choose_precision
-from msa_online.training.run_data import label2id_of
 
 LONGEST_BAR = 16
 PERCENT = ".1%"
@@ -78,11 +77,10 @@ def run_evaluate(options: Namespace, console: Console) -> None:
     model, processor = load_checkpoint(options.checkpoint)
     prepared = None
     if model.config.feature_widths is None:
-        prepared = _clips_to_score(options, model.config, processor)
-        labels = label2id_of(model.config)
-        dataset = ClipDataset(prepared.samples, prepared.keys, FeatureCache(), processor, labels)
+        data = prepared = _clips_to_score(options, model.config, processor)
     else:
-        dataset = _features_to_score(options, model.config)
+        data = _features_to_score(options, model.config)
+    dataset = make_dataset(data, options.split, processor, model.config)
     sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
     model.to(accelerator.device)
@@ -124,17 +122,17 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
     return prepare(corpus, FeatureCache(), processor.settings, options.workers, options.skip_broken)
 
 
-def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureDataset:
+def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureCorpus:
     corpus = read_features(
         options.data,
         **_labels_to_read(options, config),
         split_column=options.split_column or (config.trained_on or {}).get("split_column", "split"),
         skip_broken=options.skip_broken,
     )
-    require_feature_splits(corpus, (options.split,))
-    samples = corpus.split(options.split)
-    _require_known_labels(replace(corpus, samples=samples), config)
-    return FeatureDataset(corpus, samples, config.widths, label2id_of(config))
+    require_splits(corpus, (options.split,))
+    corpus = replace(corpus, samples=corpus.split(options.split))
+    _require_known_labels(corpus, config)
+    return corpus
 
 
 def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:

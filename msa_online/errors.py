@@ -15,7 +15,7 @@ from transformers.utils import logging
 from feature_extractors import CacheError, ClipError
 from feature_extractors.assets import AssetError
 from feature_extractors.worker import WorkerError
-from msa_online.corpora.reading import CorpusError
+from msa_online.corpora.corpus import CorpusError
 from msa_online.encoders.text import TextEncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError

@@ -149,8 +149,8 @@ class MSAProcessor(ProcessorMixin):
         batch["text_input_ids"] = pad_sequence(
             columns["text_input_ids"], batch_first=True, padding_value=padding
         )
-        batch["text_mask"] = _lengths_to_mask(columns["text_input_ids"])
-        batch["audio_mask"] = _lengths_to_mask(columns["audio_values"])
+        batch["text_mask"] = mask_of(columns["text_input_ids"])
+        batch["audio_mask"] = mask_of(columns["audio_values"])
         return BatchFeature(batch)
 
     def __call__(self, features: Sequence[ClipFeatures], text: Sequence[str | None]) -> BatchFeature:
@@ -194,6 +194,7 @@ def at_least_one(values: Tensor) -> Tensor:
     return values if len(values) else values.new_zeros(1, *values.shape[1:])
 
 
-def _lengths_to_mask(sequences: Sequence[Tensor]) -> Tensor:
+def mask_of(sequences: Sequence[Tensor]) -> Tensor:
+    """Valid steps of sequences `(time, ...)` padded to the longest, `(batch, longest)` bool."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)

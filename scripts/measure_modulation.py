@@ -36,7 +36,7 @@ from msa_online.methods.gradients import apply_coefficients
 from msa_online.modalities import COMPLETE, MODALITIES
 from msa_online.studies.study import as_options
 from msa_online.training.arguments import read_arguments
-from train import train
+from msa_online.training.run import train
 
 CONFIG = REPOSITORY / "configs" / "late_fusion.yaml"
 WAYS = {"none": 1.0, "gradient": None, "lr": None}  # None: the coefficient asked for

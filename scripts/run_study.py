@@ -50,7 +50,7 @@ from msa_online.studies.comparison import (
 )
 from msa_online.studies.study import Study, StudyRun, name_in, read_study
 from msa_online.training.arguments import ConfigurationError
-from train import train
+from msa_online.training.run import train
 
 matplotlib.use("Agg")
 

@@ -18,7 +18,7 @@ from msa_online.batching import (
     micro_batch_sizes,
     overlap,
 )
-from msa_online.corpora.reading import Sample
+from msa_online.corpora.corpus import Sample
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from msa_online import errors
-from msa_online.corpora.reading import CorpusError
+from msa_online.corpora.corpus import CorpusError
 from msa_online.errors import run_command
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on features made elsewhere, as a user runs it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.batching import BucketBatchSampler, make_loader
+from msa_online.batching import BucketBatchSampler, FeatureDataset, make_loader
 from msa_online.errors import INPUT_ERRORS
 from msa_online.evaluation.conditions import evaluate_frame_rates
 from msa_online.hub import load_checkpoint
@@ -25,9 +24,9 @@ from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.missing.frames import FrameDrop, stand_ins_of
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS
-from msa_online.precomputed.dataset import FeatureDataset
 from msa_online.precomputed.reading import read_features
 from msa_online.training.arguments import ConfigurationError, parse_arguments
+from msa_online.training.run import train as train_run
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 8}
 LIMIT = 240  # seconds a launch may take on a busy machine
@@ -69,12 +68,9 @@ def document(archive, tmp_path) -> dict:
 @pytest.fixture
 def train(repository):
     """A function that carries out a configuration as train.py does, in this process."""
-    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return lambda document: script.train(parse_arguments(document), "none")
+    return lambda document: train_run(parse_arguments(document), "none")
 
 
 def test_a_run_on_features_learns_and_is_a_checkpoint_that_scales_as_it_did(

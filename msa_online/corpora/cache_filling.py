@@ -76,6 +76,7 @@ def prepare(
         raise CorpusError.of_rows(corpus.source, broken)
     return PreparedCorpus(
         corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
+        cache=cache,
         keys={sample.id: keys[sample.id] for sample in usable},
         found=_by_finding(usable, keys, findings),
         extents={sample.id: extents[keys[sample.id]] for sample in usable},

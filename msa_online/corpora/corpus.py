@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus is once it has been read: samples, broken rows, and the error that lists those."""
+"""Corpora in memory: samples by split, broken rows, and the error that lists those."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from feature_extractors.clip import Clip
+from msa_online.corpora.splits import SPLITS
 
 SHOWN_ROWS = 50  # of the broken rows, in the message of a CorpusError; the exception holds them all
 
@@ -44,8 +47,34 @@ class BrokenRow:
     problem: str
 
 
+class BySplit:
+    """What every corpus offers, of clips or of precomputed features: its samples, split by split.
+
+    Attributes:
+        samples: The usable samples of all splits, in the order of their rows.
+        source: The file the rows came from, or the folder where there are several such files.
+        broken: The rows that were left out, which happens only on request.
+        empty_split_remedy: What a user can do about an empty split.
+    """
+
+    samples: tuple[Any, ...]
+    source: Path
+    broken: tuple[BrokenRow, ...]
+    empty_split_remedy: ClassVar[str]
+
+    def split(self, name: str) -> tuple[Any, ...]:
+        """The samples of "train", "valid" or "test", in the order of their rows."""
+        return tuple(sample for sample in self.samples if sample.split == name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples in each split that has any."""
+        counts = Counter(sample.split for sample in self.samples)
+        return {name: counts[name] for name in SPLITS if counts[name]}
+
+
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(BySplit):
     """The usable samples of a corpus in the order of their rows.
 
     Attributes:
@@ -57,10 +86,10 @@ class Corpus:
     samples: tuple[Sample, ...]
     source: Path
     broken: tuple[BrokenRow, ...] = ()
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        """The samples of "train", "valid" or "test", in the order of their rows."""
-        return tuple(sample for sample in self.samples if sample.split == name)
+    empty_split_remedy: ClassVar[str] = (
+        "Name train, valid or test in the column 'split', or leave that column out to have the clips shared "
+        "out 70/10/20."
+    )
 
 
 class CorpusError(ValueError):
@@ -87,6 +116,22 @@ class CorpusError(ValueError):
             lines.append(f"  and {len(broken) - SHOWN_ROWS:,} more")
         lines.append("Correct these rows, or go on without them: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
+
+
+def require_splits(corpus: BySplit, names: Iterable[str]) -> None:
+    """Check that the splits a command works on are not empty.
+
+    Raises:
+        CorpusError: One of the named splits has no sample.
+    """
+    sizes = corpus.sizes
+    if empty := [name for name in names if name not in sizes]:
+        held = ", ".join(f"{sizes.get(name, 0)} {name}" for name in SPLITS)
+        raise CorpusError(
+            f"{corpus.source}: the {' and '.join(empty)} split is empty (samples: {held}). "
+            f"{corpus.empty_split_remedy}",
+            corpus.broken,
+        )
 
 
 def place(source: Path, line: int) -> str:

@@ -3,15 +3,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from feature_extractors import FeatureCache
 from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO, ClipExtent
-from msa_online.corpora.corpus import BrokenRow, Corpus, Sample, place
+from msa_online.corpora.corpus import BrokenRow, BySplit, Corpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits
 
@@ -24,11 +26,12 @@ SHOWN_LINES = 8  # of the rows with a finding, in the table
 
 
 @dataclass(frozen=True)
-class PreparedCorpus:
+class PreparedCorpus(BySplit):
     """A corpus whose features all lie in the cache.
 
     Attributes:
         corpus: The usable samples, and the broken rows that were left out on request.
+        cache: Where the features are.
         keys: Cache key of each usable sample, by sample id.
         found: Which samples lack what: "no face", "no video stream", "no audio stream", "silent audio",
             "empty text". They are used with that modality masked. "no modality at all" repeats those that
@@ -39,16 +42,24 @@ class PreparedCorpus:
     """
 
     corpus: Corpus
+    cache: FeatureCache
     keys: dict[str, str]
     found: dict[str, tuple[Sample, ...]]
     extents: dict[str, ClipExtent]
     extracted: int
     seconds: float
 
+    empty_split_remedy: ClassVar[str] = Corpus.empty_split_remedy
+
     @property
     def samples(self) -> tuple[Sample, ...]:
         """The usable samples, in the order of their rows."""
         return self.corpus.samples
+
+    @property
+    def source(self) -> Path:
+        """The file or folder the rows came from."""
+        return self.corpus.source
 
     @property
     def broken(self) -> tuple[BrokenRow, ...]:
@@ -78,13 +89,15 @@ class PreparedCorpus:
                 cuts.setdefault(name, []).append((sample, cut))
         return {name: cuts[name] for name in MODALITIES if name in cuts}
 
-    def present(self, samples: Sequence[Sample]) -> Tensor:
-        """Which modalities each of `samples` has, `(samples, 3)` bool."""
+    def present(self, split: str) -> Tensor:
+        """Which modalities each sample of a split has, `(samples, 3)` bool."""
         without = {
             name: {sample.id for finding in LACKS[name] for sample in self.found.get(finding, ())}
             for name in MODALITIES
         }
-        return torch.tensor([[sample.id not in without[name] for name in MODALITIES] for sample in samples])
+        return torch.tensor(
+            [[sample.id not in without[name] for name in MODALITIES] for sample in self.split(split)]
+        )
 
 
 def findings_table(prepared: PreparedCorpus, limits: InputLimits) -> Table:

@@ -4,18 +4,15 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.corpora.arrow_tables import is_arrow, read_arrow
-from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
+from msa_online.corpora.corpus import Corpus, CorpusError, Sample
 from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.corpora.splits import SPLITS, seeded_split
 from msa_online.corpora.validation import check_label_column, check_rows
-
-__all__ = ["SPLITS", "BrokenRow", "Corpus", "CorpusError", "Sample", "read_corpus", "require_splits"]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SHOWN_NAMES = 8  # of what a folder holds, when it holds no metadata
@@ -63,23 +60,6 @@ def read_corpus(
     if not any(sample.split for sample in samples):
         samples = _with_seeded_split(samples, table.source, seed)
     return Corpus(tuple(samples), table.source, tuple(broken))
-
-
-def require_splits(corpus: Corpus, names: Iterable[str]) -> None:
-    """Check that the splits a command works on are not empty, before it loads any model.
-
-    Raises:
-        CorpusError: One of the named splits has no sample.
-    """
-    sizes = Counter(sample.split for sample in corpus.samples)
-    empty = [name for name in names if not sizes[name]]
-    if empty:
-        held = ", ".join(f"{sizes[name]} {name}" for name in SPLITS)
-        raise CorpusError(
-            f"{corpus.source}: the {' and '.join(empty)} split is empty (samples: {held}). Name train, valid "
-            "or test in the column 'split', or leave that column out to have the clips shared out 70/10/20.",
-            corpus.broken,
-        )
 
 
 def _read_rows(path: str | Path, label_column: str | None) -> RowTable:

@@ -2,9 +2,10 @@
 """Corpora of features made elsewhere: what they are in memory, and the checks before anything is learned."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from msa_online.corpora.corpus import BrokenRow, CorpusError
+from msa_online.corpora.corpus import BrokenRow, BySplit, CorpusError
 from msa_online.corpora.splits import SPLITS
 from msa_online.modalities import MODALITIES
 
@@ -128,7 +129,7 @@ class FeatureSample:
 
 
 @dataclass(frozen=True)
-class FeatureCorpus:
+class FeatureCorpus(BySplit):
     """The usable samples of a corpus of features, in the order of their rows.
 
     Attributes:
@@ -142,37 +143,34 @@ class FeatureCorpus:
     steps: dict[str, FeatureSteps]
     source: Path
     broken: tuple[BrokenRow, ...] = ()
-
-    def split(self, name: str) -> tuple[FeatureSample, ...]:
-        """The samples of "train", "valid" or "test", in the order of their rows."""
-        return tuple(sample for sample in self.samples if sample.split == name)
+    empty_split_remedy: ClassVar[str] = (
+        "Name train, valid or test in every row; another column of splits is chosen with split_column, and "
+        "`msa-online convert-features --valid-share 0.1` takes a validation split from training."
+    )
 
     def lengths(self, name: str, samples: Sequence[FeatureSample]) -> np.ndarray:
         """Steps of a modality in each of `samples`, `(samples,)`; zeros where the corpus lacks it."""
         rows = [sample.row for sample in samples]
         return self.steps[name].lengths[rows] if name in self.steps else np.zeros(len(rows), np.int64)
 
-    def present(self, samples: Sequence[FeatureSample]) -> Tensor:
-        """Which modalities each of `samples` has, `(samples, 3)` bool."""
-        lengths = [self.lengths(name, samples) for name in MODALITIES]
+    def present(self, split: str) -> Tensor:
+        """Which modalities each sample of a split has, `(samples, 3)` bool."""
+        lengths = [self.lengths(name, self.split(split)) for name in MODALITIES]
         return torch.from_numpy(np.stack(lengths, axis=1) > 0)
 
+    def statistics(self, split: str, seen: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of each feature over a split, `(width,)` each, by modality.
 
-def require_feature_splits(corpus: FeatureCorpus, names: Iterable[str]) -> None:
-    """Check that the splits a command works on are not empty.
-
-    Raises:
-        CorpusError: One of the named splits has no sample.
-    """
-    sizes = Counter(sample.split for sample in corpus.samples)
-    if empty := [name for name in names if not sizes[name]]:
-        held = ", ".join(f"{sizes[name]} {name}" for name in SPLITS)
-        raise CorpusError(
-            f"{corpus.source}: the {' and '.join(empty)} split is empty (samples: {held}). Name train, valid "
-            "or test in every row; another column of splits is chosen with split_column, and "
-            "`msa-online convert-features --valid-share 0.1` takes a validation split from training.",
-            corpus.broken,
-        )
+        Args:
+            split: "train", "valid" or "test".
+            seen: Which modalities of its samples count, `(samples, 3)` bool.
+        """
+        rows = [sample.row for sample in self.split(split)]
+        return {
+            name: steps.statistics([row for row, counts in zip(rows, seen[:, column], strict=True) if counts])
+            for column, name in enumerate(MODALITIES)
+            if (steps := self.steps.get(name))
+        }
 
 
 def require_widths(corpus: FeatureCorpus, widths: Mapping[str, int]) -> None:

@@ -3,17 +3,18 @@
 
 from collections.abc import Mapping
 
+from msa_online.corpora.prepared_corpus import PreparedCorpus
 from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
 from msa_online.missing.modalities import InputMask, ModalityDropout
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
+from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import MissingArguments, TrainingArguments
-from msa_online.training.run_data import ClipData, FeatureData
 
 
-def draw_split_masks(data: ClipData | FeatureData, missing: MissingArguments) -> dict[str, SplitMask]:
+def draw_split_masks(data: PreparedCorpus | FeatureCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
     """The mask of each split that has samples; none at all where no missing rates are asked for.
 
     Raises:
@@ -35,7 +36,10 @@ def draw_split_masks(data: ClipData | FeatureData, missing: MissingArguments) ->
 
 
 def occurring_modalities(
-    data: ClipData | FeatureData, training: TrainingArguments, masks: Mapping[str, SplitMask], stages: int
+    data: PreparedCorpus | FeatureCorpus,
+    training: TrainingArguments,
+    masks: Mapping[str, SplitMask],
+    stages: int,
 ) -> tuple[str, ...]:
     """Modalities that at least one training sample shows in at least one stage.
 
@@ -52,7 +56,7 @@ def occurring_modalities(
 
 
 def make_input_masks(
-    data: ClipData | FeatureData,
+    data: PreparedCorpus | FeatureCorpus,
     training: TrainingArguments,
     masks: Mapping[str, SplitMask],
     model: MSAModel,

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from msa_online.corpora import arrow_tables, csv_table
+from msa_online.corpora.corpus import CorpusError, require_splits
 from msa_online.corpora.csv_table import read_csv
-from msa_online.corpora.reading import CorpusError, read_corpus, require_splits
+from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.validation import check_class_names
 
 SENTIMENT = {"label_range": (-3.0, 3.0)}

@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from msa_online.corpora.corpus import CorpusError
+from msa_online.batching import FeatureDataset
+from msa_online.corpora.corpus import CorpusError, require_splits
 from msa_online.precomputed.corpus import (
     FeatureSteps,
     features_table,
-    require_feature_splits,
     require_widths,
 )
-from msa_online.precomputed.dataset import FeatureDataset
 from msa_online.precomputed.reading import read_features
 
 RANGE = (-3.0, 3.0)
@@ -67,7 +66,10 @@ def test_what_samples_are_said_to_lack_is_what_a_batch_lacks(feature_arrays, wri
     corpus = read_features(write_archive(feature_arrays), label_range=RANGE)
     dataset = FeatureDataset(corpus, corpus.samples, WIDTHS, None)
     in_batches = torch.stack([dataset[number]["modality_present"] for number in range(12)])
-    assert torch.equal(corpus.present(corpus.samples), in_batches)
+    present = torch.empty_like(in_batches)
+    for split in corpus.sizes:
+        present[[sample.split == split for sample in corpus.samples]] = corpus.present(split)
+    assert torch.equal(present, in_batches)
     assert in_batches.sum(dim=0).tolist() == [12, 11, 0]
 
 
@@ -404,7 +406,7 @@ def test_an_empty_split_is_refused_with_what_the_others_hold(feature_arrays, wri
     feature_arrays["split"] = np.array(["train"] * 8 + ["test"] * 4)
     corpus = read_features(write_archive(feature_arrays), label_range=RANGE)
     with pytest.raises(CorpusError, match=r"the valid split is empty \(samples: 8 train, 0 valid, 4 test\)"):
-        require_feature_splits(corpus, ("train", "valid"))
+        require_splits(corpus, ("train", "valid"))
 
 
 def test_the_terminal_shows_widths_lengths_and_gaps(feature_arrays, write_archive):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training loops and whole runs on the spot, for tests of what modulators do in them."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from msa_online.missing.modalities import ModalityDropout
 from msa_online.training.arguments import parse_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.run import train as train_run
 
 SAMPLES = 24
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
@@ -153,14 +153,11 @@ def feature_rows():
 @pytest.fixture(scope="module")
 def train(repository):
     """A function that carries out a configuration as train.py does, in this process."""
-    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
 
     def carry_out(document: dict) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()  # an interrupted run leaves its loaders there
-        script.train(parse_arguments(document), "a test")
+        train_run(parse_arguments(document), "a test")
         return Path(document["training"]["output_dir"])
 
     return carry_out

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from msa_online import MSAModel
 from msa_online.errors import INPUT_ERRORS
+from msa_online.training.accelerator import start_accelerator
 from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
-from msa_online.training.build import build_model, start_accelerator
 from msa_online.training.loop import TrainingLoop
+from msa_online.training.model import build_model
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A modulator that does not fit its settings, the model, the schedule or the launch is refused at once."""
 
-import importlib.util
 import inspect
 import json
 import math
@@ -19,7 +18,8 @@ from msa_online.layers.modules import masked_mean
 from msa_online.methods import HEADS, MODULATORS, BalancingHead, GradientModulator, HeadOutput
 from msa_online.modalities import MODALITIES
 from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
-from msa_online.training.build import make_modulator
+from msa_online.training.modulator import make_modulator
+from msa_online.training.run import train as train_run
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 REAL = [name for name in MODULATORS if name != "identity"]
@@ -429,14 +429,11 @@ def test_a_modulator_left_with_one_modality_is_refused_and_not_silent(
 
 
 def test_nothing_is_written_before_a_modulator_that_does_not_fit_is_refused(archive, repository, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_script", repository / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     settings = document("conflict", epochs=[4, 9])
     settings["data"]["path"] = str(archive)
     settings["training"] |= {"output_dir": str(tmp_path / "run"), "epochs": 4, "log_with": None}
     with pytest.raises(ConfigurationError, match="acts from epoch 4 on, but the run has 4 epochs"):
-        script.train(parse_arguments(settings), "a test")
+        train_run(parse_arguments(settings), "a test")
     assert not (tmp_path / "run").exists()

@@ -7,17 +7,17 @@ import torch
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.modalities import MODALITIES
+from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.precomputed.reading import read_features
 from msa_online.training.arguments import MissingArguments, TrainingArguments
 from msa_online.training.masking import draw_split_masks, make_input_masks
-from msa_online.training.run_data import FeatureData
 
 SAMPLES = 40  # half for training, half for validation
 WIDTHS = {"text": 3, "audio": 2, "vision": 4}
 
 
 @pytest.fixture
-def data(tmp_path) -> FeatureData:
+def data(tmp_path) -> FeatureCorpus:
     random = np.random.default_rng(0)
     np.savez(
         tmp_path / "features.npz",
@@ -26,7 +26,7 @@ def data(tmp_path) -> FeatureData:
         split=np.array(["train", "valid"] * (SAMPLES // 2)),
         **{name: random.normal(3, 1, size=(SAMPLES, 9, width)) for name, width in WIDTHS.items()},
     )
-    return FeatureData(read_features(tmp_path / "features.npz"))
+    return read_features(tmp_path / "features.npz")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def batch() -> dict[str, torch.Tensor]:
     return shown
 
 
-def input_masks(data: FeatureData, missing: MissingArguments | None = None, **training):
+def input_masks(data: FeatureCorpus, missing: MissingArguments | None = None, **training):
     masks = draw_split_masks(data, missing or MissingArguments())
     model = MSAModel(MSAConfig(feature_widths=WIDTHS, label_range=[-3, 3]))
     return masks, make_input_masks(data, TrainingArguments(**training), masks, model, None)

@@ -88,8 +88,8 @@ from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from msa_online.methods.pase.prototypes import PrototypeBanks
 from msa_online.training.arguments import read_arguments
-from msa_online.training.build import start_accelerator
-from train import carry_out
+from msa_online.training.accelerator import start_accelerator
+from msa_online.training.run import carry_out
 
 seen = {}
 

@@ -41,7 +41,7 @@ class Runs:
 
     def start(self, name: str, *, stop_before: int | None = None, **training) -> Path:
         """Train into a folder; `stop_before` an optimizer step, counted from the start of the run."""
-        from train import train
+        from msa_online.training.run import train
 
         Watching.stop_before, Watching.stages = stop_before, []
         AcceleratorState._reset_state(reset_partial_state=True)

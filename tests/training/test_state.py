@@ -233,8 +233,8 @@ RANK = """
 import sys
 from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.training.arguments import read_arguments
-from msa_online.training.build import start_accelerator
-from train import carry_out
+from msa_online.training.accelerator import start_accelerator
+from msa_online.training.run import carry_out
 
 class Stopping(GradientModulator):
     stops = False

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import distributed
 from msa_online.errors import run_command
 from msa_online.processing_msa import InputLimits
-from msa_online.training import build
+from msa_online.training import data as data_of_run
+from msa_online.training.accelerator import start_accelerator
 from msa_online.training.arguments import DataArguments, TrainingArguments
 
 TIMEOUT = 3  # seconds that collectives of training may take here; by default it is half an hour
 rank = os.environ.get("RANK")
-prepare = build.prepare
+prepare = data_of_run.prepare
 
 def slow_prepare(*arguments):
     if rank == "0":
@@ -31,8 +32,8 @@ def slow_prepare(*arguments):
 
 def command(corpus):
     data = DataArguments(path=corpus, num_frames=2, face_size=32)
-    corpus = build.read_data(data)
-    prepared = build.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
+    corpus = data_of_run.read_data(data)
+    prepared = data_of_run.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
     accelerator.wait_for_everyone()
     print("ready with", sum(prepared.sizes.values()))
 
@@ -42,8 +43,8 @@ if __name__ == "__main__":
     while not (Path(folder) / f"imported{1 - int(rank)}").exists():
         time.sleep(0.01)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
-    accelerator = build.start_accelerator(TrainingArguments(output_dir=folder, log_with=None))
-    build.prepare = slow_prepare
+    accelerator = start_accelerator(TrainingArguments(output_dir=folder, log_with=None))
+    data_of_run.prepare = slow_prepare
     for corpus in corpora:
         status = run_command(lambda: command(corpus))
     sys.exit(status)

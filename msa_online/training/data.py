@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a run: read, prepared and loaded in batches."""
+
+import math
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from feature_extractors import FeatureCache
+from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
+from msa_online.configuration_msa import MSAConfig
+from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.corpus import Corpus, require_splits
+from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
+from msa_online.corpora.reading import read_corpus
+from msa_online.corpora.validation import check_class_names
+from msa_online.evaluation.tables import show
+from msa_online.precomputed.corpus import (
+    FeatureCorpus,
+    features_table,
+)
+from msa_online.precomputed.files import means_features
+from msa_online.precomputed.reading import read_features
+from msa_online.processing_msa import InputLimits, MSAProcessor
+from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
+from msa_online.training.turns import in_turn
+
+SMALL_SPLIT = 100  # samples: the standard error of an accuracy is then at most 0.05
+
+
+def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
+    """The corpus of a run, of raw clips or of features, read and checked but not decoded.
+
+    Raises:
+        CorpusError: Rows cannot be used and `skip_broken` is not said, or a split is empty.
+        ConfigurationError: Clips are to be split by another column than "split".
+    """
+    if means_features(data.path):
+        features = read_features(
+            data.path,
+            label_column=data.label_column,
+            split_column=data.split_column,
+            label_range=data.legal_range,
+            skip_broken=data.skip_broken,
+        )
+        require_splits(features, ("train", "valid"))
+        return features
+    if data.split_column != "split":
+        raise ConfigurationError(
+            f"data.split_column={data.split_column} chooses among columns of features, but {data.path} means "
+            "clips: call the column of their metadata 'split'"
+        )
+    corpus = read_corpus(
+        data.path,
+        label_column=data.label_column,
+        label_range=data.legal_range,
+        skip_broken=data.skip_broken,
+        seed=data.split_seed,
+    )
+    require_splits(corpus, ("train", "valid"))
+    return corpus
+
+
+def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[str, ...]:
+    """Names of the labels in sorted order; none for regression.
+
+    Raises:
+        CorpusError: The labels are scores, not classes, or all of one class.
+    """
+    if data.task != "classification":
+        return ()
+    names = {sample.label for sample in corpus.samples}
+    check_class_names(corpus.source, data.label_column, names)
+    return tuple(sorted(names))
+
+
+def prepare_data(
+    corpus: Corpus | FeatureCorpus,
+    data: DataArguments,
+    limits: InputLimits | None,
+    accelerator: Accelerator,
+    console: Console,
+) -> PreparedCorpus | FeatureCorpus:
+    """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
+
+    Of clips, features are extracted that are not in the cache yet: by the main process, for which the others
+    wait however long it takes. `limits` is the most that a model reads of a clip; None for one of features.
+
+    Raises:
+        CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
+        SystemExit: Extraction failed in another process, which reports it.
+    """
+    if isinstance(corpus, FeatureCorpus):
+        show(features_table(corpus), console)
+        return corpus
+    prepared = in_turn(
+        lambda: prepare(corpus, FeatureCache(), data.extraction, data.prepare_workers, data.skip_broken),
+        accelerator,
+    )
+    require_splits(prepared, ("train", "valid"))
+    show(findings_table(prepared, limits), console)
+    return prepared
+
+
+def make_loaders(
+    data: PreparedCorpus | FeatureCorpus,
+    processor: MSAProcessor | None,
+    config: MSAConfig,
+    arguments: RunArguments,
+    accelerator: Accelerator,
+) -> dict[str, DataLoader]:
+    """A loader for each split that has samples: the training split shuffled by seed, the others by length.
+
+    Raises:
+        ConfigurationError: The training split has fewer samples than an optimizer step has micro-batches.
+        CorpusError: Features have other widths than the model.
+    """
+    training = arguments.training
+    processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    per_step = processes * accumulation
+    if data.sizes["train"] < per_step:
+        raise ConfigurationError(
+            f"the training split has {data.sizes['train']} samples, but one optimizer step takes {per_step} "
+            f"batches of at least one sample (processes {processes} x training.accumulation={accumulation}): "
+            "lower training.accumulation, or launch fewer processes"
+        )
+    loaders = {}
+    for name in data.sizes:
+        dataset = make_dataset(data, name, processor, config)
+        shuffled = {"batches_per_step": per_step, "seed": training.seed, "processes": processes}
+        settings = shuffled if name == "train" else {}
+        sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **settings)
+        loaders[name] = make_loader(dataset, sampler, arguments.data.loader_workers)
+    return loaders
+
+
+def loaders_report(loaders: Mapping[str, DataLoader], epochs: int) -> list[str]:
+    """How the training split is cut into steps, and a warning for each split that is too small.
+
+    Args:
+        loaders: Loader of each split, as `make_loaders` gives them.
+        epochs: Epochs of the run.
+    """
+    sampler = loaders["train"].batch_sampler
+    samples, steps, processes = len(sampler.lengths), sampler.steps, sampler.processes
+    accumulation = sampler.batches_per_step // processes
+    effective = sampler.largest * sampler.batches_per_step
+    lines = [
+        f"train: {samples} samples; steps: {steps} per epoch, {steps * epochs} in all; effective batch: "
+        f"{effective} = processes {processes} x batch {sampler.largest} x accumulation {accumulation} "
+        f"({samples / steps:.1f} samples a step on average); padding: {sampler.padding():.0%} of the "
+        f"{loaders['train'].dataset.unit} in batches"
+    ]
+    for name, loader in loaders.items():
+        if (size := len(loader.batch_sampler.lengths)) < SMALL_SPLIT:
+            lines.append(f"warning: {name} has only {size} samples: {_why_small(name, size)}")
+    return lines
+
+
+def _why_small(split: str, size: int) -> str:
+    if split == "train":
+        return f"below {SMALL_SPLIT}, results depend more on these samples and the seed than on the method"
+    purpose = "the choice of the best epoch" if split == "valid" else "a comparison of models"
+    error = 0.5 / math.sqrt(size)
+    return (
+        f"an accuracy of 0.5 has a standard error of {error:.2f}, too much for {purpose}; have at least "
+        f"{SMALL_SPLIT} (0.05)"
+    )

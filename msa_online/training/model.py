@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of a run: built anew, or fine-tuned from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console
+
+from msa_online.configuration_msa import MSAConfig, without_path
+from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.encoders.text import load_tokenizer
+from msa_online.hub import load_config, load_for_fine_tuning
+from msa_online.missing.rates import SplitMask
+from msa_online.modeling_msa import MSAModel
+from msa_online.precomputed.corpus import FeatureCorpus, require_widths
+from msa_online.precomputed.files import means_features
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
+
+
+def build_model(
+    arguments: RunArguments, classes: Sequence[str], console: Console
+) -> tuple[MSAModel, MSAProcessor | None]:
+    """A new model with a pretrained text encoder, or one fine-tuned from `init_from`, and its processor.
+
+    Fine-tuning prints what was loaded and what is new. A model of precomputed features has no processor.
+
+    Raises:
+        TextEncoderError: The text encoder is unavailable.
+        CheckpointError: `init_from` is no checkpoint, is damaged, or has no encoder that can be used.
+        ConfigurationError: `init_from` has another text encoder or other widths than the configuration names,
+            or the data are clips where the model reads features, or the reverse.
+    """
+    training, data = arguments.training, arguments.data
+    if training.init_from:
+        config = _inherit(arguments, classes)
+        _require_same_kind(config.feature_widths, data)
+        start = load_for_fine_tuning(training.init_from, config)
+        model, tokenizer = start.model, start.tokenizer
+        console.print(f"fine-tuning from {training.init_from}\n{start}", soft_wrap=True, highlight=False)
+    else:
+        _require_same_kind(arguments.model.get("feature_widths"), data)
+        config = arguments.model_config(classes)
+        if config.feature_widths is not None:
+            return MSAModel(config), None
+        tokenizer = load_tokenizer(config.text_encoder)
+        model = MSAModel.from_pretrained_text(config, config.text_encoder)
+    if tokenizer is None:
+        return model, None
+    if training.freeze_text_encoder:
+        model.encoders["text"].freeze()
+    extraction = {setting.name: getattr(data.extraction, setting.name) for setting in fields(data.extraction)}
+    return model, MSAProcessor(tokenizer, extraction, data.max_text_tokens, data.max_audio_seconds)
+
+
+def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:
+    """Check that model and data are both of raw clips, or both of features."""
+    if widths is None and means_features(data.path):
+        raise ConfigurationError(
+            f"data.path={data.path} holds features made elsewhere, but the model reads raw clips: say "
+            "model.text_encoder=null and their widths in model.feature_widths, or name a corpus of clips"
+        )
+    if widths is not None and not means_features(data.path):
+        raise ConfigurationError(
+            f"data.path={data.path} means raw clips, but the model reads features made elsewhere "
+            f"(model.feature_widths): make them with `msa-online extract-features {data.path} FOLDER "
+            "--text-encoder NAME`, or name a model.text_encoder in place of the widths"
+        )
+
+
+def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
+    """The configuration of `init_from`, changed by what the `model:` section says, with this run's labels."""
+    source = arguments.training.init_from
+    config = load_config(source)
+    for key in ("text_encoder", "feature_widths"):
+        before = getattr(config, key)
+        if without_path(named := arguments.model.get(key, before)) != without_path(before):
+            raise ConfigurationError(
+                f"training.init_from={source} has {key} {before!r}, but model.{key} says {named!r}"
+            )
+    inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
+    for outputs in ("id2label", "label2id", "num_labels", "label_range"):
+        inherited.pop(outputs, None)
+    if inherited["head"] != config.head:
+        inherited["head_kwargs"] = arguments.model.get("head_kwargs")
+    return MSAConfig(**inherited, **arguments.output_fields(classes))
+
+
+def fit_encoders(
+    model: MSAModel,
+    data: PreparedCorpus | FeatureCorpus,
+    arguments: RunArguments,
+    masks: Mapping[str, SplitMask],
+) -> None:
+    """Standardise precomputed features by the training split; front-ends of raw clips learn their scaling.
+
+    Fine-tuning goes on with the statistics of `init_from`, which its weights are used to. What `masks` hide
+    from training counts nowhere.
+
+    Raises:
+        CorpusError: The features have other widths than the model.
+    """
+    if not isinstance(data, FeatureCorpus):
+        return
+    if arguments.data.standardize and not arguments.training.init_from:
+        require_widths(data, model.config.widths)
+        seen = masks["train"].seen if masks else data.present("train")
+        for name, (mean, deviation) in data.statistics("train", seen).items():
+            model.encoders[name].standardize_by(mean, deviation)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run in three acts: build everything and check it, fit epoch by epoch, finish with scores and a card."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.text import Text
+from torch.utils.data import DataLoader
+
+from msa_online.batching import in_order
+from msa_online.evaluation.attribution import modality_shares
+from msa_online.evaluation.conditions import evaluate_conditions, selection_score, validate
+from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
+from msa_online.missing.modalities import FixedCondition, MaskedBatches
+from msa_online.missing.rates import SplitMask, rates_table
+from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
+from msa_online.model_card import write_model_card
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.accelerator import seed_everything, start_accelerator
+from msa_online.training.arguments import RunArguments, TrainingArguments
+from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.data import class_names, loaders_report, make_loaders, prepare_data, read_data
+from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
+from msa_online.training.loop import TrainingLoop
+from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
+from msa_online.training.model import build_model, fit_encoders
+from msa_online.training.modulator import fit_modulator, make_modulator
+from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.stages import StageSchedule, make_schedule
+from msa_online.training.state import Stateful
+from msa_online.training.teacher import appoint_teacher
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run consists of, built and checked.
+
+    Attributes:
+        arguments: Its configuration.
+        accelerator: Accelerate, started.
+        console: Where the main process prints; silent on the others.
+        folder: The run's folder.
+        processor: Makes inputs of raw clips; None for precomputed features.
+        schedule: Stages and the best epoch so far.
+        loop: Trains one epoch.
+        loaders: Loader of each split, prepared by Accelerate. Nothing is masked in them.
+        masks: Mask of each split of a run at missing rates; else empty.
+        for_teacher: Training split in a fixed order, as a teacher sees it.
+        for_validation: Validation split, as epochs are judged on it.
+    """
+
+    arguments: RunArguments
+    accelerator: Accelerator
+    console: Console
+    folder: RunFolder
+    processor: MSAProcessor | None
+    schedule: StageSchedule
+    loop: TrainingLoop
+    loaders: Mapping[str, DataLoader]
+    masks: Mapping[str, SplitMask]
+    for_teacher: MaskedBatches
+    for_validation: MaskedBatches
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What a resumed run restores beside the weights, by name."""
+        return {
+            "optimizer": self.loop.optimizer,
+            "scheduler": self.loop.scheduler,
+            "schedule": self.schedule,
+            "modulator": self.loop.modulator,
+            "progress": self.loop.progress,
+        }
+
+    @property
+    def constant(self) -> ConstantModel:
+        """The model that always predicts the same, which a trained one is compared with."""
+        return ConstantModel.fit(self.loaders["train"].dataset.labels, self.loop.bare_model.config)
+
+
+def train(arguments: RunArguments, command: str) -> None:
+    """Carry out the run that `arguments` describe; `command` is how it was called, for the record."""
+    accelerator = start_accelerator(arguments.training)
+    carry_out(arguments, command, accelerator)
+    # the wrapped model goes first: as the last to hold the process group it may wait for its threads for ever
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -> None:
+    """A whole run with Accelerate started, from the data to the model card."""
+    run = build(arguments, accelerator)
+    fit(run)
+    finish(run, command)
+
+
+def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
+    """Read the data, build the model, and check that they fit each other.
+
+    Everything that can be wrong with the input is found here: quick checks come before the slow extraction
+    of features, and all of them before anything of an earlier run is touched.
+    """
+    training = arguments.training
+    console = open_console(quiet=not accelerator.is_main_process)
+    folder = RunFolder(training.output_dir, accelerator)
+    folder.check(arguments)
+    corpus = read_data(arguments.data)
+    seed_everything(training.seed)
+    model, processor = build_model(arguments, class_names(corpus, arguments.data), console)
+    schedule = make_schedule(training, model.head.stages)
+    modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
+    require_space(folder.path, model)
+    data = prepare_data(corpus, arguments.data, processor and processor.limits, accelerator, console)
+    masks = draw_split_masks(data, arguments.data.missing)
+    if masks:
+        show(rates_table(masks), console)
+    fit_encoders(model, data, arguments, masks)
+    occurring = occurring_modalities(data, training, masks, len(schedule.stages))
+    fit_modulator(modulator, training, occurring, console)
+    input_masks = make_input_masks(data, training, masks, model, processor)
+    loaders = make_loaders(data, processor, model.config, arguments, accelerator)
+    for line in loaders_report(loaders, schedule.total_epochs):
+        console.print(line, soft_wrap=True, highlight=False)
+    folder.open(arguments)
+
+    optimizer = make_optimizer(
+        model,
+        learning_rate=training.learning_rate,
+        text_learning_rate=training.text_learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    scheduler = make_scheduler(
+        optimizer,
+        steps=loaders["train"].batch_sampler.steps * schedule.total_epochs,
+        warmup=training.warmup,
+        decay=training.decay,
+    )
+    every_train_sample = accelerator.prepare(in_order(loaders["train"]))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
+    loop = TrainingLoop(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        modulator=modulator,
+        input_mask=input_masks["train"],
+        clip_norm=training.clip_norm,
+        seed=training.seed,
+        measure_gradients=training.measure_gradients,
+    )
+    return Run(
+        arguments=arguments,
+        accelerator=accelerator,
+        console=console,
+        folder=folder,
+        processor=processor,
+        schedule=schedule,
+        loop=loop,
+        loaders=loaders,
+        masks=masks,
+        for_teacher=input_masks["teacher"].over(every_train_sample),
+        for_validation=input_masks["valid"].over(loaders["valid"]),
+    )
+
+
+def fit(run: Run) -> None:
+    """Train and validate epoch by epoch, stage by stage; the run's folder holds the best epoch afterwards."""
+    training, accelerator = run.arguments.training, run.accelerator
+    folder, schedule, loop = run.folder, run.schedule, run.loop
+    accelerator.init_trackers("msa_online")
+    if not accelerator.is_main_process:
+        seed_everything(training.seed + accelerator.process_index)  # the model is alike, dropout need not be
+    if training.resume:
+        folder.load_state(loop.bare_model, run.parts)
+        run.console.print(f"resuming after epoch {schedule.epoch}")
+
+    stage, condition = None, COMPLETE
+    while not schedule.finished:
+        if schedule.stage != stage:
+            stage = schedule.stage
+            loop.bare_model.head.start_stage(stage.name)
+            loop.teacher = appoint_teacher(loop.bare_model, schedule, folder, run.for_teacher, accelerator)
+            if schedule.is_last_stage and training.condition:
+                condition = training.condition
+                loop.input_mask = FixedCondition(CONDITIONS[condition])
+        epoch, last_stage = schedule.epoch, schedule.is_last_stage
+        run.loaders["train"].batch_sampler.start_epoch(epoch)
+        title = f"epoch {epoch + 1}/{schedule.total_epochs}"
+        losses = loop.train_epoch(run.loaders["train"], stage=stage.name, epoch=epoch, title=title)
+        metrics = validate(loop.bare_model, run.for_validation, accelerator, condition)
+        check_epoch(title, losses, metrics, run.arguments.data.label_range, accelerator.scaler)
+        score = selection_score(metrics, loop.bare_model.config.is_regression)
+        loop.modulator.on_validation(score)
+        best = schedule.advance(score)
+        loop.progress.history.append(
+            {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
+        )
+        accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
+        if best and last_stage:
+            folder.publish(loop.bare_model, run.processor)
+        elif best and stage.name in loop.bare_model.head.teachers.values():
+            folder.keep_stage(stage.name, loop.bare_model)
+        folder.save_state(loop.bare_model, run.parts)
+        folder.write_history(loop.progress.history)
+        line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
+        run.console.print(line, soft_wrap=True)
+
+
+def finish(run: Run, command: str) -> None:
+    """Score the best epoch, write its card and print the tables.
+
+    The test split is looked at here and nowhere before.
+    """
+    accelerator, folder, loaders = run.accelerator, run.folder, run.loaders
+    model, training = run.loop.bare_model, run.arguments.training
+    accelerator.wait_for_everyone()  # the main process has published the best epoch
+    folder.load_best(model)
+    model.head.start_stage(model.head.stages[-1])  # the one it predicts in
+
+    conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
+    splits = [split for split in ("valid", "test") if split in loaders]
+    results = {split: _score(run, split, conditions) for split in splits}
+    shares = {}
+    if set(conditions) == set(CONDITIONS):  # else it never learned to do without a modality
+        shares = {split: modality_shares(model, loaders[split], accelerator) for split in splits}
+    constant = run.constant
+    floors = {split: constant.metrics(loaders[split].dataset.labels) for split in splits}
+    judged_by = MISSING_RATES if run.masks else conditions[-1]  # as in validation
+    comparison = [
+        constant_line(split, scores[judged_by], floors[split], constant.title)
+        for split, scores in results.items()
+    ]
+    model.config.trained_on = {
+        **_record(run, command),
+        "selection": "validation MAE" if model.config.is_regression else "validation weighted F1",
+        "results": results,
+        "shares": shares,
+        "constant": floors,
+        "comparison": comparison,
+    }
+    if accelerator.is_main_process:
+        model.config.save_pretrained(folder.path)
+        write_model_card(folder.path, model.config)
+        folder.forget_state()
+    for split, scores in results.items():
+        show(conditions_table(scores, f"{split}, best epoch {run.schedule.best_epoch}"), run.console)
+        if split in shares:
+            show(shares_table(shares[split], f"{split}: what the predictions come from"), run.console)
+    run.console.print(Text("\n".join(comparison)), soft_wrap=True)
+    run.console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
+
+
+def _score(run: Run, split: str, conditions: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Metrics of a split by modality condition, and under the run's own mask if it has missing rates."""
+    model, loader = run.loop.bare_model, run.loaders[split]
+    scores = evaluate_conditions(model, loader, run.accelerator, conditions)
+    if run.masks:
+        masked = run.masks[split].over(loader)
+        scores[MISSING_RATES] = evaluate_conditions(model, masked, run.accelerator, (COMPLETE,))[COMPLETE]
+    return scores
+
+
+def _record(run: Run, command: str) -> dict[str, Any]:
+    """What a checkpoint remembers of its training, results apart."""
+    data, training = run.arguments.data, run.arguments.training
+    record: dict[str, Any] = {
+        "data": data.path,
+        "label_column": data.label_column,
+        "split_column": data.split_column,
+        "splits": {split: len(loader.dataset) for split, loader in run.loaders.items()},
+        "seed": training.seed,
+        "mixed_precision": str(run.accelerator.mixed_precision),
+        "modulator": training.modulator,
+        "protocol": protocol_of(training, run.masks),
+        "epoch": run.schedule.best_epoch,
+        "skipped_steps": run.loop.progress.skipped,
+        "command": command,
+    }
+    if run.processor:
+        limits = run.processor.limits
+        record["limits"] = {
+            "text tokens": limits.max_text_tokens,
+            "seconds of sound": limits.max_audio_seconds,
+            "frames": run.processor.settings.num_frames,
+        }
+    if run.masks:
+        drawn = {split: mask.record for split, mask in run.masks.items()}
+        record["missing"] = {**asdict(data.missing), "splits": drawn}
+    return record
+
+
+def protocol_of(training: TrainingArguments, masks: Mapping[str, SplitMask]) -> str:
+    """Name of the protocol: what the run may see in training, for its record."""
+    if masks:
+        realised = masks["train"].realised
+        rates = (f"{name} {rate} ({realised[name]:.3f})" for name, rate in masks["train"].rates.items())
+        return f"{MISSING_RATES}: missing rates, in brackets realised in training: {', '.join(rates)}"
+    if training.condition:
+        return f"per_condition ({training.condition})"
+    return "single_model, frames dropped in training" if training.frame_dropout else "single_model"
