@@ -7,9 +7,10 @@ scores (`extract`), to keep these on disk (`FeatureCache`), and to bring the pre
 next to nothing.
 """
 
-from feature_extractors.assets import ASSETS, AssetError, asset_path, cache_root, get_asset
+from feature_extractors.assets import asset_path, cache_root, get_asset
 from feature_extractors.audio import is_silent, log_mel
 from feature_extractors.cache import CacheError, FeatureCache
+from feature_extractors.catalogue import ASSETS, AssetError
 from feature_extractors.clip import (
     FINDINGS,
     SAMPLE_RATE,

@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from rich.console import Console
 
-    from feature_extractors.assets import AssetError, get_asset
+    from feature_extractors.assets import get_asset
+    from feature_extractors.catalogue import AssetError
     from feature_extractors.clip import ClipError
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)

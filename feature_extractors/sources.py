@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from feature_extractors.assets import Asset, AssetError
+from feature_extractors.catalogue import Asset, AssetError
 
 PATIENCE = 5
 """Seconds to wait for a server's first word."""

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from feature_extractors import limits
-from feature_extractors.assets import AssetError
 from feature_extractors.cache import CacheError, FeatureCache
+from feature_extractors.catalogue import AssetError
 from feature_extractors.clip import Clip, ClipError, ClipExtent, ExtractionSettings
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from feature_extractors import ClipError, ExtractionSettings, FeatureCache
-from feature_extractors.assets import ASSETS, AssetError, get_asset
+from feature_extractors.assets import get_asset
+from feature_extractors.catalogue import ASSETS, AssetError
 from feature_extractors.clip import REMEDIES, printable
 from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
 from msa_online.configuration_msa import MSAConfig

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from feature_extractors import CacheError, ClipError
-from feature_extractors.assets import AssetError
+from feature_extractors.catalogue import AssetError
 from feature_extractors.worker import WorkerError
 from msa_online.corpora.corpus import CorpusError
 from msa_online.encoders.text import TextEncoderError

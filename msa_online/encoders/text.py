@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from feature_extractors.assets import ASSETS, asset_path, get_asset
+from feature_extractors.assets import asset_path, get_asset
+from feature_extractors.catalogue import ASSETS
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.modalities import ModalitySequence
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from feature_extractors import ASSETS, AssetError, asset_path, cache_root, get_asset
-from feature_extractors.assets import Asset, Carrier
+from feature_extractors.catalogue import Asset, Carrier
 
 CONTENT = b"weights of a very small model"
 ONE = Asset(
