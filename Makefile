@@ -8,5 +8,5 @@ quality:        ## check it
 	ruff check .
 	ruff format --check .
 
-test:           ## run the whole suite
-	python -m pytest
+test:           ## run the whole suite, a process for each core
+	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: clips written on the spot, tiny random encoders, the real recordings."""
 
+import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -302,3 +304,17 @@ def mmsa_content() -> dict:
         }
 
     return {"train": part(4, 0), "valid": part(3, 1), "test": part(2, 2)}
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print how many tests each folder has and how long they took, if more than one folder was tested."""
+    seconds, tests = Counter(), Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            folder = os.path.dirname(report.nodeid.partition("::")[0])
+            seconds[folder] += report.duration
+            tests[folder] += report.when == "call" or report.skipped
+    if len(seconds) > 1:
+        terminalreporter.section("time by folder")
+        for folder, duration in seconds.most_common():
+            terminalreporter.line(f"{duration:8.1f}s  {tests[folder]:5} tests  {folder}")
