@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers, losses and measures that several methods share."""
+"""Layers, losses and Shapley values that several methods share."""

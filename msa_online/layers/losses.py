@@ -19,7 +19,7 @@ def task_loss(
     Args:
         logits: `(batch, outputs)`.
         labels: `(batch,)`.
-        present: `(batch,)` bool; samples that count. All count by default; the loss of none is zero.
+        present: `(batch,)` bool; samples that count. All count by default. The loss is zero if none counts.
         regression_loss: "mse" or "l1".
 
     Returns:
@@ -35,7 +35,7 @@ def loss_alone(
     present: Mapping[str, Tensor],
     regression_loss: str = "mse",
 ) -> Tensor:
-    """Sum over modalities of the supervised loss of what each predicts alone, on the samples that have it.
+    """Sum over modalities of the supervised loss of each one's own prediction, on the samples that have it.
 
     Args:
         modality_logits: `(batch, outputs)` each.
@@ -50,7 +50,7 @@ def loss_alone(
 
 
 def sample_losses(logits: Tensor, labels: Tensor, regression_loss: str = "mse") -> Tensor:
-    """The supervised loss of each sample in fp32: `(..., batch, outputs)`, `(batch,)` to `(..., batch)`."""
+    """Supervised loss of each sample in fp32: `(..., batch, outputs)` and `(batch,)` to `(..., batch)`."""
     logits = in_fp32(logits)
     if logits.shape[-1] > 1:
         classes = labels.expand(logits.shape[:-1]).unsqueeze(-1)
@@ -60,5 +60,5 @@ def sample_losses(logits: Tensor, labels: Tensor, regression_loss: str = "mse") 
 
 
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of `values` over the last axis where `counted` (bool, same shape) is True; 0 where none is."""
+    """Mean of `values` over the last axis where `counted` (bool, same shape) is True; 0 if none is True."""
     return (values * counted).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)

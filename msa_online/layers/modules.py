@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that several methods use, and the mean over valid steps."""
+"""Layers that several methods share, and the mean over valid steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 
 
 class MissingTokens(nn.Module):
-    """One learned state for each modality, standing in where the modality is absent.
+    """One learned state for each modality, used where the modality is absent.
 
     Args:
         hidden_size: Width of the states.
@@ -27,17 +27,17 @@ class MissingTokens(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start small, so that an absent modality says little at first."""
+        """Start small, so that an absent modality has little influence at first."""
         nn.init.normal_(self.tokens, std=0.02)
 
     def forward(self, name: str, states: Tensor, present: Tensor) -> Tensor:
-        """Put the token of `name` into states `(..., hidden)` where `present` `(...)` is False."""
+        """Replace states `(..., hidden)` by the token of `name` where `present` `(...)` is False."""
         return torch.where(present.unsqueeze(-1), states, self.tokens[self.names.index(name)])
 
     def stand_in(self, name: str, sequence: ModalitySequence) -> ModalitySequence:
-        """Make absent samples of a sequence, states `(batch, time, hidden)`, one step that holds the token.
+        """Give absent samples of a sequence, states `(batch, time, hidden)`, one step that holds the token.
 
-        `present` stays as it was: the token is no observation.
+        `present` is unchanged: the token is no observation.
         """
         absent = ~sequence.present.unsqueeze(-1)
         first = torch.arange(sequence.mask.shape[1], device=sequence.mask.device) == 0
@@ -48,11 +48,11 @@ class MissingTokens(nn.Module):
 
 
 class LearnedScalar(nn.Module):
-    """One positive number that training may move between two bounds, or a constant.
+    """A scalar that is learned within bounds, or a constant.
 
     Args:
-        start: Where it starts.
-        bounds: Least and greatest value it is used with.
+        start: Initial value.
+        bounds: Smallest and largest value that `forward` returns.
         learned: Make it a parameter.
     """
 
@@ -63,28 +63,31 @@ class LearnedScalar(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Go back to the start."""
+        """Set the initial value."""
         if self.value is not None:
             nn.init.constant_(self.value, self.start)
 
     def forward(self) -> Tensor | float:
-        """The number, within its bounds."""
+        """The scalar, within its bounds."""
         if self.value is None:
             return self.start
-        # the gradient goes straight through: beyond a bound the clamp's own would be zero for good
+        # straight-through gradient: that of the clamp is zero beyond a bound, where the value would get stuck
         return self.value + (self.value.clamp(*self.bounds) - self.value).detach()
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with a mask drawn in fp32: on a CPU the original draws doubles, three times as slowly.
+    """`nn.Dropout` with an fp32 mask. On a CPU, the original draws doubles and takes three times as long.
 
     Args:
-        share: What share is dropped, in [0, 1). Raises `ValueError` for any other.
+        share: Share of the values to drop, in [0, 1).
+
+    Raises:
+        ValueError: `share` is out of range.
     """
 
     def __init__(self, share: float) -> None:
         if not 0 <= share < 1:
-            raise ValueError(f"dropout={share}: at least 0 and below 1")
+            raise ValueError(f"dropout={share} must be at least 0 and below 1")
         super().__init__(share)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -96,12 +99,12 @@ class Dropout(nn.Dropout):
 
 
 class StackedLinear(nn.Module):
-    """Linear layers of one shape side by side, computed in one batched product.
+    """Several linear layers of one shape, computed in one batched product.
 
     Args:
-        stacks: How many there are.
-        inputs: Width of what goes in.
-        outputs: Width of what comes out.
+        stacks: Number of layers.
+        inputs: Input width.
+        outputs: Output width.
     """
 
     def __init__(self, stacks: int, inputs: int, outputs: int) -> None:
@@ -111,31 +114,31 @@ class StackedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start every layer as `nn.Linear` does."""
+        """Initialise every layer as `nn.Linear` does."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, states: Tensor, stack: int | None = None) -> Tensor:
-        """Map `(stacks, rows, inputs)`, each by its own layer; with `stack`, `(1, rows, inputs)` by that."""
+        """Map `(stacks, rows, inputs)`, each stack by its layer; or `(1, rows, inputs)` by layer `stack`."""
         if stack is None:
             return torch.baddbmm(self.bias, states, self.weight)
-        # unbind, not indexing: its gradient is put together once and not added up from padded slices
+        # unbind, not indexing: its gradient is stacked once instead of summed over padded slices
         weight, bias = self.weight.unbind()[stack], self.bias.unbind()[stack]
         return torch.addmm(bias, states.squeeze(0), weight).unsqueeze(0)
 
 
 class ExpertStacks(nn.Module):
-    """A stack of attention layers for each modality, all of one shape (METHODS 1.2, step 2).
+    """A stack of attention layers for each modality (docs/methods/ebmc.md, "Reading a modality").
 
-    Stacks are computed side by side and modalities one behind the other, so that all three modalities pass
-    all three stacks in a few batched products a layer, whatever their lengths.
+    All stacks have one shape and are computed in parallel. The steps of all modalities are concatenated, so
+    that three modalities pass three stacks in a few batched products a layer, whatever their lengths.
 
     Args:
         hidden_size: Width of the states.
         depth: Layers in a stack.
         heads: Attention heads.
-        dropout: Share dropped in the perceptron of a layer.
+        dropout: Share dropped in the MLP of a layer.
     """
 
     def __init__(self, hidden_size: int, depth: int, heads: int, dropout: float) -> None:
@@ -145,7 +148,7 @@ class ExpertStacks(nn.Module):
         )
 
     def own(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, Tensor]:
-        """Each modality, states `(batch, time, hidden)`, through its own stack; the same shapes come out."""
+        """Pass each modality, states `(batch, time, hidden)`, through its own stack; keeps the shapes."""
         passed = {}
         for number, name in enumerate(MODALITIES):
             states = [sequences[name].values.unsqueeze(0)]
@@ -155,7 +158,7 @@ class ExpertStacks(nn.Module):
         return passed
 
     def every(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, Tensor]:
-        """Each modality through every stack: `(batch, time, hidden)` to `(stacks, batch, time, hidden)`."""
+        """Pass each modality through all stacks: `(batch, time, hidden)` to `(stacks, batch, ...)`."""
         masks = [sequences[name].mask for name in MODALITIES]
         states = [sequences[name].values.expand(len(MODALITIES), -1, -1, -1) for name in MODALITIES]
         for layer in self.layers:
@@ -164,13 +167,13 @@ class ExpertStacks(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """One layer of each stack: x + u + MLP(u) with u = attention(x); no norm and no output projection.
+    """One layer of each stack: x + u + MLP(u) with u = attention(x); no norm, no output projection.
 
     Args:
-        stacks: How many there are.
+        stacks: Number of stacks.
         hidden_size: Width of the states.
         heads: Attention heads.
-        dropout: Share dropped in the perceptron.
+        dropout: Share dropped in the MLP.
 
     Raises:
         ValueError: `heads` does not divide `hidden_size`.
@@ -190,7 +193,7 @@ class ExpertLayer(nn.Module):
     def forward(
         self, states: Sequence[Tensor], masks: Sequence[Tensor], stack: int | None = None
     ) -> list[Tensor]:
-        """Pass sequences `(stacks, batch, time, hidden)` under masks `(batch, time)`; times may differ."""
+        """Map sequences `(stacks, batch, time, hidden)` with masks `(batch, time)`; lengths may differ."""
         rows = torch.cat([values.flatten(1, 2) for values in states], dim=1)  # (stacks, all steps, hidden)
         lengths = [mask.numel() for mask in masks]
         attended = self._attend(rows, masks, stack)
@@ -202,10 +205,10 @@ class ExpertLayer(nn.Module):
         ]
 
     def _attend(self, rows: Tensor, masks: Sequence[Tensor], stack: int | None) -> Tensor:
-        """Attention of each sample over its valid steps, zero where it has none.
+        """Attention of each sample over its valid steps; zero if it has none.
 
-        A single step attends to itself whatever queries and keys say: they are then left alone. Logits are
-        summed in fp32 inside (METHODS 8.5).
+        With one step per sequence, attention returns the value itself, so queries and keys are skipped. The
+        attention kernel sums logits in fp32.
         """
         values = self.value(rows, stack)
         if all(mask.shape[1] == 1 for mask in masks):
@@ -220,13 +223,13 @@ class ExpertLayer(nn.Module):
         return torch.cat([self._attend_within(*part) for part in parts], dim=1)
 
     def _attend_within(self, query_key: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Attention within one modality: `(stacks, batch * time, ...)` under a mask `(batch, time)`."""
+        """Attention within one modality: `(stacks, batch * time, ...)` with a mask `(batch, time)`."""
         query, key = rearrange(
             query_key, "s (b t) (two h d) -> two (s b) h t d", b=mask.shape[0], two=2, h=self.heads
         )
         value = rearrange(values, "s (b t) (h d) -> (s b) h t d", b=mask.shape[0], h=self.heads)
         observed = mask.any(dim=1)
-        keys = (mask | ~observed.unsqueeze(-1)).repeat(values.shape[0], 1)  # no row without any
+        keys = (mask | ~observed.unsqueeze(-1)).repeat(values.shape[0], 1)  # no row without a key: NaN
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys[:, None, None])
         attended = attended * observed.repeat(values.shape[0])[:, None, None, None]
         return rearrange(attended, "(s b) h t d -> s (b t) (h d)", s=values.shape[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point types inside a forward pass: fp32 for losses, and no wider than the weights."""
+"""Floating-point types inside a forward pass (docs/methods/numerics.md, "Precision")."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 def in_fp32(values: Tensor) -> Tensor:
-    """Half precision raised to fp32, for losses that need it (METHODS 8.5); fp64 stays as it is."""
+    """Convert half precision to fp32, for losses; fp32 and fp64 stay as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def no_wider(values: Tensor, module: nn.Module) -> Tensor:
-    """`values` in the type of the module's weights where that is the narrower: a model in half precision."""
+    """Convert `values` to the type of the module's weights if that is narrower: in a half-precision model."""
     weights = next(module.parameters()).dtype
     return values.to(weights) if values.dtype.itemsize > weights.itemsize else values
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """What is computed within stays in the precision it has (METHODS 8.5), on any device, "meta" included."""
+    """Context manager that turns autocast off on any device; the "meta" device, too, is accepted."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

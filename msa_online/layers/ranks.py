@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def across_ranks_minimum(values: Tensor) -> Tensor:
-    """Smallest of each value over all processes, the same on every one of them."""
+    """Element-wise minimum over all processes, in place; all processes get the same."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return values
 
 
 def across_ranks_sum(values: Tensor) -> Tensor:
-    """Sum of each value over all processes, the same on every one of them."""
+    """Element-wise sum over all processes, in place; all processes get the same."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values

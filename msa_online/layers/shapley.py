@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact Shapley values: how much each modality adds to what all of them achieve together."""
+"""Exact Shapley values: the contribution of each modality to what all of them achieve together."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -13,29 +13,29 @@ from msa_online.modalities import MODALITIES
 SUBSETS: tuple[frozenset[str], ...] = tuple(
     frozenset(chosen) for size in range(len(MODALITIES) + 1) for chosen in combinations(MODALITIES, size)
 )
-"""All subsets of the modalities, from none to all: whatever is to be shared out needs a value for each."""
+"""All subsets of the modalities, from none to all; `shapley_values` needs the worth of each."""
 
 
 def shapley_values(
     worth: Mapping[frozenset[str], Tensor], players: Sequence[str] = MODALITIES
 ) -> dict[str, Tensor]:
-    """Share out the worth of all players among them by what each adds to every subset of the others.
+    """Divide the worth of all players among them by what each adds to every subset of the others.
 
-        psi_m = sum over S without m of  |S|! (k - |S| - 1)! / k!  (u(S + m) - u(S))          (METHODS 2.7)
+        psi_m = sum over S without m of  |S|! (k - |S| - 1)! / k!  (u(S + m) - u(S))
 
-    Exact: 2^k subsets, eight for the three modalities, so nothing is sampled. The shares add up to
-    u(all) - u(none); two players that add alike get alike; one that never changes anything gets exactly 0.
+    This is (2.7) of docs/methods/pase.md. The values are exact: all 2^k subsets are evaluated, eight for
+    three modalities. They sum to u(all) - u(none); players with equal contributions get equal values; a
+    player that never changes anything gets exactly 0.
 
     Args:
-        worth: u, a tensor of any shape for each subset of the players, the empty one included; all of one
-            shape.
-        players: Their names.
+        worth: u, a tensor for each subset of the players, the empty one included; all of one shape.
+        players: Names of the players.
 
     Returns:
-        Share of each player, of the shape of one worth, in its unit and precision; differentiable.
+        Value of each player, in the shape, unit and precision of `worth`; differentiable.
 
     Raises:
-        ValueError: A subset has no worth.
+        ValueError: The worth of a subset is missing.
     """
     count = len(players)
     shares = {}
@@ -53,6 +53,6 @@ def shapley_values(
 
 def _worth_of(subset: frozenset[str], worth: Mapping[frozenset[str], Tensor]) -> Tensor:
     if subset not in worth:
-        names = " + ".join(sorted(subset)) or "no player at all"
-        raise ValueError(f"the worth of {names} is missing: exact Shapley values need every subset's")
+        names = " + ".join(sorted(subset)) or "the empty subset"
+        raise ValueError(f"the worth of {names} is missing: exact Shapley values need that of every subset")
     return worth[subset]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balancing methods: three plain tables, name in the configuration to class.
+"""The balancing methods: three plain tables from the name in the configuration to the class.
 
-A method of one's own joins with `HEADS["mine"] = MyHead`, before the model is built.
+To add a method of your own, set `HEADS["mine"] = MyHead` before the model is built.
 """
 
 from msa_online.methods.balm import FeatureCalibration, RebalancingModulator

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BALM: calibrated features and rebalanced gradients for any head, under missing rates; METHODS 3."""
+"""BALM: calibrated features and rebalanced gradients for any head, under missing rates (CVPR 2026).
+
+"BALM: A Model-Agnostic Framework for Balanced Multimodal Learning under Imbalanced Missing Rates", arXiv
+2603.19718. Numbers of equations like (3.8) and of choices like B5 are those of docs/methods/balm.md.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -22,17 +26,19 @@ TINY = 1e-8  # beside sums of Python floats
 
 
 class FeatureCalibration(Calibrator):
-    """FCM: scales the channels of each modality by what a descriptor of all modalities says (3.1 - 3.3).
+    """FCM: scales the channels of each modality by gates computed from a descriptor of all modalities.
 
-        x_glob = ReLU(F [mean_t x_text; mean_t x_audio; mean_t x_vision])
-        x^_m   = 2 sigmoid(F_m x_glob) x_m
+        x_glob = ReLU(F [mean_t x_text; mean_t x_audio; mean_t x_vision])         (3.1), (3.2)
+        x^_m   = 2 sigmoid(F_m x_glob) x_m                                        (3.3)
 
-    The gates start at 1 and leave every feature as it is. An absent modality is zero in the descriptor and
-    stays absent.
+    The gates start at 1, which leaves the features unchanged (B1). An absent modality is zero in the
+    descriptor and stays absent (B3).
+
+    Relations: `RebalancingModulator` is the other half of the method; each works without the other.
 
     Args:
         widths: Width of each modality's states.
-        descriptor_size: Width of x_glob; a quarter of all widths together by default, as published.
+        descriptor_size: Width of x_glob; by default a quarter of the sum of all widths, as published.
 
     Raises:
         ValueError: `descriptor_size` is below 1.
@@ -41,7 +47,7 @@ class FeatureCalibration(Calibrator):
     def __init__(self, widths: Mapping[str, int], *, descriptor_size: int | None = None) -> None:
         super().__init__(widths)
         if descriptor_size is not None and descriptor_size < 1:
-            raise ValueError(f"descriptor_size={descriptor_size}: at least 1")
+            raise ValueError(f"descriptor_size={descriptor_size} must be at least 1")
         total = sum(widths.values())
         size = descriptor_size or -(-total // 4)
         self.describe = nn.Linear(total, size)
@@ -58,11 +64,11 @@ class FeatureCalibration(Calibrator):
 
 
 class OpenGate(nn.Module):
-    """Gates in (0, 2) that start at 1, whatever they read.
+    """Gates in (0, 2), initialised to 1 for every input.
 
     Args:
-        inputs: Width of what they read.
-        channels: How many there are.
+        inputs: Width of the input.
+        channels: Number of gates.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -72,7 +78,7 @@ class OpenGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with all gates at 1."""
+        """Set all gates to 1."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -82,34 +88,39 @@ class OpenGate(nn.Module):
 
 
 class RebalancingModulator(GradientModulator):
-    """GRM: speeds up lagging modalities and aligns their gradients with the task (3.5 - 3.10).
+    """GRM: speeds up lagging modalities and aligns their gradients with the task.
 
-        D_m     = divergence of a probe's prediction from the fused one, mean over the samples that have m
-        Delta_m = what D_m fell by since the last step
-        kappa_m = share of the progress that is not m's;  grad <- rho kappa_m grad
-        L_mod   = 1/|M| [ sum |kappa_m| - sum kappa_m cos_m ],  kappa of the step before
+        D_m     = KL(fused prediction, probe of m), mean over the samples that have m         (3.5), (3.6)
+        Delta_m = decrease of D_m since the last step                                         (3.7)
+        kappa_m = 1 - Delta_m / sum Delta;   grad <- rho kappa_m grad                         (3.8)
+        L_mod   = 1/|M| [ sum |kappa_m| - sum kappa_m cos_m ],  kappa of the last step        (3.9)
 
-    M holds the modalities that occur in training (METHODS A31). A step whose samples all lack one of them
-    keeps its coefficient and its divergence, and rebalances the others.
+    M holds the modalities that occur in training (B15). A modality that no sample of a step has keeps its
+    coefficient and its divergence, and the others are rebalanced (B16).
 
-    cos_m compares, sample by sample, the gradients of the task loss and of the probe's own loss by z_m, the
-    state of m as the fusion reads it. Probes read z_m detached: they change neither encoders nor clipping,
-    and are in no published checkpoint.
+    cos_m compares, for each sample, the gradients of the task loss and of the probe's own loss by z_m, the
+    state of m that the fusion reads. Probes read z_m detached. They do not affect encoders or clipping, and
+    published checkpoints do not contain them.
 
-    Deviations (METHODS 3.3, A13): progress is smoothed, because batch noise alone would otherwise turn
-    coefficients negative (`guard`); the paper's equations of the spatial term are unavailable, the form
-    is that of its ancestor CGGM (`mod_form`), on gradients by z_m and not on weights.
+    Losses, weighted (3.10): `probe`, which trains the probes; `balm`, tau L_mod.
+
+    Deviations and readings: progress is smoothed, because otherwise batch noise alone makes coefficients
+    negative (B5). The paper's equation of L_mod is unavailable; ours has the form of CGGM, its ancestor, and
+    compares gradients by z_m, not weights (B7, B8).
+
+    Relations: `FeatureCalibration` is the other half of the method; each works without the other.
 
     Args:
         modalities: Modalities to rebalance.
-        strength: rho; 1.5 leaves the mean coefficient of three modalities at 1.
-        spatial_weight: tau, of L_mod.
-        progress: "kl" of the fused from the probe's distribution, or "mse" of predictions (BALM-M).
-        guard: "smooth", or "none" as printed.
+        strength: rho; 1.5 keeps the mean coefficient of three modalities at 1 (B6).
+        spatial_weight: tau, weight of L_mod.
+        progress: "kl", the divergence of the probe's distribution from the fused one; or "mse", their squared
+            distance (BALM-M).
+        guard: "smooth", or "none" as printed (B5).
         spatial: "latent", or "off" (BALM-D).
-        mod_form: "cggm", or "abs" as in the published code: sum |kappa_m cos_m|.
+        mod_form: "cggm", or "abs" as in the published code: sum |kappa_m cos_m| (B8).
         epochs: First and last epoch in which coefficients act, from 0; None for all. L_mod and the probes
-            go on throughout.
+            are active in every epoch.
         apply: "gradient" as published, "lr", or "off" (BALM-S).
 
     Raises:
@@ -137,20 +148,20 @@ class RebalancingModulator(GradientModulator):
         check_choice("mod_form", mod_form, ("cggm", "abs"))
         check_choice("apply", apply, (*APPLICATIONS, "off"))
         if not 0 < strength < math.inf:
-            raise ValueError(f"strength={strength}: above 0")
+            raise ValueError(f"strength={strength} must be above 0")
         if not 0 <= spatial_weight < math.inf:
-            raise ValueError(f"spatial_weight={spatial_weight}: at least 0")
+            raise ValueError(f"spatial_weight={spatial_weight} must be at least 0")
         self.modalities = tuple(modalities)
         self.epochs = None if epochs is None else tuple(epochs)
         self.strength, self.spatial_weight = strength, spatial_weight
         self.progress, self.guard = progress, guard
         self.spatial, self.mod_form, self.apply = spatial, mod_form, apply
         self.differentiates_features = spatial == "latent" and spatial_weight > 0
-        self.divergences: dict[str, float] | None = None  # of the last step, or running
+        self.divergences: dict[str, float] | None = None  # those of the last step, or running means
         self.kappa: dict[str, float] | None = None
 
     def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
-        """Give the model a probe for each modality: a hidden layer as wide as what the prediction reads."""
+        """Add a probe for each modality to the model; its hidden layer has the width of the fused state."""
         outputs = model.config.num_labels
         model.probes.update(
             {
@@ -161,15 +172,15 @@ class RebalancingModulator(GradientModulator):
         self.probes = model.probes
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Rebalance the other modalities only, and drop the probes of these."""
+        """Stop rebalancing these modalities and remove their probes."""
         for name in set(names).intersection(self.modalities):
             del self.probes[name]
         super().leave_out(names)
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Divergence of each probe from the fused prediction, and the share of samples with its modality.
+        """Divergence of each probe from the fused prediction, and share of samples with its modality.
 
-        Both are means over the whole micro-batch: a sample without the modality counts as zero.
+        Both are means over the whole micro-batch; a sample without the modality counts as zero.
         """
         statistics = {}
         for name in self.modalities:
@@ -180,24 +191,25 @@ class RebalancingModulator(GradientModulator):
         return statistics
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """What trains the probes, and tau L_mod under the coefficients of the step before."""
-        of_probes = loss_alone(output.probe_logits, labels, output.present)
-        spatial = torch.zeros_like(of_probes)
+        """The loss of the probes, and tau L_mod with the coefficients of the last step."""
+        probe_loss = loss_alone(output.probe_logits, labels, output.present)
+        spatial = torch.zeros_like(probe_loss)
         if self.kappa and output.fused_valid and self.spatial == "latent" and self.spatial_weight:
             spatial = self.spatial_weight * self._spatial_loss(output, labels)
-        return {"probe": of_probes, "balm": spatial}
+        return {"probe": probe_loss, "balm": spatial}
 
     def _spatial_loss(self, output: Any, labels: Tensor) -> Tensor:
-        """L_mod (3.9) on the gradients by z_m, those of the probes held fixed."""
+        """L_mod (3.9) on the gradients by z_m; those of the probes are constants."""
         states = [output.of_head.features[name] for name in self.modalities]
-        # of the sum over samples, so that half precision does not lose the gradient of a mean
-        wanted = torch.autograd.grad(output.of_head.losses["task"] * len(labels), states, create_graph=True)
+        # gradient of the sum over samples: that of the mean could underflow in half precision
+        loss = output.of_head.losses["task"] * len(labels)
+        task_gradients = torch.autograd.grad(loss, states, create_graph=True)
         terms = []
-        for name, state, of_task in zip(self.modalities, states, wanted, strict=True):
+        for name, state, task_gradient in zip(self.modalities, states, task_gradients, strict=True):
             state = in_fp32(state.detach()).requires_grad_()
-            missed = task_loss(self.probes[name](state), labels) * len(labels)
-            (of_probe,) = torch.autograd.grad(missed, state)
-            cosine = F.cosine_similarity(in_fp32(of_task), of_probe, dim=-1)
+            probe_loss = task_loss(self.probes[name](state), labels) * len(labels)
+            (probe_gradient,) = torch.autograd.grad(probe_loss, state)
+            cosine = F.cosine_similarity(in_fp32(task_gradient), probe_gradient, dim=-1)
             terms.append(self.kappa[name] * mean_where(cosine, output.present[name]))
         cosines = torch.stack(terms)
         if self.mod_form == "abs":
@@ -205,7 +217,7 @@ class RebalancingModulator(GradientModulator):
         return sum(abs(value) for value in self.kappa.values()) / len(terms) - cosines.mean()
 
     def modulate(self, context: ModulationContext) -> Modulation:
-        """Take the divergences of the step, and scale each modality by its share of the others' progress."""
+        """Update kappa from the divergences of the step, and scale each modality by rho kappa."""
         shares = {name: context.statistics[f"observed/{name}"] for name in self.modalities}
         found = {
             name: context.statistics[f"divergence/{name}"] / share for name, share in shares.items() if share
@@ -224,28 +236,32 @@ class RebalancingModulator(GradientModulator):
         return Modulation(rates, log | {f"coefficient/{name}": c for name, c in coefficients.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Divergences and coefficients of the last step."""
+        """Divergences and kappa of the last step."""
         return {"divergences": self.divergences, "kappa": self.kappa}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore divergences and kappa."""
         self.divergences, self.kappa = state["divergences"], state["kappa"]
 
 
 def rebalance(
     found: Mapping[str, float], before: Mapping[str, float], kappa: Mapping[str, float], guard: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Coefficients kappa from the divergences of a step, and what the next step compares with (3.8).
+    """Coefficients kappa from the divergences of a step (3.8), and the divergences for the next step.
 
     1 - kappa_m is the share of m in the progress. A modality without samples in the step keeps its share;
-    the others divide the rest by what they gained. All kappa add up to |M| - 1.
+    the others divide the rest in proportion to their progress. All kappa sum to |M| - 1.
 
     Args:
         found: D_m of this step, at least 0, of each modality that a sample of the step has.
-        before: D_m that earlier steps left; empty in the first.
+        before: D_m of earlier steps; empty in the first.
         kappa: Coefficients of all modalities before this step; 1 - 1 / |M| each in the first.
-        guard: "smooth" compares running means, counts losses of ground as no progress, and draws shares half
-            way to equal ones: kappa in [0, 1]. "none" is the printed form, which can be negative or large.
+        guard: "smooth" compares running means, counts a rise as no progress, and averages each share with an
+            equal share, so that kappa is in [0, 1] (B5). "none" is the printed form; its kappa can be
+            negative or large.
+
+    Returns:
+        kappa of all modalities, and D_m to pass as `before` in the next step.
     """
     free = 1 - sum(1 - value for name, value in kappa.items() if name not in found)
     if guard == "none":
@@ -267,16 +283,16 @@ def rebalance(
 def kl_from_fused(fused: Tensor, alone: Tensor) -> Tensor:
     """KL(fused || alone) of each sample, `(batch, outputs)` to `(batch,)` (3.6).
 
-    A score s stands for the two-point distribution (sigmoid(-s), sigmoid(s)).
+    A score s is taken as the two-point distribution (sigmoid(-s), sigmoid(s)).
     """
-    of_fused, of_alone = (_log_probabilities(logits) for logits in (fused, alone))
-    return (of_fused.exp() * (of_fused - of_alone)).sum(dim=-1)
+    log_fused, log_alone = (_log_probabilities(logits) for logits in (fused, alone))
+    return (log_fused.exp() * (log_fused - log_alone)).sum(dim=-1)
 
 
 def squared_distance(fused: Tensor, alone: Tensor) -> Tensor:
     """Mean squared distance of a sample's distributions, `(batch, outputs)` to `(batch,)` (BALM-M)."""
-    of_fused, of_alone = (_log_probabilities(logits).exp() for logits in (fused, alone))
-    return (of_fused - of_alone).square().mean(dim=-1)
+    p_fused, p_alone = (_log_probabilities(logits).exp() for logits in (fused, alone))
+    return (p_fused - p_alone).square().mean(dim=-1)
 
 
 DIVERGENCES = {"kl": kl_from_fused, "mse": squared_distance}

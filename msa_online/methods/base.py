@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every balancing method is made of: a head, a gradient modulator, a calibrator."""
+"""Base classes of the balancing methods: head, gradient modulator, calibrator."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ class HeadOutput:
 
     Attributes:
         logits: Fused prediction, `(batch, outputs)`.
-        modality_logits: Prediction of each modality alone, `(batch, outputs)` each: no other modality may
-            change it. Empty if the head has none.
-        features: State of each modality that the fused prediction is computed from, `(batch, width)` each,
-            as the tensors the fusion reads, not as copies. It may depend on another modality.
-        fused: State the fused prediction is computed from by the last layer, `(batch, width)`.
-        losses: Loss terms by name, unweighted scalars; empty without labels.
-        fused_valid: False in a stage that does not train the fused prediction yet.
-        diagnostics: Detached scalars for the log, by names with a slash, like "energy/text".
+        modality_logits: Prediction of each modality alone, `(batch, outputs)` each. It must not depend on any
+            other modality. Empty if the head has none.
+        features: State of each modality that the fusion reads, `(batch, width)` each. These are the tensors
+            themselves, not copies. They may depend on other modalities.
+        fused: Input of the last layer of the fused prediction, `(batch, width)`.
+        losses: Unweighted loss terms by name, scalars; empty without labels.
+        fused_valid: False in a stage that does not train the fused prediction.
+        diagnostics: Detached scalars for the log; their names contain a slash, like "energy/text".
     """
 
     logits: Tensor
@@ -38,17 +38,17 @@ class HeadOutput:
 
 
 class BalancingHead(nn.Module):
-    """Three sequences in, a prediction and named losses out. A method is one subclass, in a file of its own.
+    """Maps three sequences to a prediction and named losses. Each method is one subclass in its own file.
 
     A subclass takes `widths` (width of each modality's states) and `num_labels` (outputs; 1 is regression),
-    then its hyper-parameters as keywords with defaults, `hidden_size` among them: they are the `head_kwargs`
-    of the configuration. docs/adding_a_method.md lists all that a head promises, and
+    then its hyper-parameters as keywords with defaults. `hidden_size` must be one of them. The keywords are
+    the `head_kwargs` of the configuration. docs/adding_a_method.md states the full contract of a head, and
     tests/methods/test_contract.py checks it.
 
     Attributes:
         stages: Names of the training stages in the order they run.
-        loss_names: Names of all loss terms it may return; `loss_weights` may name these.
-        teachers: The stage whose best model, frozen, teaches in a later stage, by that later stage.
+        loss_names: Names of all loss terms the head may return; `loss_weights` may name these.
+        teachers: Maps a stage to the earlier stage whose best model, frozen, is its teacher.
     """
 
     stages: tuple[str, ...] = ("train",)
@@ -67,43 +67,45 @@ class BalancingHead(nn.Module):
             sequences: One per modality, states `(batch, time, width)`; time differs between modalities.
             labels: `(batch,)`, float for regression and int64 for classification; without them no loss is
                 computed.
-            teacher: Output of the frozen teacher's `teach` for these samples, `(batch, ...)`; None in a stage
-                without a teacher.
+            teacher: What `teach` of the frozen teacher returned for these samples, `(batch, ...)`; None in a
+                stage without a teacher.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def teach(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
-        """Targets that this head, frozen, gives a later stage of training, `(batch, ...)`.
+        """Compute the targets for a later stage of training with this head frozen, `(batch, ...)`.
 
-        What it returns for a modality must depend on that modality only: it is computed once for each sample
-        and has to hold whatever is hidden from the student.
+        The targets of a modality must depend on that modality only. They are computed once for each sample
+        and must stay valid whichever modalities are hidden from the student.
         """
         raise TypeError(f"{type(self).__name__} defines no teach")
 
     def start_stage(self, name: str) -> None:
-        """Enter the training stage `name`; heads with one stage need nothing here.
+        """Enter the training stage `name`; heads with one stage need not override this.
 
-        A new head is in the last of its `stages`, where it predicts.
+        A new head starts in the last of its `stages`, the one that predicts.
         """
 
     def end_step(self, taken: bool) -> None:
-        """The optimizer has stepped, or (`taken` False) skipped a step; for heads that keep running state.
+        """Update running state after the optimizer has stepped, or, with `taken` False, skipped a step.
 
-        A head collects in the forward passes of a step and updates its state here, if the step was taken:
-        then accumulation changes nothing, and values that are not finite stay out.
+        A head with running state collects values in the forward passes of a step. It updates its state here,
+        and only if the step was taken. So the state does not depend on gradient accumulation, and values that
+        are not finite never enter it.
         """
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Parameters of the head that bring one modality alone to the fusion, disjoint; the rest is shared.
+        """Parameters of the head that process one modality alone, up to the fusion.
 
-        Gradient modulators act on them and on the encoder of the modality. The predictors behind
-        `modality_logits` are not among them: slowed down, they would rate their modality too low.
+        The sets are disjoint; all other parameters are shared. Gradient modulators act on these parameters
+        and on the encoder of the modality. The predictors behind `modality_logits` do not belong to them: a
+        predictor that is slowed down would underrate its modality.
         """
         return {name: [] for name in MODALITIES}
 
 
 class Calibrator(nn.Module):
-    """Rescales the sequences between encoders and head; this base leaves them as they are.
+    """Rescales the sequences between encoders and head. This base class is the identity.
 
     Args:
         widths: Width of each modality's states.
@@ -113,22 +115,24 @@ class Calibrator(nn.Module):
         super().__init__()
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """Map sequences to sequences of the same shapes, absent modalities staying absent."""
+        """Map sequences to sequences of the same shapes; absent modalities stay absent."""
         return sequences
 
 
 @dataclass(frozen=True)
 class ModulationContext:
-    """What a modulator may know at the one point of a step where gradients are whole.
+    """Input of `GradientModulator.modulate`, which runs once per optimizer step.
 
     Attributes:
-        modality_parameters: Parameters that belong to each modality, disjoint; shared ones are in none.
-        statistics: What `observe` saw, the losses and the head's diagnostics, averaged over the micro-batches
-            of the step and over the ranks, and what `measure` found, by name: the same numbers on every rank.
+        modality_parameters: Parameters of each modality. The sets are disjoint and leave out shared ones.
+        statistics: Scalars by name: what `observe` returned, the losses and the head's diagnostics, averaged
+            over the micro-batches of the step and over the ranks, and what `measure` returned. They are equal
+            on all ranks.
         stage: Name of the training stage.
         epoch: Epochs finished since the start of the run.
         step: Optimizer steps taken since the start of the run.
-        seed: Seed of the run: noise must come from a generator seeded by (seed, step), the same on all ranks.
+        seed: Seed of the run. Noise must come from a generator seeded by (seed, step), so that all ranks draw
+            the same.
     """
 
     modality_parameters: Mapping[str, list[Parameter]]
@@ -141,11 +145,11 @@ class ModulationContext:
 
 @dataclass(frozen=True)
 class Modulation:
-    """What a modulator did to a step.
+    """Result of `GradientModulator.modulate`.
 
     Attributes:
         rates: Factor on the learning rate of each modality's parameters in this step; 1 where not named.
-        log: Numbers worth recording, by names like "coefficient/audio".
+        log: Numbers for the log, by names like "coefficient/audio".
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -153,19 +157,19 @@ class Modulation:
 
 
 class GradientModulator:
-    """Changes gradients once per optimizer step; this base changes none ("identity").
+    """Changes gradients once per optimizer step. This base class changes none ("identity").
 
-    `observe` sees every forward pass and `measure` the whole gradients; both answer with scalars and change
-    nothing, and the loop brings all of them to the host at once. `modulate` then acts: after backward,
-    synchronisation and unscaling, before clipping and the step (METHODS 8.1). A step whose gradients are not
-    finite is skipped whole and never reaches it.
+    `observe` runs on every forward pass, `measure` on the accumulated gradients. Both return scalars and
+    change nothing; the loop copies all scalars to the host in one transfer. `modulate` then acts: after
+    backward, synchronisation and unscaling, before clipping and the optimizer step (docs/methods/numerics.md,
+    "Order of a step"). A step with gradients that are not finite is skipped and never reaches `modulate`.
 
     Attributes:
         modalities: Modalities whose parameters it acts on.
         epochs: First and last epoch in which it acts, from 0; None for all.
-        needs_modality_logits: It compares the modalities by their own predictions.
-        differentiates_features: `observe` or `extra_losses` takes gradients by what the head reports, which a
-            compiled model does not offer.
+        needs_modality_logits: Whether it compares the modalities by their own predictions.
+        differentiates_features: Whether `observe` or `extra_losses` differentiates by the head's features,
+            which a compiled model does not allow.
     """
 
     modalities: tuple[str, ...] = ()
@@ -174,16 +178,16 @@ class GradientModulator:
     differentiates_features: bool = False
 
     def acts_in(self, epoch: int) -> bool:
-        """Epoch number `epoch`, from 0, lies in its window; first and last are in."""
+        """Whether `epoch`, counted from 0, lies in `epochs`; both ends are included."""
         return self.epochs is None or self.epochs[0] <= epoch <= self.epochs[1]
 
     def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
-        """Put what is trained for the modulator alone into `model.probes`, by modality.
+        """Add the layers that only this modulator trains to `model.probes`, by modality.
 
         Args:
             model: The model, before it is wrapped and before its optimizer is made.
-            features: Width of what the head reports of each modality.
-            fused: Width of the state its prediction is read from.
+            features: Width of each modality's `HeadOutput.features`.
+            fused: Width of `HeadOutput.fused`.
         """
 
     def leave_out(self, names: Collection[str]) -> None:
@@ -191,29 +195,29 @@ class GradientModulator:
         self.modalities = tuple(name for name in self.modalities if name not in names)
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Detached scalars of a micro-batch, from its `MSAOutput` and its labels `(batch,)`, by name.
+        """Detached scalars of a micro-batch by name, from its `MSAOutput` and its labels `(batch,)`.
 
-        The loop averages them over the micro-batches of the step, weighted by size: return means, not sums.
+        Return means, not sums: the loop averages them over the micro-batches of the step, weighted by size.
         """
         return {}
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Loss terms to add to the head's, by name, already weighted."""
+        """Weighted loss terms by name, to add to those of the head."""
         return {}
 
     def measure(self, modality_parameters: Mapping[str, list[Parameter]]) -> dict[str, Tensor]:
-        """Scalars of the whole, unscaled gradients, by name."""
+        """Scalars of the accumulated, unscaled gradients, by name."""
         return {}
 
     def modulate(self, context: ModulationContext) -> Modulation | None:
-        """Change `p.grad` in place, or the learning rates of the step; None changes nothing."""
+        """Change `p.grad` in place, or return factors for the learning rates; None changes nothing."""
 
     def on_validation(self, score: float) -> None:
-        """See the validation score of an epoch, by which the best epoch is chosen; higher is better."""
+        """Receive the validation score that selects the best epoch; higher is better."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had not stopped."""
+        """State that a resumed run needs to continue exactly."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CP/SL: conflict-aware penalty and statistical loss (Dai, Liang and Mai); METHODS 4 has the equations."""
+"""CP/SL: conflict-aware penalty and statistical loss (Dai, Liang and Mai, 2026), arXiv 2605.28575.
+
+Numbers of equations like (4.2) and of choices like Q7 are those of docs/methods/cpsl.md.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,32 +39,32 @@ from msa_online.methods.gradients import (
 from msa_online.modalities import ModalitySequence
 
 ENCODED = ("audio", "vision")
-"""The modalities that are encoded as Gaussians and fused into the text."""
+"""Modalities that are encoded as Gaussians and added to the text."""
 
 SMALL = 1e-6  # under roots and beside variances; 1e-8 is zero in fp16
-LOG_VARIANCE = (-6.0, 2.0)  # bounds within which diversity is rewarded (METHODS 11, A19)
+LOG_VARIANCE = (-6.0, 2.0)  # the diversity loss is clamped to these bounds (4.7)
 MOMENTUM = 0.1  # of the running extremes
 
 
 class CPSLHead(BalancingHead):
-    """Audio and vision shift the token states of the text, and keep the statistics of what they encode.
+    """Audio and vision are encoded as Gaussians, fused by a gate, and shift the token states of the text.
 
         audio  ── to the token grid ── AME ── Z_a ─┐
         vision ── to the token grid ── AME ── Z_v ─┴─ gate ── P ── T + beta P ── norm, pool ── s
                                        └── A^, V^, statistics
         audio, vision ── own steps ── AME ── pool ── s_a, s_v            T ── pool ── s_t
 
-    Losses, unweighted: `task` on s; `recon` of the inputs from Z; `unimodal`, the sum of the task losses of
-    s_t, s_a, s_v; `div`, the negative entropy of the latents (absent without AME); `stat`, L_stat (4.5). The
-    paper weighs them 1, 1, 0.5, 0.1, 0.1.
+    Losses, unweighted (4.6): `task` on s; `recon`, the reconstruction of the inputs from Z; `unimodal`, the
+    sum of the task losses of s_t, s_a and s_v; `div`, the negative entropy of the latents (only with AME);
+    `stat`, the statistical loss (4.5). The published weights are 1, 1, 0.5, 0.1, 0.1.
 
-    Deviations and readings (METHODS 4.3): inputs are scaled by running minima and maxima and not by those of
-    the batch, so that a sample is judged alone; targets of `recon` and `stat` are held fixed, because a
-    learned front-end could meet them by shrinking; the latents have no noise in evaluation; a learned state
-    stands in for what is absent; s_a and s_v come from the same encoders on the steps of audio and vision
-    themselves, because on the token grid the number of words would change them (A32).
+    Deviations and readings: inputs are scaled by running minima and maxima instead of those of the batch, so
+    that a prediction does not depend on the batch (Q7). The targets of `recon` and `stat` are detached,
+    because a learned front-end could meet them by shrinking (Q6). Latents are not sampled in evaluation
+    (Q14). A learned state replaces absent latents (Q16). s_a and s_v are computed from the steps of audio and
+    vision themselves: on the token grid, the number of words would change them (Q11).
 
-    Relations: `ConflictModulator` is the other half of the method; both work without the other.
+    Relations: `ConflictModulator` is the other half of the method; each works without the other.
 
     Args:
         widths: Width of each modality's states.
@@ -70,13 +73,14 @@ class CPSLHead(BalancingHead):
         fusion_size: Width of the gated state F.
         dropout: Share dropped in encoders and decoders.
         classifier_dropout: Share dropped before and after pooling.
-        residual: beta, weight of the shift P; 0 leaves the text alone.
-        ame: Draw the latents from the Gaussians; False takes their means, and variances serve `stat` only.
-        pooling: "mean" over the tokens, or "first" token, as the ancestor ITHP pools.
+        residual: beta, weight of the shift P; 0 predicts from the text alone.
+        ame: Sample the latents from the Gaussians. False uses their means; the variances then serve `stat`
+            only.
+        pooling: "mean" over the tokens, or "first": the first token, as in ITHP (Q12).
         regression_loss: "mse" or "l1".
 
     Raises:
-        ValueError: `pooling` or `regression_loss` has no such setting.
+        ValueError: `pooling` or `regression_loss` is not among its choices.
     """
 
     loss_names = ("task", "recon", "unimodal", "div", "stat")
@@ -138,21 +142,21 @@ class CPSLHead(BalancingHead):
         for name in ENCODED:
             inputs[name] = self.scaling[name](resample(sequences[name], grid))  # (batch, tokens, width)
             means[name], variances[name] = self.encoders[name](inputs[name].values)
-            drawn = self._draw(means[name], variances[name])
-            latents[name] = self.missing(name, drawn, inputs[name].mask)  # (batch, tokens, hidden)
+            sampled = self._sample(means[name], variances[name])
+            latents[name] = self.missing(name, sampled, inputs[name].mask)  # (batch, tokens, hidden)
         features = {
             "text": self._pool(sequences["text"].values, grid),
             **{name: masked_mean(ModalitySequence.of(latents[name], grid)) for name in ENCODED},
         }
-        features["text"], text = through(features["text"], sequences["text"].values)
+        features["text"], text = route_through(features["text"], sequences["text"].values)
         for name in ENCODED:
-            features[name], latents[name] = through(features[name], latents[name])
+            features[name], latents[name] = route_through(features[name], latents[name])
         shift = self.fusion(latents["audio"], latents["vision"])  # (batch, tokens, text width)
         fused = self._pool(self.dropout(self.norm(text + self.residual * shift)), grid)
         fused = torch.tanh(self.pooler(fused))
         output = HeadOutput(
             logits=self.classifier(self.dropout(fused)),
-            modality_logits=self._alone(sequences, features["text"]),
+            modality_logits=self._predict_alone(sequences, features["text"]),
             features=features,
             fused=fused,
         )
@@ -176,33 +180,33 @@ class CPSLHead(BalancingHead):
         return output
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Trunk, mean and variance of the Gaussian encoders (4.10); the text has an encoder only."""
+        """The Gaussian encoders of audio and vision (4.10); the head has no parameters of the text alone."""
         return {"text": [], **{name: list(self.encoders[name].parameters()) for name in ENCODED}}
 
-    def _alone(self, sequences: Mapping[str, ModalitySequence], text: Tensor) -> dict[str, Tensor]:
+    def _predict_alone(self, sequences: Mapping[str, ModalitySequence], text: Tensor) -> dict[str, Tensor]:
         """s_t from the pooled text `(batch, width)`, s_a and s_v from their own steps: `(batch, outputs)`."""
         states = {"text": text}
         for name in ENCODED:
             own = self.scaling[name].scale(sequences[name])
-            pooled = masked_mean(own.with_values(self._draw(*self.encoders[name](own.values))))
+            pooled = masked_mean(own.with_values(self._sample(*self.encoders[name](own.values))))
             states[name] = self.missing(name, pooled, own.present)
         return {name: self.predictors[name](state) for name, state in states.items()}
 
-    def _draw(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """Z = mu + eps sqrt(sigma^2): eps normal in training with AME, else 0 (4.1)."""
+    def _sample(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Z = mu + eps sqrt(sigma^2); eps is normal in training with AME, else 0 (4.1)."""
         if not (self.training and self.ame):
             return mean
         return mean + (torch.randn_like(variance) * (variance + SMALL).sqrt()).to(mean.dtype)
 
     def _pool(self, states: Tensor, grid: Tensor) -> Tensor:
-        """One state for a sample from those on its grid, `(batch, tokens, width)` to `(batch, width)`."""
+        """Pool the states on the token grid, `(batch, tokens, width)` to `(batch, width)` (4.3)."""
         if self.pooling == "mean":
             return masked_mean(ModalitySequence.of(states, grid))
         return states[torch.arange(grid.shape[0], device=grid.device), grid.long().argmax(dim=1)]
 
 
 class GaussianEncoder(nn.Module):
-    """AME (4.1): a step of a modality to the mean and the variance of a latent.
+    """AME (4.1): maps a step of a modality to the mean and the variance of a latent.
 
     Args:
         width: Width of the steps.
@@ -217,13 +221,13 @@ class GaussianEncoder(nn.Module):
         self.variance = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean, and the variance above 0 in fp32, `(..., hidden)` each, of `(..., width)`."""
+        """Map `(..., width)` to the mean and to the variance (above 0, fp32), `(..., hidden)` each."""
         states = self.trunk(values)
         return self.mean(states), F.softplus(in_fp32(self.variance(states))) + SMALL
 
 
 class GatedFusion(nn.Module):
-    """A gated multimodal unit and its way into the text's states (4.2).
+    """Gated multimodal unit and projection to the text's width (4.2).
 
         g = sigmoid(W_g [Z_a; Z_v])    F = g tanh(W_a Z_a) + (1 - g) tanh(W_v Z_v)    P = tanh(W_p F)
 
@@ -241,20 +245,20 @@ class GatedFusion(nn.Module):
         self.project = nn.Linear(fusion_size, text_width)
 
     def forward(self, audio: Tensor, vision: Tensor) -> Tensor:
-        """P `(..., text width)` in (-1, 1) of Z_a and Z_v, `(..., hidden)`."""
+        """P, `(..., text width)` in (-1, 1), from Z_a and Z_v, `(..., hidden)`."""
         gate = torch.sigmoid(self.gate(torch.cat([audio, vision], dim=-1)))
         fused = gate * torch.tanh(self.audio(audio)) + (1 - gate) * torch.tanh(self.vision(vision))
         return torch.tanh(self.project(fused))
 
 
 class RunningMinMax(nn.Module):
-    """Steps scaled feature by feature from the range seen in training to [0, 1] (METHODS 4.3, C7).
+    """Scales each feature from its range in training to [0, 1] (Q7).
 
-    The extremes follow those of the training batches, over all ranks, and stand still in evaluation: what a
-    sample becomes does not depend on its batch. A feature that never moves is shifted only.
+    The extremes are running means of the extremes of the training batches, over all ranks. They are fixed in
+    evaluation, so the result does not depend on the batch. A constant feature is shifted but not scaled.
 
     Args:
-        width: Features in a step.
+        width: Number of features.
     """
 
     def __init__(self, width: int) -> None:
@@ -265,15 +269,15 @@ class RunningMinMax(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Leave features as they are until the first training batch."""
+        """Set the range to [0, 1], which leaves features unchanged until the first training batch."""
         nn.init.zeros_(self.low)
         nn.init.ones_(self.high)
         nn.init.zeros_(self.batches)
 
     def forward(self, sequence: ModalitySequence) -> ModalitySequence:
-        """Scale the observed steps of `(batch, time, width)`, in training by the range that includes them."""
+        """Scale the observed steps of `(batch, time, width)`; in training, update the range first."""
         if self.training:
-            self._follow(sequence)
+            self._update(sequence)
         return self.scale(sequence)
 
     def scale(self, sequence: ModalitySequence) -> ModalitySequence:
@@ -283,10 +287,10 @@ class RunningMinMax(nn.Module):
         return sequence.with_values(values.to(sequence.values.dtype))
 
     @torch.no_grad()
-    def _follow(self, sequence: ModalitySequence) -> None:
-        """Move the extremes towards those of a batch; the first batch that has any sets them.
+    def _update(self, sequence: ModalitySequence) -> None:
+        """Move the extremes towards those of a batch; the first batch with observed steps sets them.
 
-        A batch that overflowed leaves them alone.
+        A batch with values that are not finite is ignored.
         """
         observed, values = sequence.mask.unsqueeze(-1), in_fp32(sequence.values)
         low = values.masked_fill(~observed, math.inf).amin(dim=(0, 1))
@@ -300,23 +304,23 @@ class RunningMinMax(nn.Module):
 
 
 def token_grid(text: ModalitySequence) -> Tensor:
-    """Steps that carry the fusion, `(batch, tokens)` bool: the text's; a single one where it is absent."""
+    """Steps of the fusion, `(batch, tokens)` bool: those of the text, or one step where it is absent."""
     first = torch.arange(text.mask.shape[1], device=text.mask.device) == 0
     return text.mask | (first & ~text.present.unsqueeze(-1))
 
 
 def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
-    """Average a sequence over the stretch of time that each token takes if all take the same.
+    """Average a sequence over the time of each token; all tokens take equally long (Q11).
 
-    Adaptive average pooling through both masks: token j of n covers the steps from floor(j T / n) to
-    ceil((j + 1) T / n), where T steps reach to the last observed one; of those the observed ones count.
+    This is adaptive average pooling with masks. Token j of n covers the steps from floor(j T / n) to
+    ceil((j + 1) T / n), T being the last observed step. Only observed steps are averaged.
 
     Args:
         sequence: States `(batch, time, width)`.
-        grid: Tokens that are there, `(batch, tokens)` bool.
+        grid: Valid tokens, `(batch, tokens)` bool.
 
     Returns:
-        States `(batch, tokens, width)`; a token in whose time nothing was observed is masked out.
+        States `(batch, tokens, width)`; a token without an observed step is masked out.
     """
     steps = torch.arange(sequence.mask.shape[1], device=grid.device)
     length = torch.where(sequence.mask, steps + 1, 0).amax(dim=1)[:, None]  # T of each sample
@@ -332,11 +336,12 @@ def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
     return ModalitySequence(values, observed.squeeze(-1) > 0, sequence.present)
 
 
-def through(pooled: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of `pooled` `(batch, width)`, and the same states `(batch, tokens, width)` computed from it.
+def route_through(pooled: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Make `states` `(batch, tokens, width)` depend on a copy of `pooled` `(batch, width)`; return both.
 
-    They are the copy plus their differences from the original: the copy then has a gradient of its own, the
-    sum over the tokens, which says where the sample as a whole is wanted. That of `states` is as it was.
+    The new states are the copy plus the differences of the old states from `pooled`, so their values are the
+    same. The gradient by the copy is the sum of the gradients over the tokens: the direction in which the
+    task wants to move the sample as a whole. The gradient by the old states is unchanged.
     """
     copy = pooled.clone()
     return copy, copy.unsqueeze(1) + (states - pooled.unsqueeze(1))
@@ -345,12 +350,12 @@ def through(pooled: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
 def statistical_loss(
     inputs: Mapping[str, ModalitySequence], means: Mapping[str, Tensor], variances: Mapping[str, Tensor]
 ) -> Tensor:
-    """L_stat (4.4, 4.5): the latents of a step have the mean and the variance that its features have.
+    """L_stat (4.4), (4.5): distance of mean and variance of a step's latents from those of its features.
 
     Args:
-        inputs: Scaled features of each modality, `(batch, tokens, width)`; held fixed.
+        inputs: Scaled features of each modality, `(batch, tokens, width)`; detached here.
         means: mu, `(batch, tokens, hidden)`.
-        variances: sigma^2, of that shape.
+        variances: sigma^2, `(batch, tokens, hidden)`.
     """
     terms = []
     for name, sequence in inputs.items():
@@ -362,7 +367,7 @@ def statistical_loss(
 
 
 def reconstruction_loss(inputs: Mapping[str, ModalitySequence], rebuilt: Mapping[str, Tensor]) -> Tensor:
-    """L_recon (4.6): mean squared distance of what is rebuilt, `(batch, tokens, width)`, from the inputs."""
+    """L_recon (4.6): mean squared distance of `rebuilt`, `(batch, tokens, width)`, from the inputs."""
     terms = [
         _over_steps((in_fp32(rebuilt[name]) - sequence.values.detach()).square().mean(dim=-1), sequence)
         for name, sequence in inputs.items()
@@ -371,7 +376,7 @@ def reconstruction_loss(inputs: Mapping[str, ModalitySequence], rebuilt: Mapping
 
 
 def diversity_loss(inputs: Mapping[str, ModalitySequence], variances: Mapping[str, Tensor]) -> Tensor:
-    """L_div (4.7): negative mean entropy of the Gaussians, the log-variance within bounds."""
+    """L_div (4.7): negative mean entropy of the Gaussians; the log-variance is clamped."""
     terms = [
         _over_steps(variances[name].log().clamp(*LOG_VARIANCE).mean(dim=-1), sequence)
         for name, sequence in inputs.items()
@@ -385,29 +390,32 @@ def _over_steps(values: Tensor, sequence: ModalitySequence) -> Tensor:
 
 
 class ConflictModulator(GradientModulator):
-    """Damps the better of audio and vision, more so where its gradients are larger too (4.8 - 4.10).
+    """Damps the better of audio and vision, and more strongly if its gradients are also larger.
 
-        GM   c_m  = 1 - tanh(alpha score_m / score_other)    where m predicts better, else 1
-        CP   c_m <- eta c_m                                  where m also has the larger gradient norm
-        GE   grad <- c_m grad + N(0, std(grad))
+        GM   c_m  = 1 - tanh(alpha score_m / score_other)    if m predicts better, else 1             (4.8)
+        CP   c_m <- eta c_m                                  if m also has the larger gradient norm   (4.9)
+        GE   grad <- c_m grad + N(0, std(grad))                                                       (4.10)
 
-    The norms are those of whole, unscaled gradients before any modulation, over the encoder of a modality.
+    The norms are those of the accumulated, unscaled gradients of a modality's parameters, before any
+    modulation (Q3).
 
-    Deviations (METHODS 4.3): a third modality is compared with the mean of the others; classification is
-    scored by the probability of the true class; GE is OGM-GE's additive noise, since the paper names it only.
+    Deviations and readings: with more than two modalities, each is compared with the mean of the others (Q5).
+    Classification is scored by the probability of the true class. GE is the additive noise of OGM-GE, because
+    the paper gives no formula.
 
-    Relations: without CP it is `OGMModulator` on two modalities.
+    Relations: without CP it is `OGMModulator` on two modalities. `CPSLHead` is the other half of the method;
+    each works without the other.
 
     Args:
-        modalities: Modalities to compare and to modulate; the paper leaves the text alone.
+        modalities: Modalities to compare and to modulate; the paper does not modulate the text.
         strength: alpha.
         penalty: eta in (0, 1]; 1 is GM without CP.
-        noise: Noise of GE in deviations of the gradient; 0 leaves GE out.
+        noise: Standard deviation of the noise of GE, relative to that of the gradient; 0 leaves GE out.
         epochs: First and last epoch of modulation, from 0; None for all. The paper modulates 0 to 25 of 30.
-        shift: 0 as printed, where the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores; 1 makes it
-            continuous.
-        norm: "mean" over tensors as printed, or "rms" over elements, fair to encoders of different size.
-        apply: "gradient" as published, or "lr": under Adam only the latter slows a modality for long.
+        shift: 0 as printed: the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores. 1 makes it
+            continuous (Q1).
+        norm: "mean" over tensors as printed; "rms" over elements is fair to encoders of different size (Q4).
+        apply: "gradient" as published, or "lr": under Adam only "lr" slows a modality for long (Q18).
 
     Raises:
         ValueError: A setting is out of range.
@@ -429,9 +437,9 @@ class ConflictModulator(GradientModulator):
     ) -> None:
         check_settings(modalities, epochs, apply, noise, strength)
         if not 0 < penalty <= 1:
-            raise ValueError(f"penalty={penalty}: above 0 and at most 1, which is no penalty")
+            raise ValueError(f"penalty={penalty} must be above 0 and at most 1, which is no penalty")
         if shift not in (0, 1):
-            raise ValueError(f"shift={shift}: 0 as printed, or 1")
+            raise ValueError(f"shift={shift} must be 0, as printed, or 1")
         check_choice("norm", norm, NORMS)
         self.modalities = tuple(modalities)
         self.epochs = None if epochs is None else tuple(epochs)
@@ -439,18 +447,18 @@ class ConflictModulator(GradientModulator):
         self.shift, self.norm, self.apply = shift, norm, apply
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """How well each modality alone predicts the micro-batch."""
+        """Measure how well each modality alone predicts the micro-batch."""
         return observe_quality(output, labels, self.modalities)
 
     def measure(self, modality_parameters: Mapping[str, list[Parameter]]) -> dict[str, Tensor]:
-        """g_m, the average gradient norm of each encoder."""
+        """g_m, the average gradient norm of each modality (4.9)."""
         return {
             f"encoder_gradient/{name}": average_norm(modality_parameters[name], self.norm)
             for name in self.modalities
         }
 
     def modulate(self, context: ModulationContext) -> Modulation:
-        """Damp, penalise, add noise; outside its epochs it only takes scores and norms."""
+        """Damp, penalise and add noise; outside `epochs`, only record scores and norms."""
         scores = quality_scores(context.statistics, self.modalities)
         norms = {name: context.statistics[f"encoder_gradient/{name}"] for name in self.modalities}
         coefficients = dict.fromkeys(self.modalities, 1.0)
@@ -470,9 +478,9 @@ class ConflictModulator(GradientModulator):
 
 
 def find_conflicts(scores: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, bool]:
-    """Which modalities predict better than the others and have larger gradients too (4.9).
+    """Which modalities predict better than the others and also have larger gradients (4.9).
 
-    A modality without a score, because no sample of the step has it, is compared with none.
+    A modality without a score, because no sample of the step has it, takes no part in the comparison.
     """
     compared = {name: norms[name] for name in scores}
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EBMC: first make every modality strong, then keep any of them from dominating (CVPR 2026).
+"""EBMC: first strengthen every modality, then keep any of them from dominating (CVPR 2026).
 
 "Enhance-then-Balance Modality Collaboration for Robust Multimodal Sentiment Analysis", arXiv 2604.12518.
-Equation numbers are those of METHODS 1.3.
+Numbers of equations like (1.7) and of choices like E7 are those of docs/methods/ebmc.md.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,65 +21,67 @@ from msa_online.layers.precision import in_fp32, no_wider, without_autocast
 from msa_online.methods.base import BalancingHead, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
 
-LOG_VARIANCE = (-6.0, 3.0)  # bounds of a predicted log-variance: its likelihood has none below
-LENDERS = {"text": "audio", "audio": "text", "vision": "text"}  # whose shared part `cce: shared` reads
+LOG_VARIANCE = (-6.0, 3.0)  # bounds of a predicted log-variance; the likelihood is unbounded without them
+LENDERS = {"text": "audio", "audio": "text", "vision": "text"}  # `cce: shared` reads this one's shared part
 
 
 class EBMCHead(BalancingHead):
-    """Enhance, then balance.
+    """Trains every modality alone in stage "enhance", then fuses and balances them in stage "balance".
 
                         ┌ shared z^c ┐                          task (fused)
         X_m ─ f_m ─ stacks ─ z_m ─ MSD        CCE ─ z~_m ─ fusion ─ s
                         │   └ private z^s ┘                  │
                         └ s_m, E(m): EMC           IMTD: frozen T_m(z^s), weighted by trust
 
-    Stage "enhance" passes each modality through its own expert stack and trains it alone: MSD splits z_m into
-    shared and private parts, CCE rebuilds it from the others. Stage "balance" passes every modality through
-    all stacks, fuses, equalises the energies E(m), and distils into the fused prediction what the best model
-    of the first stage says of each modality, weighted by how sure it is. The rebuilt z~_m takes the place of
-    an absent z_m.
+    In "enhance" each modality passes its own expert stack. MSD splits z_m into a shared and a private part,
+    CCE rebuilds z_m from the other modalities. In "balance" each modality passes all stacks and the states
+    are fused. EMC equalises the energies E(m). IMTD distils the unimodal predictions of the best "enhance"
+    model into the fused prediction, weighted by their certainty. The rebuilt z~_m replaces an absent z_m.
 
         enhance   L = sum_m l(s_m, y)                 + zeta MSD + beta CCE
         balance   L = l(s, y) + 0.1 sum_m l(s_m, y)   + zeta MSD + beta CCE + gamma EMC + eta IMTD   (1.16)
 
-    Losses: `task` (first term), `unimodal` (second, in "balance"), `msd`, `cce`, `emc`, `imtd`. The published
-    outer weights are zeta = 0.5, beta = gamma = eta = 0.1.
+    Losses, unweighted: `task` (first term), `unimodal` (second term, in "balance"), `msd`, `cce`, `emc`,
+    `imtd`. The published weights are zeta = 0.5, beta = gamma = eta = 0.1.
 
-    Deviations: what the paper leaves open is settled by METHODS 1.4 and 11. Beyond that,
-    the router adds to a modality's own stack (in other words, its bias for it starts at 1), so that "balance"
-    starts where "enhance" ended; in "enhance" the task term of CCE asks the modality's own predictor, because
-    no fused one is trained yet; the log-variance is read from z_m alone, for the energy and for trust, and is
-    trained on the error of the detached mean; `uncertainty: disagreement` measures u_m and the teacher's
-    variance by the squared distance from the mean over modalities. Classification needs no second output:
-    it takes entropy and class variance in either setting.
+    Deviations and readings: what the paper leaves open is settled by the choices E1 to E24. In addition:
+    1 is added to the router's weight of a modality's own stack, so that "balance" starts where "enhance"
+    ended. In "enhance" the task term of CCE uses the modality's own predictor, because no fused one is
+    trained yet. The log-variance is predicted from z_m, for the energy and for the trust, and trained with
+    the error detached. With `uncertainty: disagreement`, u_m and the teacher's variance are the squared
+    distance from the mean over modalities. Classification needs no log-variance: in both settings it uses
+    the entropy and the variance of the classes.
+
+    Relations: expert stacks and readout are those of `PaSEHead`, which has no router.
 
     Args:
         widths: Width of each modality's states.
         num_labels: Outputs; 1 is regression.
-        hidden_size: Width D of everything inside.
+        hidden_size: Width D of all states.
         depth: Layers of an expert stack.
         heads: Attention heads of a layer.
-        dropout: Share dropped in the perceptrons of stacks and fusion.
-        cce: "paper": a generator for each modality, reading all shared and the others' private parts.
-            "shared": one small generator for all, reading one lent shared and the own private part; this
-            structure gives the published parameter counts.
+        dropout: Share dropped in the MLPs of stacks and fusion.
+        cce: "paper": one generator for each modality; it reads the modality's shared part, and the shared and
+            private parts of the others. "shared": one small generator for all; it reads the shared part of
+            another modality and the modality's own private part. "shared" gives the published parameter
+            counts (E5).
         uncertainty: "probabilistic": regression predictors have a second output, the log-variance.
-            "disagreement": they have none.
-        cce_in_fusion: "fill" puts z~_m where m is absent; "off" leaves it to the token, or to zero.
+            "disagreement": they have none (E9).
+        cce_in_fusion: "fill" replaces z_m by z~_m where m is absent; "off" leaves the token, or zero (E7).
         learned_scalars: Learn the temperature of the alignment and a gain of the fused logits.
-        missing_tokens: An absent modality is a learned step and not an empty sequence.
-        temperature: Of the alignment, where it starts (1.1).
-        decorrelation: Factor lambda_1 of (1.4).
-        private_task: Factor lambda_2 of (1.4).
-        energy_norm: Factor alpha of the energy (1.7).
-        energy_loss: Factor beta_e of the energy.
-        energy_uncertainty: Factor gamma_e of the energy.
-        energy_gradient: Factor delta of the energies' gradient norms (1.9).
+        missing_tokens: Represent an absent modality by one learned step, not by an empty sequence (E22).
+        temperature: tau of (1.1), or its initial value.
+        decorrelation: lambda_1 of (1.4).
+        private_task: lambda_2 of (1.4).
+        energy_norm: alpha of the energy (1.7).
+        energy_loss: beta_e of the energy (1.7).
+        energy_uncertainty: gamma_e of the energy (1.7).
+        energy_gradient: delta, weight of the energies' gradient norms (1.9).
         trust_floor: kappa of the trust weights (1.12).
-        distillation_temperature: tau of the distillation of classes (1.14).
+        distillation_temperature: tau of the distillation in classification (1.14).
 
     Raises:
-        ValueError: A switch has no such setting, or `heads` does not divide `hidden_size`.
+        ValueError: A setting is not among its choices, or `heads` does not divide `hidden_size`.
     """
 
     stages = ("enhance", "balance")
@@ -115,7 +117,7 @@ class EBMCHead(BalancingHead):
         check_choice("uncertainty", uncertainty, ("probabilistic", "disagreement"))
         check_choice("cce_in_fusion", cce_in_fusion, ("fill", "off"))
         if depth < 1:
-            raise ValueError(f"depth={depth}: at least 1")
+            raise ValueError(f"depth={depth} must be at least 1")
         self.num_labels = num_labels
         self.cce, self.fills = cce, cce_in_fusion == "fill"
         self.decorrelation, self.private_task = decorrelation, private_task
@@ -169,7 +171,7 @@ class EBMCHead(BalancingHead):
         Args:
             sequences: States `(batch, time, width)` of each modality.
             labels: `(batch,)`.
-            teacher: `(batch, modalities, outputs)` as `teach` gave it; without it nothing is distilled.
+            teacher: Output of `teach`, `(batch, modalities, outputs)`; without it there is no `imtd`.
         """
         present = torch.stack([sequences[name].present for name in MODALITIES])  # (modalities, batch)
         features = self._read(sequences)
@@ -191,7 +193,7 @@ class EBMCHead(BalancingHead):
         )
         if labels is None:
             return output
-        with without_autocast(present.device):  # METHODS 1.5
+        with without_autocast(present.device):  # all losses in fp32
             alone = self._alone(predicted, labels, present)
             msd = self._msd(shared, private, labels, present)
             cce = self._cce(states, rebuilt, filled, labels, present)
@@ -206,9 +208,9 @@ class EBMCHead(BalancingHead):
         return output
 
     def teach(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
-        """T_m on the private part of each modality, `(batch, modalities, outputs)`.
+        """Predict with T_m from the private part of each modality, `(batch, modalities, outputs)`.
 
-        A probabilistic regression adds the log-variance that the predictor on z_m gives.
+        A probabilistic regression appends the log-variance predicted from z_m.
         """
         states = torch.stack(list(self._read(sequences).values()))
         _, private = self._disentangle(states)
@@ -221,15 +223,15 @@ class EBMCHead(BalancingHead):
         self.balancing = name == "balance"
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Projection, router and MSD of each modality; stacks and generators read the others as well."""
-        of_each = [self.projections, self.routers, self.shared, self.private, self.norms]
+        """Projection, router and MSD of each modality; stacks and generators are shared by all modalities."""
+        unimodal = [self.projections, self.routers, self.shared, self.private, self.norms]
         return {
-            name: [parameter for modules in of_each for parameter in modules[name].parameters()]
+            name: [parameter for modules in unimodal for parameter in modules[name].parameters()]
             for name in MODALITIES
         }
 
     def _read(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, Tensor]:
-        """Project, pass the expert stacks, average over time: z_m, `(batch, hidden)` each."""
+        """Compute z_m, `(batch, hidden)` each: project, pass the expert stacks, average over time."""
         projected = {
             name: sequences[name].with_values(self.projections[name](sequences[name].values))
             for name in MODALITIES
@@ -244,19 +246,19 @@ class EBMCHead(BalancingHead):
         return {name: masked_mean(projected[name].with_values(mixed[name])) for name in MODALITIES}
 
     def _route(self, name: str, projected: Tensor, passed: Tensor) -> Tensor:
-        """Soft mixture of the stacks, `(stacks, batch, time, hidden)`; the weights are not normalised."""
+        """Weighted sum over the stacks, `(stacks, batch, time, hidden)`; the weights are not normalised."""
         weights = self.routers[name](projected)  # (batch, time, stacks)
         own = torch.arange(len(MODALITIES), device=weights.device) == MODALITIES.index(name)
         return torch.einsum("sbth,bts->bth", passed, weights + own)
 
     def _disentangle(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """MSD: z_m^c and z_m^s, `(modalities, batch, hidden)` each, under one LayerNorm a modality."""
+        """MSD: z_m^c and z_m^s, `(modalities, batch, hidden)` each, with one LayerNorm per modality."""
         shared, private = (_each(parts, states) for parts in (self.shared, self.private))
         return _each(self.norms, shared), _each(self.norms, private)
 
     def _rebuild(self, shared: Tensor, private: Tensor, present: Tensor) -> Tensor:
-        """CCE, Eq. 1.5: z~_m from what is known of the modalities, `(modalities, batch, hidden)`."""
-        if self.missing is None:  # nothing stands in for an absent modality
+        """CCE: z~_m from shared and private parts, all `(modalities, batch, hidden)` (1.5)."""
+        if self.missing is None:  # absent modalities have no token: their parts are zero
             shared, private = (parts * present.unsqueeze(-1) for parts in (shared, private))
         if self.cce == "shared":
             lent = [MODALITIES.index(LENDERS[name]) for name in MODALITIES]
@@ -269,7 +271,7 @@ class EBMCHead(BalancingHead):
         return _each(self.generators, inputs)
 
     def _fuse(self, states: Tensor) -> Tensor:
-        """State of the fused prediction, `(modalities, ..., hidden)` to `(..., modalities * hidden)`."""
+        """Fused state, `(modalities, ..., hidden)` to `(..., modalities * hidden)`."""
         joint = torch.cat(states.unbind(), dim=-1)
         return joint + self.fusion(joint)
 
@@ -277,27 +279,27 @@ class EBMCHead(BalancingHead):
         return self.gain() * self.classifier(fused)
 
     def _alone(self, predicted: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-        """sum_m l(s_m, y), and the Gaussian likelihood that trains the log-variance where there is one."""
+        """sum_m l(s_m, y), plus the Gaussian likelihood that trains the log-variance if there is one."""
         predicted = in_fp32(predicted)
         losses = sample_losses(predicted[..., : self.num_labels], labels)
         for log_variance in predicted[..., self.num_labels :].unbind(-1):
             bounded = log_variance.clamp(*LOG_VARIANCE)
-            losses = losses + 0.5 * (torch.exp(-bounded) * losses.detach() + bounded)  # Eq. 1.13
+            losses = losses + 0.5 * (torch.exp(-bounded) * losses.detach() + bounded)  # (1.13)
         return mean_where(losses, present).sum()
 
     def _msd(self, shared: Tensor, private: Tensor, labels: Tensor, present: Tensor) -> dict[str, Tensor]:
         """L_MSD = L_inv + lambda_1 L_dis + lambda_2 L_uni (1.4)."""
         invariance = invariance_loss(in_fp32(shared), present, self.temperature())
         disentangled = disentanglement_loss(in_fp32(private), present)
-        told = sample_losses(_each(self.private_predictors, in_fp32(private)), labels)
-        private_task = mean_where(told, present).mean()  # Eq. 1.3
+        losses = sample_losses(_each(self.private_predictors, in_fp32(private)), labels)
+        private_task = mean_where(losses, present).mean()  # (1.3)
         total = invariance + self.decorrelation * disentangled + self.private_task * private_task
         return {"msd": total, "msd/inv": invariance, "msd/dis": disentangled, "msd/uni": private_task}
 
     def _cce(
         self, states: Tensor, rebuilt: Tensor, filled: Tensor, labels: Tensor, present: Tensor
     ) -> dict[str, Tensor]:
-        """L_CCE: each z~_m near z_m, and as good to predict from (1.6)."""
+        """L_CCE: distance of each z~_m from z_m, and task loss of predictions from z~_m (1.6)."""
         states, rebuilt, filled = in_fp32(states), in_fp32(rebuilt), in_fp32(filled)
         distance = (rebuilt - states.detach()).square().mean(dim=-1)
         reconstruction = mean_where(distance, present).mean()
@@ -311,7 +313,7 @@ class EBMCHead(BalancingHead):
         return {"cce": reconstruction + task, "cce/rec": reconstruction, "cce/task": task}
 
     def _emc(self, states: Tensor, labels: Tensor, present: Tensor) -> dict[str, Tensor]:
-        """L_EMC = L_gap + delta sum_m G(m) (1.9), the predictors inside the energy held fixed."""
+        """L_EMC = L_gap + delta sum_m G(m) (1.9); the predictors inside the energy are constants (E23)."""
         weights = in_fp32(torch.stack([self.predictors[name].weight.detach() for name in MODALITIES]))
         biases = in_fp32(torch.stack([self.predictors[name].bias.detach() for name in MODALITIES]))
         states = in_fp32(states)
@@ -328,7 +330,7 @@ class EBMCHead(BalancingHead):
         }
 
     def _imtd(self, logits: Tensor, teacher: Tensor, present: Tensor) -> dict[str, Tensor]:
-        """L_IMTD: the fused prediction drawn to each teacher as far as that is to be trusted (1.14, 1.15)."""
+        """L_IMTD: distance of the fused prediction from each teacher's, weighted by trust (1.14), (1.15)."""
         present = present.T  # (batch, modalities)
         teacher = in_fp32(teacher)
         means, log_variance = teacher[..., : self.num_labels], teacher[..., self.num_labels :]
@@ -345,27 +347,27 @@ class EBMCHead(BalancingHead):
 
 
 def invariance_loss(shared: Tensor, present: Tensor, temperature: Tensor | float) -> Tensor:
-    """L_inv (1.1): the shared part of a sample's modality finds its other modalities among all samples.
+    """L_inv (1.1): InfoNCE between a modality's shared part and the sample's other modalities.
 
-    The anchor of a sample is the normalised mean over its *other* modalities: with its own among them the
-    anchor is found without any alignment.
+    The anchor of a sample is the normalised mean over its *other* modalities. If the anchor contained the
+    modality itself, the loss would be small without any alignment (E1).
 
     Args:
         shared: z_m^c, `(modalities, batch, hidden)`.
-        present: `(modalities, batch)` bool; a sample counts where it has m and another modality.
+        present: `(modalities, batch)` bool; a pair (m, sample) counts if it has m and another modality.
         temperature: tau.
     """
     directions = F.normalize(shared, dim=-1) * present.unsqueeze(-1)
     anchors = F.normalize(directions.sum(dim=0) - directions, dim=-1)
     anchored = (present.sum(dim=0) - present.long()) > 0  # (modalities, batch): has another modality
-    similarity = directions @ anchors.mT / temperature  # (modalities, batch, anchors of the batch)
+    similarity = directions @ anchors.mT / temperature  # (modalities, batch, batch): by anchor
     similarity = similarity.masked_fill(~anchored.unsqueeze(1), torch.finfo(similarity.dtype).min)
     losses = -similarity.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)
     return mean_where(losses.flatten(), (present & anchored).flatten())
 
 
 def disentanglement_loss(private: Tensor, present: Tensor) -> Tensor:
-    """L_dis (1.2): mean squared cosine between a sample's private parts, `(modalities, batch, hidden)`."""
+    """L_dis (1.2): mean squared cosine between private parts of a sample, `(modalities, batch, hidden)`."""
     directions = F.normalize(private, dim=-1)
     losses = []
     for one, other in combinations(range(len(private)), 2):
@@ -376,13 +378,13 @@ def disentanglement_loss(private: Tensor, present: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EnergyFactors:
-    """The energy of a modality on a sample, E_i(m) = alpha ||z||^2 / D + beta_e l + gamma_e u (1.7).
+    """Energy of a modality on a sample, E_i(m) = alpha ||z||^2 / D + beta_e l + gamma_e u (1.7).
 
     Attributes:
         norm: alpha.
-        loss: beta_e, of the supervised loss l of the modality's own prediction.
-        uncertainty: gamma_e, of u: the entropy of a classification; the variance of a probabilistic
-            regression; else the squared distance from the mean over modalities.
+        loss: beta_e, weight of the supervised loss l of the modality's own prediction.
+        uncertainty: gamma_e, weight of u: entropy in classification; variance in a probabilistic regression;
+            else the squared distance from the mean over modalities.
     """
 
     norm: float = 1.0
@@ -392,13 +394,13 @@ class EnergyFactors:
     def __call__(
         self, states: Tensor, outputs: Tensor, weights: Tensor, labels: Tensor, present: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Energies and their gradients by z in closed form (1.11), so that nothing is differentiated twice.
+        """Energies and their gradients by z in closed form (1.11); no second derivative is needed.
 
         Args:
             states: z_m, `(modalities, batch, hidden)`.
-            outputs: Linear predictions from it, `(modalities, batch, outputs)`; the second output of a
-                regression is its log-variance.
-            weights: Of that linear map, `(modalities, outputs, hidden)`.
+            outputs: Linear predictions from z_m, `(modalities, batch, outputs)`; the second output of a
+                regression is the log-variance.
+            weights: Weights of these linear maps, `(modalities, outputs, hidden)`.
             labels: `(batch,)`; floats mean regression.
             present: `(modalities, batch)` bool.
 
@@ -420,7 +422,7 @@ class EnergyFactors:
         if log_variance:
             bounded = log_variance[0].clamp(*LOG_VARIANCE)
             uncertainty = bounded.exp()
-            inside = bounded == log_variance[0]  # beyond the bounds it does not move
+            inside = bounded == log_variance[0]  # beyond the bounds the gradient is 0
             slope = torch.stack([self.loss * 2 * error, self.uncertainty * uncertainty * inside], dim=-1)
         else:
             distance = mean - mean_where(mean.detach().T, present.T)
@@ -438,19 +440,19 @@ class EnergyFactors:
 
 
 def energy_gap(energy: Tensor, available: Tensor) -> Tensor:
-    """L_gap (1.8): squared differences of the energies `(modalities,)`, over pairs that are `available`."""
+    """L_gap (1.8): sum of the squared differences of the energies `(modalities,)` over `available` pairs."""
     differences = energy.unsqueeze(0) - energy.unsqueeze(1)
     pairs = available.unsqueeze(0) & available.unsqueeze(1)
-    return (differences.square() * pairs).sum() / 2  # each pair stands there twice
+    return (differences.square() * pairs).sum() / 2  # each pair occurs twice
 
 
 def teacher_variance(means: Tensor, log_variance: Tensor, present: Tensor) -> Tensor:
-    """Variance of what each teacher says, `(batch, modalities, classes or 1)` (1.13).
+    """Variance of each teacher's prediction, `(batch, modalities, classes or 1)` (1.13).
 
     Args:
         means: Logits, or the predicted score, `(batch, modalities, outputs)`.
-        log_variance: `(batch, modalities, 1)`; `(batch, modalities, 0)` where a regression is judged by its
-            squared distance from the mean over modalities.
+        log_variance: `(batch, modalities, 1)`; or `(batch, modalities, 0)` for the squared distance from the
+            mean over modalities.
         present: `(batch, modalities)` bool.
     """
     if means.shape[-1] > 1:
@@ -463,14 +465,15 @@ def teacher_variance(means: Tensor, log_variance: Tensor, present: Tensor) -> Te
 
 
 def trust_weights(variance: Tensor, present: Tensor, floor: float) -> Tensor:
-    """alpha_m^i (1.12): how far each teacher is to be trusted with each sample, `(batch, modalities)`.
+    """alpha_m^i (1.12): trust in each teacher on each sample, `(batch, modalities)`.
 
-    In log space, because exp(-sigma) underflows; sums to 1 over the modalities present, absent ones get 0.
+    Sums to 1 over the modalities present; absent ones get 0. Computed in log space, because exp(-sigma)
+    underflows.
 
     Args:
         variance: `(batch, modalities, outputs)`, not negative.
         present: `(batch, modalities)` bool.
-        floor: kappa, above 0: keeps the trust in a teacher without any variance finite.
+        floor: kappa, above 0; keeps the trust finite at zero variance.
     """
     deviation = variance.mean(dim=-1).sqrt()
     score = -deviation - torch.log(torch.log1p(variance.sum(dim=-1)) + floor)
@@ -479,14 +482,14 @@ def trust_weights(variance: Tensor, present: Tensor, floor: float) -> Tensor:
 
 
 def distillation_distances(logits: Tensor, means: Tensor, temperature: float) -> Tensor:
-    """How far the fused prediction is from each teacher's, `(batch, modalities)` (1.14, 1.15).
+    """Distance of the fused prediction from each teacher's, `(batch, modalities)` (1.14), (1.15).
 
-    KL(student || teacher) of classes under a temperature, the squared difference of scores.
+    KL(student || teacher) at a temperature in classification, squared difference in regression.
 
     Args:
         logits: `(batch, outputs)`.
         means: `(batch, modalities, outputs)`.
-        temperature: tau, of classes.
+        temperature: tau, used in classification only.
     """
     student = logits.unsqueeze(1)
     if means.shape[-1] == 1:
@@ -496,6 +499,6 @@ def distillation_distances(logits: Tensor, means: Tensor, temperature: float) ->
 
 
 def _each(modules: nn.ModuleDict, values: Iterable[Tensor]) -> Tensor:
-    """Each modality's own module on its own values, stacked: `(modalities, batch, width)`."""
+    """Apply each modality's module to its values and stack: `(modalities, batch, width)`."""
     pairs = zip(MODALITIES, values, strict=True)
     return torch.stack([modules[name](no_wider(value, modules[name])) for name, value in pairs])

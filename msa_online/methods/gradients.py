@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gradient modulators do: judge modalities, measure gradients, scale them, add noise."""
+"""Functions that gradient modulators share: score modalities, measure and scale gradients, add noise.
+
+Equation numbers are those of docs/methods/cpsl.md.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,17 +24,17 @@ NORMS = ("mean", "rms")
 
 
 def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> dict[str, Tensor]:
-    """How well each modality alone predicts a micro-batch, as means that `quality_scores` reads.
+    """Measure how well each modality alone predicts a micro-batch; input of `quality_scores`.
 
     Args:
-        output: `MSAOutput`, whose `modality_logits` are judged on the samples `present` says have them.
+        output: `MSAOutput`; its `modality_logits` are scored on the samples that have the modality.
         labels: `(batch,)`; floats mean regression.
-        modalities: Modalities to judge.
+        modalities: Modalities to score.
 
     Returns:
-        Means over all samples of the micro-batch, zero for those without the modality: of the absolute errors
-        (`error/<name>`) or of the probabilities of the true class (`truth/<name>`), and the share of samples
-        that have it (`observed/<name>`); detached scalars.
+        Detached scalars. `error/<name>` (absolute error) or `truth/<name>` (probability of the true class)
+        are means over all samples of the micro-batch; a sample without the modality counts as zero.
+        `observed/<name>` is the share of samples that have the modality.
     """
     statistics = {}
     for name in modalities:
@@ -46,9 +49,9 @@ def observe_quality(output: Any, labels: Tensor, modalities: Iterable[str]) -> d
 
 
 def quality_scores(statistics: Mapping[str, float], modalities: Iterable[str]) -> dict[str, float]:
-    """How good each modality alone is: inverse mean absolute error, or mean probability of the truth (4.8).
+    """Score of each modality alone: inverse mean absolute error, or mean probability of the true class (4.8).
 
-    A modality that no sample of the step had has no score.
+    A modality that no sample of the step has gets no score.
     """
     scores = {}
     for name in modalities:
@@ -59,7 +62,7 @@ def quality_scores(statistics: Mapping[str, float], modalities: Iterable[str]) -
 
 
 def mean_of_others(values: Mapping[str, float], name: str) -> float | None:
-    """What `name` is compared with: the mean over all others; None without any."""
+    """Mean of the values of all modalities but `name`; None if there are no others or `name` has no value."""
     others = [value for other, value in values.items() if other != name]
     return sum(others) / len(others) if others and name in values else None
 
@@ -67,15 +70,15 @@ def mean_of_others(values: Mapping[str, float], name: str) -> float | None:
 def damping_coefficients(
     scores: Mapping[str, float], modalities: Iterable[str], strength: float, shift: float = 0.0
 ) -> dict[str, float]:
-    """Coefficient of each modality: the better it is than the others, the smaller (4.8).
+    """Coefficient of each modality. It falls as the modality outperforms the others (4.8).
 
-        c_m = 1 - tanh(alpha ReLU(score_m / mean of other scores - shift))    where m is the better, else 1
+        c_m = 1 - tanh(alpha ReLU(score_m / mean of other scores - shift))    if m is better, else 1
 
     Args:
-        scores: Quality of each modality, above 0.
-        modalities: Modalities that get a coefficient; without a score, or without others, it is 1.
+        scores: Score of each modality, above 0.
+        modalities: Modalities that get a coefficient; it is 1 without a score or without other scores.
         strength: alpha.
-        shift: 0 as printed, where the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores; 1 makes it
+        shift: 0 as printed: the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores. 1 makes it
             continuous there.
     """
     coefficients = {}
@@ -88,7 +91,7 @@ def damping_coefficients(
 
 
 def imbalance_degree(scores: Mapping[str, float]) -> float:
-    """Spread of the scores, (largest - smallest) / (largest + smallest), in [0, 1); 0 when all are equal."""
+    """Spread of the scores, (largest - smallest) / (largest + smallest), in [0, 1); 0 if all are equal."""
     if not scores:
         return 0.0
     largest, smallest = max(scores.values()), min(scores.values())
@@ -96,7 +99,7 @@ def imbalance_degree(scores: Mapping[str, float]) -> float:
 
 
 def balance_log(scores: Mapping[str, float], coefficients: Mapping[str, float]) -> dict[str, float]:
-    """What of a step is worth recording: scores, coefficients and the degree of imbalance."""
+    """Log entries of a step: scores, coefficients and the degree of imbalance."""
     return {
         **{f"score/{name}": score for name, score in scores.items()},
         **{f"coefficient/{name}": value for name, value in coefficients.items()},
@@ -105,17 +108,17 @@ def balance_log(scores: Mapping[str, float], coefficients: Mapping[str, float]) 
 
 
 def gradients_of(parameters: Iterable[Parameter]) -> list[Tensor]:
-    """The gradients there are; parameters without one are passed over."""
+    """Gradients of the parameters that have one."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def average_norm(parameters: Iterable[Parameter], kind: str) -> Tensor:
-    """Size of the gradients of a modality's encoder in fp32, a scalar; 0 without gradients (4.9, C4).
+    """Size of the gradients of a modality in fp32, a scalar; 0 without gradients ((4.9), choice Q4).
 
     Args:
-        parameters: Parameters of the encoder.
-        kind: "mean" over the tensors of their L2 norms; "rms" over all elements, which compares encoders of
-            different depth and width fairly.
+        parameters: Parameters of the modality.
+        kind: "mean": mean of the tensors' L2 norms, as printed. "rms": root mean square over all elements,
+            a fair comparison of encoders of different depth and width.
     """
     gradients = gradients_of(parameters)
     if not gradients:
@@ -129,18 +132,20 @@ def average_norm(parameters: Iterable[Parameter], kind: str) -> Tensor:
 def apply_coefficients(
     coefficients: Mapping[str, float], context: ModulationContext, *, apply: str, noise: float
 ) -> dict[str, float]:
-    """Scale each modality's gradients, and add noise to them (4.10).
+    """Scale each modality's gradients and add noise to them (4.10).
 
-        grad <- c_m grad + N(0, noise std(grad))        noise for matrices and kernels only
+        grad <- c_m grad + N(0, noise std(grad))        noise only for tensors with two dimensions or more
 
-    The noise comes from a generator of its own, seeded by run, step and parameter: every rank adds the same.
+    The noise comes from its own generator, seeded by run, step, modality and parameter, so that all ranks add
+    the same.
 
     Args:
-        coefficients: c_m; a coefficient of 1 leaves gradients as they are, bit for bit.
-        context: Whose gradients, and where the run stands.
-        apply: "gradient"; or "lr", which leaves gradients unscaled and answers with factors for the learning
-            rates, because Adam divides a constant factor on gradients out again (METHODS P13).
-        noise: Deviation of the noise in deviations of the unscaled gradient of each tensor; 0 adds none.
+        coefficients: c_m; a coefficient of 1 leaves gradients bit-equal.
+        context: Parameters of each modality, step and seed.
+        apply: "gradient"; or "lr", which leaves gradients unscaled and returns factors for the learning
+            rates, because Adam cancels a constant factor on gradients (docs/methods/numerics.md).
+        noise: Standard deviation of the noise, relative to that of each tensor's unscaled gradient; 0 adds
+            none.
 
     Returns:
         Factor on the learning rate of each modality; empty under "gradient".
@@ -162,7 +167,7 @@ def apply_coefficients(
 
 
 def _normal_like(values: Tensor, seed: Sequence[int]) -> Tensor:
-    """Standard normal noise that depends on nothing but the seed and the shape."""
+    """Standard normal noise that depends only on the seed and the shape."""
     generator = torch.Generator(values.device)
     generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
     return torch.randn(values.shape, generator=generator, device=values.device, dtype=values.dtype)
@@ -171,33 +176,33 @@ def _normal_like(values: Tensor, seed: Sequence[int]) -> Tensor:
 def check_settings(
     modalities: Sequence[str], epochs: Sequence[int] | None, apply: str, noise: float, strength: float
 ) -> None:
-    """Refuse settings with which coefficients cannot be found or applied.
+    """Validate the settings that several modulators share.
 
     Raises:
-        ValueError: Naming the setting, its value and what is allowed.
+        ValueError: A setting is out of range; names the setting, its value and what is allowed.
     """
     check_modalities(modalities)
     check_window(epochs)
     check_choice("apply", apply, APPLICATIONS)
     if not 0 <= noise < math.inf:
-        raise ValueError(f"noise={noise}: at least 0, in deviations of the gradient")
+        raise ValueError(f"noise={noise} must be at least 0, in standard deviations of the gradient")
     if not 0 < strength < math.inf:
-        raise ValueError(f"strength={strength}: above 0")
+        raise ValueError(f"strength={strength} must be above 0")
 
 
 def check_modalities(modalities: Sequence[str]) -> None:
-    """Refuse modalities that cannot be compared; raises `ValueError` as `check_settings` does."""
+    """Validate the modalities to compare; raises `ValueError` as `check_settings` does."""
     if isinstance(modalities, str):
-        raise ValueError(f"modalities={modalities!r}: give a list, like [{', '.join(MODALITIES)}]")
-    if strange := [name for name in modalities if name not in MODALITIES]:
-        raise ValueError(f"modalities name {strange[0]!r}: choose among {', '.join(MODALITIES)}")
+        raise ValueError(f"modalities={modalities!r} must be a list, like [{', '.join(MODALITIES)}]")
+    if unknown := [name for name in modalities if name not in MODALITIES]:
+        raise ValueError(f"modalities name {unknown[0]!r}: choose among {', '.join(MODALITIES)}")
     if len(set(modalities)) < 2 or len(set(modalities)) < len(modalities):
-        raise ValueError(f"modalities={list(modalities)}: at least two to compare, each once")
+        raise ValueError(f"modalities={list(modalities)} must name at least two to compare, each once")
 
 
 def check_window(epochs: Sequence[int] | None) -> None:
-    """Refuse a window without an epoch; raises `ValueError` as `check_settings` does."""
+    """Validate a range of epochs; raises `ValueError` as `check_settings` does."""
     if epochs is not None and not (
         isinstance(epochs, Sequence) and len(epochs) == 2 and 0 <= epochs[0] <= epochs[1]
     ):
-        raise ValueError(f"epochs={epochs!r} is no window: give the first and the last epoch, like [0, 25]")
+        raise ValueError(f"epochs={epochs!r} is no range: give the first and the last epoch, like [0, 25]")

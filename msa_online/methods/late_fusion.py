@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Late fusion: pool each modality, concatenate, predict. The baseline, and the template to copy."""
+"""Late fusion: pool each modality, concatenate, predict. The baseline, and a template for new heads.
+
+Equation numbers are those of docs/methods/late_fusion.md.
+"""
 
 from collections.abc import Mapping
 
@@ -15,18 +18,17 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 
 
 class LateFusionHead(BalancingHead):
-    """Concatenation of pooled modalities with a two-layer predictor (LF-DNN, METHODS 5).
+    """Concatenates the pooled modalities and predicts with a two-layer MLP (the LF-DNN of the MMSA toolkit).
 
-    Controls for everything: a balancing method that does not beat it at equal encoders, budget and tuning has
-    balanced nothing.
+    It is the baseline: a balancing method has to beat it at equal encoders, budget and tuning.
 
-        h_m = GELU(W_m LayerNorm(mean_t X_m))        a learned token where m is absent
-        s_m = U_m h_m                                prediction of m alone
-        s   = V GELU(W [h_text; h_audio; h_vision])  fused prediction
+        h_m = GELU(W_m LayerNorm(mean_t X_m))        (5.1); a learned token where m is absent
+        s_m = U_m h_m                                (5.2); prediction of m alone
+        s   = V GELU(W [h_text; h_audio; h_vision])  (5.2); fused prediction
 
-    Losses: `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the samples that have
-    m. It keeps a weak modality learning when the strong one already explains the label; a weight of 0 turns
-    it off.
+    Losses, unweighted (5.3): `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the
+    samples that have m. `unimodal` keeps a weak modality learning once the strong one explains the label; a
+    weight of 0 turns it off.
 
     Args:
         widths: Width of each modality's states.
@@ -62,7 +64,7 @@ class LateFusionHead(BalancingHead):
             }
         )
         self.missing = MissingTokens(hidden_size)
-        # U_m; in newer heads `predictors`, here the name is in the keys of published checkpoints
+        # U_m; newer heads call it `predictors`, published checkpoints of this one contain `unimodal`
         self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in widths})
         self.fusion = nn.Sequential(
             nn.Linear(len(widths) * hidden_size, hidden_size), nn.GELU(), nn.Dropout(dropout)

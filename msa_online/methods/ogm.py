@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OGM-GE: on-the-fly gradient modulation with generalisation enhancement, the plain modulator."""
+"""OGM-GE: on-the-fly gradient modulation with generalisation enhancement (CVPR 2022).
+
+Equation numbers are those of docs/methods/ogm.md.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,25 +22,25 @@ from msa_online.modalities import MODALITIES
 
 
 class OGMModulator(GradientModulator):
-    """Damps the encoder of the modality that predicts best alone, and adds noise to all (METHODS 5).
+    """Damps the gradients of the modality that predicts best alone, and adds noise to those of all.
 
-        score_m = mean probability of the true class, or 1 / MAE, of the modality's own prediction
-        c_m     = 1 - tanh(alpha score_m / mean of the other scores)    where m is the better, else 1
-        grad    <- c_m grad + N(0, std(grad))
+        score_m = mean probability of the true class, or 1 / MAE, of m's own prediction                (5.4)
+        c_m     = 1 - tanh(alpha score_m / mean of the other scores)    if m is better, else 1         (5.5)
+        grad    <- c_m grad + N(0, std(grad))                                                          (5.6)
 
-    Deviations: two modalities became any number, each against the mean of the others; convolution kernels
-    became every tensor with two dimensions or more, so that text encoders are enhanced as well; the partial
-    logits of a shared classifier became the head's own unimodal predictors, so that any head will do;
-    regression is judged by its inverse error (as in CP/SL).
+    Deviations and readings: any number of modalities, each compared with the mean of the others (paper: two);
+    noise on all tensors with two dimensions or more, so that text encoders get it too (published code:
+    convolution kernels); scores from the head's unimodal predictors, so that any head works (published code:
+    the modality's part of a shared classifier); regression is scored by the inverse error, as in CP/SL.
 
-    Relations: `ConflictModulator` adds a look at gradient norms to the same coefficients.
+    Relations: `ConflictModulator` uses the same coefficients and also compares gradient norms.
 
     Args:
         modalities: Modalities to compare and to modulate.
         strength: alpha.
-        noise: Noise in deviations of the gradient; 0 is OGM without GE.
+        noise: Standard deviation of the noise, relative to that of the gradient; 0 is OGM without GE.
         epochs: First and last epoch of modulation, from 0; None for all.
-        apply: "gradient" as published, or "lr": under Adam only the latter slows a modality for long.
+        apply: "gradient" as published, or "lr": under Adam only "lr" slows a modality for long.
 
     Raises:
         ValueError: A setting is out of range.
@@ -60,11 +63,11 @@ class OGMModulator(GradientModulator):
         self.strength, self.noise, self.apply = strength, noise, apply
 
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """How well each modality alone predicts the micro-batch."""
+        """Measure how well each modality alone predicts the micro-batch."""
         return observe_quality(output, labels, self.modalities)
 
     def modulate(self, context: ModulationContext) -> Modulation:
-        """Damp the better modalities and add noise to all; outside its epochs it only takes the scores."""
+        """Damp the better modalities and add noise to all; outside `epochs`, only record the scores."""
         scores = quality_scores(context.statistics, self.modalities)
         coefficients = dict.fromkeys(self.modalities, 1.0)
         rates: dict[str, float] = {}

@@ -90,5 +90,5 @@ def test_a_forgotten_subset_is_named():
     del worth[frozenset({"text", "audio"})]
     with pytest.raises(ValueError, match=r"audio \+ text is missing"):
         shapley_values(worth)
-    with pytest.raises(ValueError, match="no player at all is missing"):
+    with pytest.raises(ValueError, match="the empty subset is missing"):
         shapley_values({subset: value for subset, value in random_worth().items() if subset})

@@ -12,7 +12,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.describe import count_parameters
 from msa_online.methods import CALIBRATORS, MODULATORS, ModulationContext
 from msa_online.methods.balm import kl_from_fused, rebalance, squared_distance
-from msa_online.methods.cpsl import through
+from msa_online.methods.cpsl import route_through
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAOutput
 from msa_online.training.arguments import ConfigurationError, parse_arguments
@@ -147,7 +147,7 @@ def test_calibration_has_as_many_parameters_as_published(widths, size, published
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_descriptor_without_width_is_refused_naming_key_and_value(size):
-    with pytest.raises(ValueError, match=f"descriptor_size={size}: at least 1"):
+    with pytest.raises(ValueError, match=f"descriptor_size={size} must be at least 1"):
         make_calibrator(descriptor_size=size)
     document = {
         "model": {
@@ -155,7 +155,7 @@ def test_a_descriptor_without_width_is_refused_naming_key_and_value(size):
         },
         "data": {"path": "features.npz"},
     }  # fmt: skip
-    with pytest.raises(ConfigurationError, match=rf"run\.yaml: model.calibrator_kwargs.*_size={size}: at l"):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: model.calibrator_kwargs.*_size={size} must"):
         parse_arguments(document, origin="run.yaml")
 
 
@@ -486,7 +486,7 @@ def test_a_pooled_state_of_its_own_changes_no_state_and_no_gradient():
     torch.manual_seed(0)
     states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn_like(states)
-    pooled, same = through(states.mean(dim=1), states)
+    pooled, same = route_through(states.mean(dim=1), states)
     torch.testing.assert_close(same, states)
     (gradient, of_pooled) = torch.autograd.grad((same.square() * weights).sum(), (states, pooled))
     torch.testing.assert_close(gradient, 2 * weights * states)

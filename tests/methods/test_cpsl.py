@@ -337,7 +337,7 @@ def test_the_first_token_is_not_the_mean_of_them(make_cpsl, make_sequences):
 
 
 def test_an_unknown_pooling_is_refused(make_cpsl):
-    with pytest.raises(ValueError, match="pooling='max': one of mean, first"):
+    with pytest.raises(ValueError, match="pooling='max' must be one of mean, first"):
         make_cpsl(pooling="max")
 
 

@@ -288,7 +288,7 @@ def test_prototypes_of_a_head_that_has_none_are_refused_before_anything_is_writt
     document["model"]["head"] = "late_fusion"
     expected = (
         "training.modulator=shapley: utility=prototype needs model.head=pase, not late_fusion, .*"
-        "say training.modulator_kwargs.utility=task"
+        "set training.modulator_kwargs.utility=task"
     )
     with pytest.raises(ConfigurationError, match=expected):
         train(document)

@@ -35,40 +35,40 @@ def document(modulator: str, **settings) -> dict:
 
 IMPOSSIBLE = [
     ({"modalities": ["audio", "video"]}, "modalities name 'video': choose among text, audio, vision"),
-    ({"modalities": ["audio"]}, r"modalities=\['audio'\]: at least two to compare"),
-    ({"modalities": []}, r"modalities=\[\]: at least two to compare"),
-    ({"modalities": ["audio", "audio"]}, r"modalities=\['audio', 'audio'\]: .*each once"),
+    ({"modalities": ["audio"]}, r"modalities=\['audio'\] must name at least two to compare"),
+    ({"modalities": []}, r"modalities=\[\] must name at least two to compare"),
+    ({"modalities": ["audio", "audio"]}, r"modalities=\['audio', 'audio'\] .*each once"),
     ({"modalities": ["audio", "vision", "audio"]}, "modalities=.*each once"),
-    ({"epochs": [5, 3]}, r"epochs=\[5, 3\] is no window: give the first and the last epoch"),
-    ({"epochs": [-1, 3]}, r"epochs=\[-1, 3\] is no window"),
-    ({"epochs": [3]}, r"epochs=\[3\] is no window"),
-    ({"epochs": [1, 2, 3]}, r"epochs=\[1, 2, 3\] is no window"),
-    ({"apply": "both"}, "apply='both'.*: one of gradient, lr"),
-    ({"noise": -0.1}, "noise=-0.1: at least 0"),
-    ({"strength": 0.0}, "strength=0.0: above 0"),
-    ({"strength": -1.5}, "strength=-1.5: above 0"),
+    ({"epochs": [5, 3]}, r"epochs=\[5, 3\] is no range: give the first and the last epoch"),
+    ({"epochs": [-1, 3]}, r"epochs=\[-1, 3\] is no range"),
+    ({"epochs": [3]}, r"epochs=\[3\] is no range"),
+    ({"epochs": [1, 2, 3]}, r"epochs=\[1, 2, 3\] is no range"),
+    ({"apply": "both"}, "apply='both'.* must be one of gradient, lr"),
+    ({"noise": -0.1}, "noise=-0.1 must be at least 0"),
+    ({"strength": 0.0}, "strength=0.0 must be above 0"),
+    ({"strength": -1.5}, "strength=-1.5 must be above 0"),
 ]
 OF_CONFLICT = [
-    ({"penalty": 0.0}, "penalty=0.0: above 0 and at most 1"),
-    ({"penalty": 1.1}, "penalty=1.1: above 0 and at most 1"),
-    ({"shift": 0.5}, "shift=0.5: 0 as printed, or 1"),
-    ({"norm": "max"}, "norm='max': one of mean, rms"),
+    ({"penalty": 0.0}, "penalty=0.0 must be above 0 and at most 1"),
+    ({"penalty": 1.1}, "penalty=1.1 must be above 0 and at most 1"),
+    ({"shift": 0.5}, "shift=0.5 must be 0, as printed, or 1"),
+    ({"norm": "max"}, "norm='max' must be one of mean, rms"),
 ]
 OF_REBALANCE = [
-    ({"spatial_weight": -0.1}, "spatial_weight=-0.1: at least 0"),
-    ({"progress": "kld"}, "progress='kld': one of kl, mse"),
-    ({"guard": "clip"}, "guard='clip': one of smooth, none"),
-    ({"spatial": "weights"}, "spatial='weights': one of latent, off"),
-    ({"mod_form": "code"}, "mod_form='code': one of cggm, abs"),
+    ({"spatial_weight": -0.1}, "spatial_weight=-0.1 must be at least 0"),
+    ({"progress": "kld"}, "progress='kld' must be one of kl, mse"),
+    ({"guard": "clip"}, "guard='clip' must be one of smooth, none"),
+    ({"spatial": "weights"}, "spatial='weights' must be one of latent, off"),
+    ({"mod_form": "code"}, "mod_form='code' must be one of cggm, abs"),
 ]
 OF_SHAPLEY = [
-    ({"utility": "loss"}, "utility='loss': one of task, prototype"),
-    ({"switch": "entropy"}, "switch='entropy': one of plateau, fixed"),
-    ({"warmup": -1}, "warmup=-1: at least 0"),
-    ({"patience": 0}, "patience=0: at least 1"),
-    ({"min_delta": -0.1}, "min_delta=-0.1: at least 0"),
-    ({"latest": -1}, "latest=-1: at least 0"),
-    ({"interval": 0}, "interval=0: at least 1"),
+    ({"utility": "loss"}, "utility='loss' must be one of task, prototype"),
+    ({"switch": "entropy"}, "switch='entropy' must be one of plateau, fixed"),
+    ({"warmup": -1}, "warmup=-1 must be at least 0"),
+    ({"patience": 0}, "patience=0 must be at least 1"),
+    ({"min_delta": -0.1}, "min_delta=-0.1 must be at least 0"),
+    ({"latest": -1}, "latest=-1 must be at least 0"),
+    ({"interval": 0}, "interval=0 must be at least 1"),
 ]
 
 
@@ -90,12 +90,12 @@ def test_a_setting_that_cannot_work_is_refused_naming_it_and_what_is_allowed(mod
 
 
 NOT_IN_YAML = [
-    ({"modalities": "audio"}, "modalities='audio': give a list, like"),
-    ({"epochs": 25}, "epochs=25 is no window"),
-    ({"epochs": (float("nan"), 3)}, "epochs=.*is no window"),
-    ({"noise": float("nan")}, "noise=nan: at least 0"),
-    ({"noise": float("inf")}, "noise=inf: at least 0"),
-    ({"strength": float("inf")}, "strength=inf: above 0"),
+    ({"modalities": "audio"}, "modalities='audio' must be a list, like"),
+    ({"epochs": 25}, "epochs=25 is no range"),
+    ({"epochs": (float("nan"), 3)}, "epochs=.*is no range"),
+    ({"noise": float("nan")}, "noise=nan must be at least 0"),
+    ({"noise": float("inf")}, "noise=inf must be at least 0"),
+    ({"strength": float("inf")}, "strength=inf must be above 0"),
 ]
 
 
@@ -214,7 +214,7 @@ def test_a_modulator_of_all_modalities_is_refused_a_head_without_a_remedy_it_doe
 def test_a_utility_that_needs_prototypes_is_refused_a_head_without_naming_one_that_works(accelerator):
     expected = (
         "training.modulator=shapley: utility=prototype needs model.head=pase, not late_fusion, .*"
-        "say training.modulator_kwargs.utility=task"
+        "set training.modulator_kwargs.utility=task"
     )
     with pytest.raises(ConfigurationError, match=expected):
         make_modulator(

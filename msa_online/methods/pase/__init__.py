@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaSE: prototypes calibrate and align the modalities, Shapley values keep them in balance (AAAI 2026)."""
+"""PaSE: prototypes calibrate and align the modalities, Shapley values balance them (AAAI 2026)."""
 
 from msa_online.methods.pase.head import PaSEHead
 from msa_online.methods.pase.modulator import ShapleyModulator

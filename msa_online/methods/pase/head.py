@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaSE: prototypes calibrate and align the modalities, Shapley values keep them in balance (AAAI 2026).
+"""The head of PaSE: prototypes calibrate, align and weigh the modalities (AAAI 2026).
 
 "Prototype-aligned Calibration and Shapley-based Equilibrium for Multimodal Sentiment Analysis", arXiv
-2511.17585. Equation numbers are those of METHODS 2.3.
+2511.17585. Numbers of equations like (2.5) and of choices like P2 are those of docs/methods/pase.md.
 """
 
 import math
@@ -39,7 +39,7 @@ TINY = 1e-9  # e of (2.8)
 
 
 class PaSEHead(BalancingHead):
-    """Each class has a prototype in each modality; they calibrate, align and weigh the modalities.
+    """Keeps a prototype of each class in each modality, to calibrate, align and weigh the modalities.
 
         X_m ─ f_m ─ own stack ─ h_m ─┬─ s_m
                                      ├─ PCL: to the prototype of its class, away from the others
@@ -48,40 +48,42 @@ class PaSEHead(BalancingHead):
 
         L = l(s, y) + w_u mean_m l(s_m, y) + lambda sum_m PCL_m + mu sum_{m<n} CAL_mn      (2.6)
 
-    Losses, unweighted: `task`, `unimodal`, `pcl`, `cal`. Published: lambda = 0.01, mu = 0.1.
+    Losses, unweighted: `task`, `unimodal`, `pcl`, `cal`. The published weights are lambda = 0.01 (`pcl`) and
+    mu = 0.1 (`cal`).
 
-    Deviations and readings (METHODS 2.4): the prototypes that CAL moves are alive (`cal_gradient`), in the
-    published code they and the features of PCL are constants; they are normalised for the cost, or every plan
-    would be uniform; epsilon is not relative to the median cost (A11); a plan is compared with the identity
-    after its rows are scaled to 1; |M| counts the modalities a sample has; scores fall into bins, which stand
-    for classes. The published gate looks at the label in training, ours never does. Without a router each
-    modality passes its own stack only.
+    Deviations and readings: the prototypes of CAL and the states of PCL have gradients; in the published code
+    both are constants (P1, P2). Prototypes are normalised for the transport cost, otherwise every plan would
+    be uniform, and epsilon is absolute (P4). A plan is compared with the identity after its rows are scaled
+    to sum to 1 (P6). |M| counts the modalities that a sample has. In a regression, bins of the score serve as
+    classes (P15). The gate never sees a label; the published one does in training (P16).
 
-    Relations: `ShapleyModulator` is the other half of the method; both work without the other.
+    Relations: `ShapleyModulator` is the other half of the method; each works without the other. The stacks
+    are those of `EBMCHead` without its router.
 
     Args:
         widths: Width of each modality's states.
         num_labels: Outputs; 1 is regression.
-        hidden_size: Width D of everything inside.
+        hidden_size: Width D of all states.
         depth: Layers of a modality's stack.
         heads: Attention heads of a layer.
-        dropout: Share dropped in the perceptrons of stacks and fusion.
-        bins: Classes of a score in -3 .. 3: 5 rounds it to -2 .. 2, 7 to -3 .. 3, 3 takes its sign, 2 is
-            negative or not.
-        momentum: gamma, of the prototypes.
-        temperature: tau, of similarities with prototypes.
-        gate: What alpha is made of. "entropy": exp(-H) of the modality's distribution over prototypes.
-            "learned": a perceptron on its highest similarity, as in the published code. "uniform": nothing,
-            plain concatenation.
-        cal_gradient: What of CAL reaches the encoders. "straight_through": the gradient by the means of the
-            batch, whole; "ema": as far as the batch moves the prototypes, 1 - gamma of it; "none".
-        epsilon: Weight of the entropy in the transport.
+        dropout: Share dropped in the MLPs of stacks and fusion.
+        bins: Number of classes of a score in -3 .. 3. 5 rounds it to -2 .. 2, 7 to -3 .. 3; 3 takes its sign,
+            2 whether it is negative.
+        momentum: gamma of the prototypes (2.1).
+        temperature: tau of the similarities with prototypes (2.2), (2.5).
+        gate: Source of the weights alpha (2.5). "entropy": exp(-H) of the modality's distribution over
+            prototypes. "learned": an MLP on the highest similarity, as in the published code. "uniform":
+            no weights, plain concatenation.
+        cal_gradient: Gradient of CAL that reaches the encoders (P2). "straight_through": the full gradient by
+            the batch means. "ema": 1 - gamma of it, the share by which the batch moves the prototypes.
+            "none": no gradient.
+        epsilon: Weight of the entropy in the transport (2.3).
         symmetry: alpha of (2.4).
         diagonal: beta of (2.4).
         regression_loss: "mse" or "l1".
 
     Raises:
-        ValueError: A switch has no such setting, or a number is out of range.
+        ValueError: A setting is not among its choices or out of range.
     """
 
     loss_names = ("task", "unimodal", "pcl", "cal")
@@ -111,15 +113,15 @@ class PaSEHead(BalancingHead):
         check_choice("bins", bins, BINS)
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
         if depth < 1:
-            raise ValueError(f"depth={depth}: at least 1")
+            raise ValueError(f"depth={depth} must be at least 1")
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: at least 0 and below 1")
+            raise ValueError(f"momentum={momentum} must be at least 0 and below 1")
         for name, value in (("temperature", temperature), ("epsilon", epsilon)):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: above 0")
+                raise ValueError(f"{name}={value} must be above 0")
         for name, value in (("symmetry", symmetry), ("diagonal", diagonal)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}: at least 0")
+                raise ValueError(f"{name}={value} must be at least 0")
         self.num_labels, self.bins = num_labels, bins
         self.temperature, self.cal_gradient, self.epsilon = temperature, cal_gradient, epsilon
         self.symmetry, self.diagonal = symmetry, diagonal
@@ -133,7 +135,7 @@ class PaSEHead(BalancingHead):
         )
         self.prototypes = PrototypeBanks(bins if num_labels == 1 else num_labels, hidden_size, momentum)
         self.gate = GATES[gate]()
-        # of s_m; in newer heads `predictors`, here the name is in the keys of published checkpoints
+        # s_m; newer heads call it `predictors`, published checkpoints of this one contain `unimodal`
         self.unimodal = nn.ModuleDict({name: nn.Linear(hidden_size, num_labels) for name in MODALITIES})
         joint = len(MODALITIES) * hidden_size
         self.fusion = nn.Sequential(nn.Linear(joint, joint), nn.ReLU(), Dropout(dropout))
@@ -159,7 +161,7 @@ class PaSEHead(BalancingHead):
             fused=fused,
         )
         if labels is not None:
-            with without_autocast(present.device):  # METHODS 2.5
+            with without_autocast(present.device):  # all losses in fp32
                 terms = self._losses(output, in_fp32(states), labels, present)
             means = mean_where(weights.detach(), present)
             terms |= {f"weight/{name}": mean for name, mean in zip(MODALITIES, means, strict=True)}
@@ -168,7 +170,7 @@ class PaSEHead(BalancingHead):
         return output
 
     def end_step(self, taken: bool) -> None:
-        """Move the prototypes by what the step has seen."""
+        """Update the prototypes with the states of the step."""
         self.prototypes.end_step(taken)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
@@ -179,33 +181,33 @@ class PaSEHead(BalancingHead):
         }
 
     def _read(self, name: str, sequence: ModalitySequence) -> Tensor:
-        """Project, pass the own stack, average over time: h_m `(batch, hidden)`, zero where m is absent."""
+        """Compute h_m `(batch, hidden)`: project, pass the own stack, average over time; zero if absent."""
         states = [self.projections[name](sequence.values).unsqueeze(0)]
         for layer in self.experts[name]:
             states = layer(states, [sequence.mask])
         return masked_mean(sequence.with_values(states[0].squeeze(0)))
 
     def _weights(self, states: Tensor, present: Tensor) -> Tensor:
-        """PGF (2.5): |M| alpha_m, `(modalities, batch)`, of mean 1 over the modalities a sample has."""
+        """PGF (2.5): |M| alpha_m, `(modalities, batch)`, with mean 1 over the modalities a sample has."""
         with without_autocast(present.device):
-            # what is absent is zero, and the second derivative of a direction is not finite there
-            somewhere = in_fp32(states).masked_fill(~present.unsqueeze(-1), 1.0)
-            similarity = self.prototypes.similarity(somewhere)
-            favour = self.gate(similarity, self.prototypes.known, self.temperature) * present
+            # absent states are zero, where the second derivative of a normalised vector is not finite
+            states = in_fp32(states).masked_fill(~present.unsqueeze(-1), 1.0)
+            similarity = self.prototypes.similarity(states)
+            weights = self.gate(similarity, self.prototypes.known, self.temperature) * present
             count = present.sum(dim=0)
-            return favour * count / favour.sum(dim=0).clamp(min=TINY)
+            return weights * count / weights.sum(dim=0).clamp(min=TINY)
 
     def _losses(
         self, output: HeadOutput, states: Tensor, labels: Tensor, present: Tensor
     ) -> dict[str, Tensor]:
         classes = score_bins(labels, self.bins) if self.num_labels == 1 else labels
-        own = F.one_hot(classes, self.prototypes.classes).bool()  # (batch, classes)
-        member = own & present.unsqueeze(-1)  # (modalities, batch, classes)
+        one_hot = F.one_hot(classes, self.prototypes.classes).bool()  # (batch, classes)
+        member = one_hot & present.unsqueeze(-1)  # (modalities, batch, classes)
         prototypes = self.prototypes.with_batch(states, member)
         if self.training:
-            self.prototypes.take_in(states, member)
-        there = dict(zip(MODALITIES, present, strict=True))
-        alone = loss_alone(output.modality_logits, labels, there, self.regression_loss)
+            self.prototypes.collect(states, member)
+        present_by_name = dict(zip(MODALITIES, present, strict=True))
+        alone = loss_alone(output.modality_logits, labels, present_by_name, self.regression_loss)
         intra = prototype_contrast(states, prototypes, member, self.temperature)  # (modalities,)
         inter = self._align(prototypes)
         return {
@@ -219,66 +221,66 @@ class PaSEHead(BalancingHead):
         }
 
     def _align(self, prototypes: Prototypes) -> dict[str, Tensor]:
-        """CAL (2.3, 2.4): L_inter of each pair as "transport/<m>+<n>", and means of its three parts."""
+        """CAL (2.3), (2.4): L_inter of each pair as "transport/<m>+<n>", and the means of its three parts."""
         one, other = zip(*PAIRS, strict=True)
-        alive = dict(zip(MODALITIES, prototypes.alive(self.cal_gradient), strict=True))
+        values = dict(zip(MODALITIES, prototypes.with_gradient(self.cal_gradient), strict=True))
         known = dict(zip(MODALITIES, prototypes.known, strict=True))
-        cost = prototype_cost(*(torch.stack([alive[name] for name in side]) for side in (one, other)))
+        cost = prototype_cost(*(torch.stack([values[name] for name in side]) for side in (one, other)))
         shared = torch.stack([known[name] for name in one]) & torch.stack([known[name] for name in other])
         count = shared.sum(dim=-1, keepdim=True)
         mass = shared / count.clamp(min=1)
         plans = transport_plan(
             torch.cat([cost, cost.mT]), torch.cat([mass, mass]), torch.cat([mass, mass]), epsilon=self.epsilon
         )
-        there, back = plans.chunk(2)
-        match = 0.5 * (there * cost + back * cost.mT).sum(dim=(-2, -1))
-        asymmetry = (there - back.mT).square().sum(dim=(-2, -1))
-        wanted, scale = torch.diag_embed(shared.to(cost)), count.unsqueeze(-1)
-        astray = 0.5 * sum((scale * plan - wanted).square().sum(dim=(-2, -1)) for plan in (there, back))
-        total = match + self.symmetry * asymmetry + self.diagonal * astray
+        forth, back = plans.chunk(2)
+        match = 0.5 * (forth * cost + back * cost.mT).sum(dim=(-2, -1))
+        asymmetry = (forth - back.mT).square().sum(dim=(-2, -1))
+        identity, scale = torch.diag_embed(shared.to(cost)), count.unsqueeze(-1)
+        omega = 0.5 * sum((scale * plan - identity).square().sum(dim=(-2, -1)) for plan in (forth, back))
+        total = match + self.symmetry * asymmetry + self.diagonal * omega
         return {
             **dict(zip(TRANSPORTS, total, strict=True)),
             "cal/match": match.mean(),
             "cal/reg": asymmetry.mean(),
-            "cal/omega": astray.mean(),
+            "cal/omega": omega.mean(),
         }
 
 
 class EntropyGate(nn.Module):
-    """exp(-H), of how surely a state belongs to one prototype (2.5)."""
+    """exp(-H / log K_p), the certainty that a state belongs to one prototype (2.5)."""
 
     def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
-        """Favour of each modality, `(modalities, batch)`, above 0.
+        """Unnormalised weight of each modality, `(modalities, batch)`, above 0.
 
         Args:
-            similarity: With the prototypes, `(modalities, batch, classes)`.
-            known: Which prototypes there are, `(modalities, classes)` bool.
+            similarity: Cosine with the prototypes, `(modalities, batch, classes)`.
+            known: Which prototypes exist, `(modalities, classes)` bool.
             temperature: tau.
         """
         logits = (similarity / temperature).masked_fill(~known.unsqueeze(1), UNKNOWN).log_softmax(dim=-1)
         entropy = -(logits.exp() * logits).sum(dim=-1)
         count = known.sum(dim=-1, keepdim=True)
-        count = count.where(count > 0, known.shape[-1])  # without any, each is as likely as the others
+        count = count.where(count > 0, known.shape[-1])  # no prototype yet: uniform over all classes
         return torch.exp(-entropy / count.clamp(min=2).log())
 
 
 class LearnedGate(nn.Sequential):
-    """A perceptron on the highest similarity, as published; in training too, where that takes the label's."""
+    """An MLP on the highest similarity. In training the published one uses the similarity of the label."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
 
     def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
-        """Favour of each modality, `(modalities, batch)` in (0, 1), arguments as in `EntropyGate`."""
+        """Unnormalised weight of each modality, `(modalities, batch)` in (0, 1); see `EntropyGate`."""
         highest = similarity.masked_fill(~known.unsqueeze(1), -1.0).amax(dim=-1, keepdim=True)
         return super().forward(highest.to(self[0].weight.dtype)).squeeze(-1)
 
 
 class UniformGate(nn.Module):
-    """No favour at all."""
+    """Equal weights."""
 
     def forward(self, similarity: Tensor, known: Tensor, temperature: float) -> Tensor:
-        """1 for each modality, `(modalities, batch)`, arguments as in `EntropyGate`."""
+        """1 for each modality, `(modalities, batch)`; see `EntropyGate`."""
         return torch.ones_like(similarity[..., 0])
 
 
@@ -286,7 +288,7 @@ GATES = {"entropy": EntropyGate, "learned": LearnedGate, "uniform": UniformGate}
 
 
 def score_bins(scores: Tensor, bins: int) -> Tensor:
-    """Class `(batch,)` int64 of scores `(batch,)` in -3 .. 3; halves round to even, as in Acc-5 and Acc-7."""
+    """Map scores `(batch,)` in -3 .. 3 to classes `(batch,)` int64; halves round to even, as in Acc-5."""
     if bins == 2:
         return (scores >= 0).long()
     if bins == 3:

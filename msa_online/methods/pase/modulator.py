@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaSE's modulator: Shapley values slow down the modalities that contribute most (AAAI 2026)."""
+"""The modulator of PaSE: slows down the modalities with the largest Shapley values (AAAI 2026).
+
+Numbers of equations like (2.8) and of choices like P9 are those of docs/methods/pase.md.
+"""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +26,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 
 LOSSES = tuple("loss/" + ("+".join(sorted(subset)) or "none") for subset in SUBSETS)
 RHO = 0.6  # of (2.10)
-OF_THE_RUN = (
+STATE_NAMES = (
     "balancing",
     "best_score",
     "waited",
@@ -38,34 +41,38 @@ OF_THE_RUN = (
 
 
 class ShapleyModulator(GradientModulator):
-    """SGM: from a plateau on, the more a modality contributes, the slower it learns (2.7 - 2.10).
+    """SGM: after a validation plateau, slows each modality the more it contributes.
 
-        psi_m = Shapley value of m in the utility u(S) of the modalities S
-        phi_m = exp(min psi / psi_m - 1)    of the clamped and normalised psi, in (1/e, 1]
-        grad <- phi_m grad                  in the second phase
+        psi_m = Shapley value of m for the utility u(S) of subsets S of the modalities      (2.7), (2.10)
+        phi_m = exp(min psi / psi_m - 1), psi clamped and normalised; in (1/e, 1]           (2.8)
+        grad <- phi_m grad                in the second phase                               (2.9)
 
-    The utility is measured in every `interval`-th step and averaged over an epoch; the coefficients of an
-    epoch come from the last one before it that was measured. The contributions are recorded in both phases.
-    Stages of the head are judged by different things: each starts in the first phase again.
+    The utility is measured in every `interval`-th step and averaged over an epoch. The coefficients of an
+    epoch come from the last epoch before it that was measured. Contributions are recorded in both phases.
+    Each stage of the head starts in the first phase, because stages have different validation scores.
 
-    Subsets are those of the modalities that occur in training: beside one that never does, and contributes
-    nothing, all others would be slowed alike.
+    u is either "task": l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and
+    absent modalities as in prediction; or "prototype", that of the published code: computed from the
+    transport between the prototypes of pairs and from their variance. "prototype" falls with every modality
+    that joins, so it does not measure how useful a modality is (2.10).
 
-    u is "task", l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and absent
-    modalities as in prediction; or "prototype", as in the published code, from the transport between the
-    prototypes of a pair and their spread. The latter falls with every modality that joins: it tells how cheap
-    a modality is, and not how useful (METHODS 2.10).
+    Deviations and readings: exact values over all subsets, not sampled orders, and the utility "task" (P17).
+    Everything that belongs to a modality is scaled, in every step (P8). The second phase starts at a
+    validation plateau (P9). Only modalities that occur in training form subsets: one that never occurs
+    contributes nothing, and next to it all others would be slowed equally (P20).
+
+    Relations: `PaSEHead` is the other half of the method; each works without the other.
 
     Args:
-        utility: "task", or "prototype", which needs the head `pase`.
+        utility: "task"; or "prototype", which needs the head `pase`.
         apply: "gradient" as published, "lr", or "off", which records contributions and changes nothing.
-        switch: "plateau" starts the second phase when validation no longer improves; "fixed" after `latest`
+        switch: "plateau" starts the second phase when validation no longer improves, "fixed" after `latest`
             epochs.
-        warmup: Epochs in which no plateau starts the second phase.
-        patience: Epochs without an improvement that make a plateau.
-        min_delta: Least improvement, relative to the best score.
+        warmup: Epochs in which a plateau does not start the second phase yet.
+        patience: Epochs without improvement that count as a plateau.
+        min_delta: Smallest improvement that counts, relative to the best score.
         latest: Epochs after which the second phase starts in any case.
-        interval: Steps from one measurement of the utility to the next.
+        interval: Steps between two measurements of the utility.
 
     Raises:
         ValueError: A setting is out of range.
@@ -96,7 +103,7 @@ class ShapleyModulator(GradientModulator):
             ("interval", interval, 1),
         ):
             if not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: at least {least}")
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.utility, self.apply, self.switch = utility, apply, switch
         self.warmup, self.patience, self.min_delta, self.latest = warmup, patience, min_delta, latest
         self.interval = interval
@@ -108,33 +115,33 @@ class ShapleyModulator(GradientModulator):
         self.coefficients: dict[str, float] = {}  # 1 where not named
 
     def attach(self, model: nn.Module, features: Mapping[str, int], fused: int) -> None:
-        """Remember the model whose modalities are to be weighed.
+        """Keep the model, to evaluate subsets of its modalities.
 
         Raises:
-            ValueError: It has no prototypes and the utility needs them.
+            ValueError: The utility needs prototypes and the head has none.
         """
         if self.utility == "prototype" and not isinstance(model.head, PaSEHead):
             raise ValueError(
                 f"utility=prototype needs model.head=pase, not {model.config.head}, which has no prototypes: "
-                "say training.modulator_kwargs.utility=task"
+                "set training.modulator_kwargs.utility=task"
             )
         self.model = model
 
     @torch.no_grad()
     def observe(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Task loss under each subset of the modalities, in every `interval`-th step."""
+        """Task loss with each subset of the modalities, in every `interval`-th step."""
         if self.utility != "task" or self.steps % self.interval or not output.fused_valid:
             return {}
-        deciding, training = (self.model.calibrator, self.model.head), self.model.head.training
-        for part in deciding:
-            part.eval()  # without dropout, as in prediction; and no prototype moves
+        modules, training = (self.model.calibrator, self.model.head), self.model.head.training
+        for module in modules:
+            module.eval()  # no dropout, as in prediction; prototypes do not collect
         losses = {
             name: self._loss(output.sequences, subset, labels)
             for name, subset in zip(LOSSES, SUBSETS, strict=True)
             if subset in self._subsets
         }
-        for part in deciding:
-            part.train(training)
+        for module in modules:
+            module.train(training)
         return losses
 
     def _loss(
@@ -147,15 +154,15 @@ class ShapleyModulator(GradientModulator):
         return task_loss(self.model.decide(seen).logits, labels)
 
     def modulate(self, context: ModulationContext) -> Modulation:
-        """Collect the utilities of the step; in the second phase, scale each modality by its phi."""
+        """Collect the utilities of the step; in the second phase, scale each modality by phi."""
         if self.stage not in (None, context.stage):
             self._start_first_phase()
         self.stage = context.stage
         if context.epoch != self.epoch:
             self._refresh(context.epoch)
-        worth = self._worth(context.statistics) if self.steps % self.interval == 0 else []
-        if worth and all(map(math.isfinite, worth)):
-            self.measured.append(worth)
+        utilities = self._utilities(context.statistics) if self.steps % self.interval == 0 else []
+        if utilities and all(map(math.isfinite, utilities)):
+            self.measured.append(utilities)
         self.steps += 1
         coefficients = dict.fromkeys(self.modalities, 1.0)
         rates: dict[str, float] = {}
@@ -175,8 +182,8 @@ class ShapleyModulator(GradientModulator):
         self.balancing = self.latest == 0
         self.best_score, self.waited, self.validated = -math.inf, 0, 0
 
-    def _worth(self, statistics: Mapping[str, float]) -> list[float]:
-        """Utilities in the order of `_subsets`; none in a stage without a fused prediction."""
+    def _utilities(self, statistics: Mapping[str, float]) -> list[float]:
+        """Utilities in the order of `_subsets`; empty in a stage without a fused prediction."""
         if self.utility == "prototype":
             return [prototype_utility(subset, statistics) for subset in self._subsets]
         return [statistics[LOSSES[0]] - statistics[loss] for loss in LOSSES if loss in statistics]
@@ -187,7 +194,7 @@ class ShapleyModulator(GradientModulator):
         return [subset for subset in SUBSETS if subset.issubset(self.modalities)]
 
     def _refresh(self, epoch: int) -> None:
-        """Contributions and coefficients from what the epoch that is over has measured."""
+        """Compute contributions and coefficients from the measurements of the finished epoch."""
         if self.measured:
             means = torch.tensor(self.measured, dtype=torch.float64).mean(dim=0)
             shares = shapley_values(dict(zip(self._subsets, means, strict=True)), self.modalities)
@@ -196,7 +203,7 @@ class ShapleyModulator(GradientModulator):
         self.epoch, self.measured = epoch, []
 
     def on_validation(self, score: float) -> None:
-        """Look for the plateau; the second phase of a stage starts once and for good."""
+        """Detect the plateau; once started, the second phase lasts to the end of the stage."""
         self.validated += 1
         margin = self.min_delta * abs(self.best_score) if math.isfinite(self.best_score) else 0.0
         if score > self.best_score + margin:
@@ -208,15 +215,15 @@ class ShapleyModulator(GradientModulator):
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, plateau, measurements and coefficients."""
-        return {name: getattr(self, name) for name in OF_THE_RUN}
+        return {name: getattr(self, name) for name in STATE_NAMES}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` returned."""
         vars(self).update(state)
 
 
 def equilibrium(contributions: Mapping[str, float]) -> dict[str, float]:
-    """Coefficients phi (2.8) of Shapley values psi: 1 for the least, falling; all 1 where none is above 0."""
+    """Coefficients phi (2.8) from Shapley values psi: 1 for the smallest; all 1 if none is above 0 (P12)."""
     if max(contributions.values()) <= 0:
         return dict.fromkeys(contributions, 1.0)
     clamped = {name: max(value, TINY) for name, value in contributions.items()}
@@ -227,16 +234,14 @@ def equilibrium(contributions: Mapping[str, float]) -> dict[str, float]:
 
 
 def prototype_utility(subset: frozenset[str], statistics: Mapping[str, float]) -> float:
-    """Utility of the published code (2.10), from what the head reports of pairs and modalities.
+    """Utility of the published code (2.10), from diagnostics of the head; 0 for the empty subset.
 
-        u(S) = rho / (1 + sum of L_inter over pairs in S) + (1 - rho) / (1 + sum of V over S)
-
-    Nothing is worth 0.
+    u(S) = rho / (1 + sum of L_inter over pairs in S) + (1 - rho) / (1 + sum of V over S)
     """
     if not subset:
         return 0.0
-    apart = sum(
+    transport = sum(
         statistics[name] for name, pair in zip(TRANSPORTS, PAIRS, strict=True) if subset.issuperset(pair)
     )
     spread = sum(statistics[f"spread/{name}"] for name in subset)
-    return RHO / (1 + apart) + (1 - RHO) / (1 + spread)
+    return RHO / (1 + transport) + (1 - RHO) / (1 + spread)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entropic optimal transport between small sets of points."""
+"""Entropic optimal transport between small sets of points, by Sinkhorn's algorithm."""
 
 import torch
 from torch import Tensor
@@ -18,25 +18,24 @@ def transport_plan(
     iterations: int = 200,
     unrolled: int = 50,
 ) -> Tensor:
-    """The plan Q that carries `rows` to `columns` most cheaply, smoothed by its entropy (METHODS 2.3).
+    """Cheapest plan Q from `rows` to `columns`, with entropic smoothing ((2.3) of docs/methods/pase.md).
 
         Q = argmin <Q, C> - epsilon H(Q)    subject to    Q 1 = rows,  Q^T 1 = columns
 
-    Sinkhorn's algorithm on logarithms in fp32: costs of 1e4 epsilon neither overflow nor vanish. The number
-    of iterations is fixed, because asking whether they have converged would stop a GPU in every step.
+    Works on logarithms in fp32: costs of 1e4 epsilon neither overflow nor vanish. The number of iterations is
+    fixed, because a convergence test would synchronise with the GPU in every step.
 
     Args:
         cost: C, `(..., rows, columns)`.
         rows: Mass of each row, `(..., rows)`, at least 0. A row without mass takes no part.
-        columns: The same for columns, `(..., columns)`; the totals have to be equal.
+        columns: Mass of each column, `(..., columns)`, with the same total.
         epsilon: Weight of the entropy, in units of the cost.
-        iterations: Updates of both marginals.
-        unrolled: The last of them, through which the plan's gradient is taken; the earlier ones only find
-            where it is taken.
+        iterations: Number of updates of both marginals.
+        unrolled: Number of last updates that the gradient is propagated through.
 
     Returns:
-        Q, of the shape and in the precision (at least fp32) of `cost`. The columns' marginals are met to
-        rounding, the rows' as far as the iterations have converged.
+        Q, in the shape and precision (at least fp32) of `cost`. The column marginals are exact up to
+        rounding, the row marginals as far as the iterations have converged.
     """
     kernel = -in_fp32(cost) / epsilon
     log_rows, log_columns = (_log_mass(mass.to(kernel)) for mass in (rows, columns))

@@ -400,7 +400,7 @@ def test_a_modality_without_any_prototype_is_favoured_least():
         ({"symmetry": -1.0}, "symmetry=-1.0"),
         ({"depth": 0}, "depth=0"),
         ({"heads": 0}, "heads=0"),
-        ({"regression_loss": "huber"}, "regression_loss='huber': one of mse, l1"),
+        ({"regression_loss": "huber"}, "regression_loss='huber' must be one of mse, l1"),
         ({"hidden_size": 9}, "hidden_size=9 is not a multiple of heads=2"),
     ],
 )

@@ -173,14 +173,14 @@ def test_a_measurement_runs_the_encoders_no_second_time_and_leaves_everything_as
     gradients = {
         name: None if value.grad is None else value.grad.clone() for name, value in model.named_parameters()
     }
-    generator, seen = torch.get_rng_state(), model.head.prototypes._seen.clone()
+    generator, seen = torch.get_rng_state(), model.head.prototypes._sums.clone()
     assert len(calls) == 3
     found = modulator.observe(output, batch["labels"])
     assert len(found) == 8 and len(calls) == 3
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(model.head.prototypes._seen, seen)
+    assert torch.equal(model.head.prototypes._sums, seen)
     for name, value in model.named_parameters():
         kept = gradients[name]
         assert (value.grad is None) == (kept is None) and (kept is None or torch.equal(value.grad, kept))

@@ -36,7 +36,7 @@ ABSENT = ((1, 0), (1, 3), (1, 6), (2, 2))  # class 3 is not in modality 1 either
 
 
 def step(banks: PrototypeBanks, states: Tensor, member: Tensor, taken: bool = True) -> None:
-    banks.take_in(states, member)
+    banks.collect(states, member)
     banks.end_step(taken)
 
 
@@ -99,8 +99,8 @@ def test_the_order_of_samples_and_how_a_batch_is_cut_change_nothing():
     for shift in (0.0, 1.0):
         step(whole, states + shift, member)
         step(shuffled, (states + shift)[:, order], member[:, order])
-        cut.take_in((states + shift)[:, :3], member[:, :3])  # uneven, some classes in one part only
-        cut.take_in((states + shift)[:, 3:], member[:, 3:])
+        cut.collect((states + shift)[:, :3], member[:, :3])  # uneven, some classes in one part only
+        cut.collect((states + shift)[:, 3:], member[:, 3:])
         cut.end_step(taken=True)
     for other in (shuffled, cut):
         torch.testing.assert_close(other.means, whole.means, **EXACT)
@@ -134,7 +134,7 @@ def test_only_a_taken_step_moves_them():
     banks, member = make_banks(), membership(BATCH)
     states = make_states()
     seen = banks.with_batch(states, member)
-    banks.take_in(states, member)
+    banks.collect(states, member)
     assert not banks.known.any() and seen.known.any()
     banks.end_step(taken=True)
     torch.testing.assert_close(banks.means, seen.values, **EXACT)
@@ -166,7 +166,7 @@ def test_how_much_of_a_gradient_a_batch_gets_on_classes_that_are_known(gradient,
     step(banks, make_states(), member)
     states, weight = make_states(seed=1).requires_grad_(), torch.randn(3, CLASSES, WIDTH)
     seen = banks.with_batch(states, member)
-    alive = seen.alive(gradient)
+    alive = seen.with_gradient(gradient)
     assert torch.equal(alive.detach(), seen.values.detach())
     if gradient == "none":
         assert not alive.requires_grad
@@ -182,8 +182,8 @@ def test_how_much_of_a_gradient_a_batch_gets_on_classes_that_are_known(gradient,
 def test_at_first_sight_all_of_a_gradient_reaches_the_batch():
     states, member = make_states().requires_grad_(), membership([1] * 8)
     seen = make_banks().with_batch(states, member)
-    (whole,) = torch.autograd.grad(seen.alive("straight_through").sum(), states, retain_graph=True)
-    (moved,) = torch.autograd.grad(seen.alive("ema").sum(), states)
+    (whole,) = torch.autograd.grad(seen.with_gradient("straight_through").sum(), states, retain_graph=True)
+    (moved,) = torch.autograd.grad(seen.with_gradient("ema").sum(), states)
     torch.testing.assert_close(moved, whole, **EXACT)
     torch.testing.assert_close(moved, torch.full_like(moved, 1 / 8), **EXACT)
 
