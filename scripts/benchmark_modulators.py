@@ -2,12 +2,14 @@
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
 """Time whole training steps under each gradient modulator beside those that change no gradient.
 
-    python scripts/benchmark_modulators.py              online: CP/SL's model from raw inputs
-    python scripts/benchmark_modulators.py --offline    the same head on features made elsewhere
+    python scripts/benchmark_modulators.py                                       late fusion on raw inputs
+    python scripts/benchmark_modulators.py --config configs/cpsl_offline.yaml    CP/SL on precomputed features
 
 A step is what a run does: forward, backward, the numbers a modulator needs, the change of gradients, clipping
-and AdamW, through the loop that training uses. The modulators share one model and take turns in one process.
-Weights and inputs are random, nothing is downloaded. Figures are medians over the rounds.
+and AdamW, through the loop that training uses. The modulators share one model and take turns in one process,
+so those that add probes to the model are left out. One that adds noise is timed without noise, too; one that
+measures in every so many steps measures in each. Weights and inputs are random, nothing is downloaded.
+Figures are medians over the rounds.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from inspect import signature
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -22,15 +25,15 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch
 from accelerate import Accelerator
-from benchmark_heads import CONFIGS, TYPES, Clock, Step, _machine, _table, random_clips, time_in_turns
 from rich.console import Console
+from timing import CONFIGS, TYPES, Clock, Step, name_of_machine, random_clips, table_of_medians, time_in_turns
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders.text import load_text_config
 from msa_online.errors import run_command
-from msa_online.methods import ConflictModulator, GradientModulator, OGMModulator, ShapleyModulator
+from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
 from msa_online.training.arguments import read_arguments
@@ -42,52 +45,65 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """One model under each modulator, and a table of what a step takes."""
     precision = "no" if options.precision == "fp32" else options.precision
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
-    config = offline_config() if options.offline else online_config(options.text_encoder)
+    config = model_config(options.config, options.text_encoder)
     torch.manual_seed(0)
     model = MSAModel(config)
-    owned = [name for name, parameters in model.modality_parameters().items() if parameters]
-    modulators = {
-        "identity": GradientModulator(),
-        "ogm without noise": OGMModulator(modalities=owned, noise=0.0),
-        "ogm": OGMModulator(modalities=owned),
-        "conflict": ConflictModulator(),
-        "shapley, measuring": ShapleyModulator(interval=1),
-    }
-    modulators["shapley, measuring"].attach(model, {}, 0)
-    if options.offline:
+    modulators = make_modulators(model)
+    if config.feature_widths:
         batch = random_features(config.feature_widths, options.batch, options.tokens, accelerator.device)
         inputs = f"features of {options.tokens} steps a modality"
     else:
         batch = random_clips(options, accelerator.device)
-        inputs = f"{options.tokens} tokens, {options.mel_steps} mel steps, {options.frames} face crops"
+        inputs = f"{options.text_encoder}, {options.tokens} tokens, {options.mel_steps} mel steps, "
+        inputs += f"{options.frames} face crops"
     loops = make_loops(model, modulators, accelerator)
     steps = {name: training_step(loop, batch) for name, loop in loops.items()}
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
         medians = time_in_turns(steps, options.rounds)  # each step is an epoch, with a progress bar
+    acting = "; ".join(f"{name} acts on {', '.join(each.modalities)}" for name, each in modulators.items())
     console.print(
-        f"{_machine(accelerator.device)}; {'features' if options.offline else options.text_encoder}, CP/SL "
-        f"head, {options.precision}, batch {options.batch}, {inputs}; ogm acts on {', '.join(owned)}, "
-        f"conflict on {', '.join(modulators['conflict'].modalities)}; medians of {options.rounds} rounds, ms"
+        f"{name_of_machine(accelerator.device)}; head {config.head}, {options.precision}, batch "
+        f"{options.batch}, {inputs}; {acting}; medians of {options.rounds} rounds, ms"
     )
-    console.print(_table(medians, against="identity"))
+    console.print(table_of_medians(medians, against="identity"))
     if skipped := sum(loop.progress.skipped for loop in loops.values()):
         console.print(f"{skipped} steps were skipped over gradients that were not finite: they count as fast")
 
 
-def online_config(text_encoder: str) -> MSAConfig:
-    """The model of configs/cpsl.yaml with a text encoder of the shape of `text_encoder`.
+def model_config(path: Path, text_encoder: str) -> MSAConfig:
+    """The model of a configuration; if it reads raw text, with an encoder of the shape of `text_encoder`.
 
     Raises:
-        TextEncoderError: The configuration of the text encoder is not to be had.
+        TextEncoderError: The configuration of the text encoder is unavailable.
     """
-    settings = read_arguments(CONFIGS / "cpsl.yaml").model
-    text_config = load_text_config(text_encoder)
-    return MSAConfig(**{**settings, "text_encoder": text_encoder, "text_config": text_config})
+    settings = read_arguments(path).model
+    if "feature_widths" not in settings:
+        text_config = load_text_config(text_encoder)
+        settings = {**settings, "text_encoder": text_encoder, "text_config": text_config}
+    return MSAConfig(**settings)
 
 
-def offline_config() -> MSAConfig:
-    """The model of configs/cpsl_offline.yaml."""
-    return MSAConfig(**read_arguments(CONFIGS / "cpsl_offline.yaml").model)
+def make_modulators(model: MSAModel) -> dict[str, GradientModulator]:
+    """All modulators that act on this model and add no probes to it, by the name of their row."""
+    owned = [name for name, parameters in model.modality_parameters().items() if parameters]
+    found = {}
+    for name, kind in MODULATORS.items():
+        takes = signature(kind).parameters
+        settings = {"interval": 1} if "interval" in takes else {}
+        if not set(kind(**settings).modalities) <= set(owned) and "modalities" in takes:
+            settings["modalities"] = owned
+        modulator = kind(**settings)
+        with torch.no_grad():
+            modulator.attach(model, dict.fromkeys(MODALITIES, 1), 1)
+        if model.probes:
+            model.probes.clear()
+            continue
+        if not set(modulator.modalities) <= set(owned):
+            continue
+        found[name] = modulator
+        if "noise" in takes:
+            found[f"{name} without noise"] = kind(**settings, noise=0.0)
+    return found
 
 
 def random_features(
@@ -136,13 +152,15 @@ def main(argv: list[str]) -> int:
     )
     found = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if found is None else [found.type, "cpu"]
-    parser.add_argument("--offline", action="store_true", help="on features in place of raw inputs")
+    parser.add_argument(
+        "--config", type=Path, default=CONFIGS / "late_fusion.yaml", help="whose model is trained"
+    )
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--precision", choices=TYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32, help="samples in a batch")
-    parser.add_argument("--tokens", type=int, default=50, help="tokens; offline steps of each modality")
-    online = parser.add_argument_group("online")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens; of features, steps of each modality")
+    online = parser.add_argument_group("on raw inputs")
     online.add_argument(
         "--text-encoder", default="bert-base-uncased", help="whose shape the text encoder has"
     )

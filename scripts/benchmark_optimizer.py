@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
-from benchmark_heads import CONFIGS, Clock, Step, _machine, _table, time_in_turns
 from rich.console import Console
+from timing import CONFIGS, Clock, Step, name_of_machine, table_of_medians, time_in_turns
 from torch.optim import AdamW
 
 from msa_online import MSAConfig, MSAModel
@@ -52,10 +52,10 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     medians = time_in_turns(steps, options.rounds)
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{_machine(device)}; late fusion on {options.text_encoder}, {count:,} parameters in fp32; "
+        f"{name_of_machine(device)}; late fusion on {options.text_encoder}, {count:,} parameters in fp32; "
         f"medians of {options.rounds} rounds, ms"
     )
-    console.print(_table(medians, against=OURS))
+    console.print(table_of_medians(medians, against=OURS))
 
 
 def new_optimizer(model: MSAModel) -> AdamW:

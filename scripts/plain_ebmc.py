@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EBMC's second stage written plainly: what `benchmark_heads.py --offline` measures the head against."""
+"""EBMC's second stage written plainly: what `benchmark_ebmc.py --offline` measures the head against."""
 
 from collections.abc import Callable, Mapping
 from itertools import combinations

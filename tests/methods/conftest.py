@@ -6,6 +6,15 @@ import torch
 
 from msa_online.methods import HEADS, BalancingHead
 from msa_online.modalities import MODALITIES, ModalitySequence
+from tests.training_fixtures import (  # noqa: F401
+    feature_rows,
+    features_config,
+    make_trial,
+    on_two_processes,
+    rows,
+    still_config,
+    train,
+)
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}
 STEPS = {"text": 3, "audio": 4, "vision": 2}

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import importlib
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from msa_online import MSAModel
-from msa_online.methods import ConflictModulator, GradientModulator, OGMModulator
+from msa_online import MSAConfig, MSAModel
+from msa_online.methods import MODULATORS, GradientModulator, ModulationContext
 
 SMALL = ["--device", "cpu", "--rounds", "1", "--batch", "2", "--tokens", "5"]
 
@@ -23,18 +24,24 @@ def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def step_of(benchmark):
-    """A function that takes one measured step of the offline model under a modulator, from the same start.
+def features_model() -> MSAModel:
+    torch.manual_seed(0)
+    widths = {"text": 6, "audio": 4, "vision": 5}
+    return MSAModel(MSAConfig(feature_widths=widths, head_kwargs={"hidden_size": 8, "dropout": 0.0}))
+
+
+@pytest.fixture
+def step_of(benchmark, features_model):
+    """A function that takes one measured step under a modulator, always from the same start.
 
     Returns the weights after it by name, and the loop.
     """
     accelerator = Accelerator(cpu=True)
-    config = benchmark.offline_config()
 
     def take(modulator: GradientModulator):
+        model = copy.deepcopy(features_model)
         torch.manual_seed(0)
-        model = MSAModel(config)
-        batch = benchmark.random_features(config.feature_widths, 4, 3, torch.device("cpu"))
+        batch = benchmark.random_features(model.config.feature_widths, 4, 3, torch.device("cpu"))
         loop = benchmark.make_loops(model, {"it": modulator}, accelerator)["it"]
         assert benchmark.training_step(loop, batch)()["step"] > 0
         return dict(model.state_dict()), loop
@@ -42,39 +49,69 @@ def step_of(benchmark):
     return take
 
 
-@pytest.mark.parametrize("modulator", [OGMModulator(modalities=["audio", "vision"]), ConflictModulator()])
-def test_what_is_timed_is_a_whole_step_in_which_the_modulator_acts(step_of, modulator):
+class Slowing(GradientModulator):
+    """Scales every gradient of audio and vision, unevenly, so that Adam does not divide the factor out."""
+
+    modalities = ("audio", "vision")
+
+    def modulate(self, context: ModulationContext) -> None:
+        for name in self.modalities:
+            for number, parameter in enumerate(context.modality_parameters[name]):
+                parameter.grad[number % len(parameter.grad)] = 0
+
+
+def test_what_is_timed_is_a_whole_step_in_which_the_modulator_acts(step_of):
     plain, loop = step_of(GradientModulator())
     assert loop.progress.step == 1 and loop.progress.skipped == 0
     again, _ = step_of(GradientModulator())
-    changed, loop = step_of(modulator)
+    changed, loop = step_of(Slowing())
     assert loop.progress.step == 1
     assert all(torch.equal(value, again[name]) for name, value in plain.items())
     moved = {name for name, value in plain.items() if not torch.equal(value, changed[name])}
-    assert any(name.startswith("head.encoders.audio") for name in moved)
-    assert any(name.startswith("head.encoders.vision") for name in moved)
+    assert any(name.startswith("head.projections.audio") for name in moved)
+    assert any(name.startswith("head.projections.vision") for name in moved)
 
 
-def test_all_modulators_of_a_table_share_one_model(benchmark):
-    modulators = {"one": GradientModulator(), "two": ConflictModulator()}
-    model = MSAModel(benchmark.offline_config())
-    one, two = benchmark.make_loops(model, modulators, Accelerator(cpu=True)).values()
-    assert one.bare_model is two.bare_model is model and one.optimizer is two.optimizer
+def test_all_modulators_of_a_table_share_one_model(benchmark, features_model):
+    modulators = {"one": GradientModulator(), "two": Slowing()}
+    one, two = benchmark.make_loops(features_model, modulators, Accelerator(cpu=True)).values()
+    assert one.bare_model is two.bare_model is features_model and one.optimizer is two.optimizer
     assert one.progress is not two.progress
 
 
-def test_both_kinds_of_input_run_from_the_command_line(benchmark, capsys):
-    assert benchmark.main(["--offline", *SMALL]) == 0
+def test_modulators_with_probes_are_left_out_and_the_others_act_on_what_the_model_owns(
+    benchmark, features_model, monkeypatch
+):
+    class Probing(GradientModulator):
+        def attach(self, model, features, fused):
+            model.probes["text"] = torch.nn.Linear(1, 1)
+
+    class Noisy(GradientModulator):
+        def __init__(self, modalities=("text", "audio"), noise=1.0):
+            self.modalities, self.noise = modalities, noise
+
+    for name, kind in {"probing": Probing, "noisy": Noisy, "slowing": Slowing}.items():
+        monkeypatch.setitem(MODULATORS, name, kind)
+    owned = {"text": [], "audio": ["a"], "vision": ["v"]}
+    monkeypatch.setattr(features_model, "modality_parameters", lambda: owned)
+    found = benchmark.make_modulators(features_model)
+    assert "probing" not in found and not features_model.probes
+    assert found["noisy"].modalities == ["audio", "vision"] and found["noisy without noise"].noise == 0.0
+    assert found["slowing"].modalities == ("audio", "vision")
+
+
+def test_both_kinds_of_input_run_from_the_command_line(benchmark, tmp_path, capsys):
+    features = tmp_path / "features.yaml"
+    features.write_text("model: {feature_widths: {text: 6, audio: 4, vision: 5}}\ndata: {path: x}\n")
+    assert benchmark.main(["--config", str(features), *SMALL]) == 0
     shown = capsys.readouterr().out
-    rows = ("identity", "ogm without noise", "ogm ", "conflict")
-    assert all(f"│ {name}" in shown for name in rows) and "skipped" not in shown
-    assert "ogm acts on audio, vision, conflict" in " ".join(shown.split())
+    rows = list(benchmark.make_modulators(MSAModel(benchmark.model_config(features, ""))))
+    assert "identity" in rows and all(f"│ {name}" in shown for name in rows) and "skipped" not in shown
     AcceleratorState._reset_state(reset_partial_state=True)
     online = ["--text-encoder", "sentence-transformers/all-MiniLM-L6-v2", "--mel-steps", "40"]
     assert benchmark.main([*SMALL, *online, "--frames", "2", "--precision", "bf16"]) == 0
     shown = capsys.readouterr().out
     assert all(f"│ {name}" in shown for name in rows) and "skipped" not in shown
-    assert "ogm acts on text, audio, vision, conflict on audio, vision" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_head_is_measured_against_something_that_computes_the_same(scripts, 
 
 
 def test_the_bound_holds_every_matrix_product_of_a_step_forward_and_backward(scripts):
-    benchmark = scripts("benchmark_heads")
+    benchmark = scripts("benchmark_ebmc")
     layer = torch.nn.Linear(3, 5)
     inputs = torch.randn(7, 3, requires_grad=True)
     with (products := benchmark.Products()):
@@ -81,25 +81,8 @@ def test_the_bound_holds_every_matrix_product_of_a_step_forward_and_backward(scr
     assert products.replay(torch.device("cpu"))()["step"] > 0
 
 
-def test_medians_are_taken_over_rounds_and_each_step_leads_in_turn(scripts):
-    benchmark = scripts("benchmark_heads")
-    order, seconds = [], iter([9, 9, 0.001, 0.005, 0.003])
-
-    def one() -> dict[str, float]:
-        order.append("one")
-        return {"step": next(seconds)}
-
-    def two() -> dict[str, float]:
-        order.append("two")
-        return {"step": 0.002}
-
-    medians = benchmark.time_in_turns({"one": one, "two": two}, rounds=3)
-    assert medians == {"one": {"step": pytest.approx(3)}, "two": {"step": pytest.approx(2)}}
-    assert order[4:] == ["one", "two", "two", "one", "one", "two"]
-
-
 def test_both_comparisons_run_from_the_command_line(scripts, capsys):
-    main = scripts("benchmark_heads").main
+    main = scripts("benchmark_ebmc").main
     assert main(["--offline", "--batch", "4", "--rounds", "1", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert all(
@@ -115,5 +98,5 @@ def test_both_comparisons_run_from_the_command_line(scripts, capsys):
 
 def test_fp16_on_a_cpu_is_refused(scripts, capsys):
     with pytest.raises(SystemExit):
-        scripts("benchmark_heads").main(["--precision", "fp16", "--device", "cpu"])
+        scripts("benchmark_ebmc").main(["--precision", "fp16", "--device", "cpu"])
     assert "fp16 needs a GPU" in capsys.readouterr().err

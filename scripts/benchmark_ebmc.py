@@ -2,8 +2,8 @@
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
 """Time EBMC's training steps beside what they are to be measured by, in one process, in turns.
 
-    python scripts/benchmark_heads.py              online: the whole model with EBMC's head or late fusion's
-    python scripts/benchmark_heads.py --offline    EBMC's head on features, a plain reading of the paper, and
+    python scripts/benchmark_ebmc.py               online: the whole model with EBMC's head or late fusion's
+    python scripts/benchmark_ebmc.py --offline     EBMC's head on features, a plain reading of the paper, and
                                                    the bare matrix products of the head's own step
 
 Weights and inputs are random, nothing is downloaded. Steps are those of EBMC's second stage, where everything
@@ -11,15 +11,12 @@ is in use. Figures are medians over the rounds.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from plain_ebmc import PlainEBMC
+from timing import CONFIGS, TYPES, Clock, Step, name_of_machine, random_clips, table_of_medians, time_in_turns
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders.text import load_text_config
@@ -35,44 +33,6 @@ from msa_online.methods.ebmc import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.training.arguments import read_arguments
 from msa_online.training.optimizer import make_optimizer
-
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CONFIGS = REPOSITORY / "configs"
-WARM_UP = 2  # steps before the first that counts
-
-Step = Callable[[], dict[str, float]]
-"""Does one step and returns the seconds from its start to each of its marks."""
-
-
-def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds to every mark of every step; odd rounds go backwards, so that none always leads."""
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for number in range(-WARM_UP, rounds):
-        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            taken = steps[name]()
-            if number >= 0:
-                laps[name].append(taken)
-    return {
-        name: {mark: 1000 * statistics.median(lap[mark] for lap in of_one) for mark in of_one[0]}
-        for name, of_one in laps.items()
-    }
-
-
-class Clock:
-    """Seconds since it was made, with everything that was asked of the device done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.start = self._now()
-
-    def read(self) -> float:
-        """Seconds since the start."""
-        return self._now() - self.start
-
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
 
 
 def compare_online(options: argparse.Namespace, console: Console) -> None:
@@ -85,27 +45,11 @@ def compare_online(options: argparse.Namespace, console: Console) -> None:
     steps = {name: online_step(model, inputs, options) for name, model in models.items()}
     medians = time_in_turns(steps, options.rounds)
     console.print(
-        f"{_machine(device)}; {options.text_encoder}, {options.precision}, batch {options.batch}, "
+        f"{name_of_machine(device)}; {options.text_encoder}, {options.precision}, batch {options.batch}, "
         f"{options.tokens} tokens, {options.mel_steps} mel steps, {options.frames} face crops; "
         f"medians of {options.rounds} rounds, ms"
     )
-    console.print(_table(medians, against="late fusion"))
-
-
-def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """A batch of clips as the model takes it, none shorter than another, with labels."""
-    size, vocabulary = options.batch, load_text_config(options.text_encoder).vocab_size
-    whole = {"text": options.tokens, "audio": options.mel_steps, "vision": options.frames}
-    inputs = {
-        "text_input_ids": torch.randint(vocabulary, (size, options.tokens)),
-        "audio_values": torch.randn(size, options.mel_steps, 80),
-        "vision_values": torch.randint(0, 256, (size, options.frames, 96, 96, 3), dtype=torch.uint8),
-        "vision_blendshapes": torch.rand(size, options.frames, 52),
-        **{f"{name}_mask": torch.ones(size, steps, dtype=torch.bool) for name, steps in whole.items()},
-        "modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool),
-        "labels": torch.rand(size) * 6 - 3,
-    }
-    return {name: values.to(device) for name, values in inputs.items()}
+    console.print(table_of_medians(medians, against="late fusion"))
 
 
 def online_step(settings: Mapping, inputs: Mapping[str, Tensor], options: argparse.Namespace) -> Step:
@@ -163,8 +107,8 @@ def compare_offline(options: argparse.Namespace, console: Console) -> None:
         return sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
 
     console.print(
-        f"{_machine(device)}; batch {size}, one step of features a modality, forward + backward of the "
-        f"second stage; medians of {options.rounds} rounds, ms"
+        f"{name_of_machine(device)}; batch {size}, one step of features a modality, forward + backward of "
+        f"the second stage; medians of {options.rounds} rounds, ms"
     )
     medians: dict[str, dict[str, float]] = {}
     for precision in ("fp32", "bf16"):
@@ -179,7 +123,7 @@ def compare_offline(options: argparse.Namespace, console: Console) -> None:
         }
         for name, found in time_in_turns(steps, options.rounds).items():
             medians.setdefault(name, {})[precision] = found["step"]
-    console.print(_table(medians, against="EBMC head"))
+    console.print(table_of_medians(medians, against="EBMC head"))
 
 
 def offline_step(module: nn.Module, loss: Callable[[], Tensor], device: torch.device, precision: str) -> Step:
@@ -233,25 +177,6 @@ class Products(TorchDispatchMode):
 
 def _precision(device: torch.device, name: str) -> torch.autocast:
     return torch.autocast(device.type, TYPES[name], enabled=name != "fp32")
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def _table(medians: Mapping[str, Mapping[str, float]], against: str) -> Table:
-    """Milliseconds, and beside each how many times that of the row `against` it is."""
-    table = Table("")
-    marks = list(medians[against])
-    for mark in marks:
-        table.add_column(mark, justify="right")
-        table.add_column("ratio", justify="right")
-    for name, found in medians.items():
-        ratios = ((found[mark], found[mark] / medians[against][mark]) for mark in marks)
-        table.add_row(name, *(cell for value, ratio in ratios for cell in (f"{value:.2f}", f"{ratio:.2f}")))
-    return table
 
 
 def main(argv: list[str]) -> int:

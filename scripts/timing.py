@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: steps timed in turns, a batch of random clips, a table of medians.
+
+`scripts/` is no package: a benchmark finds this file because Python puts a script's folder on the path.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from msa_online.encoders.text import load_text_config
+from msa_online.modalities import MODALITIES
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+WARM_UP = 2  # steps before the first that counts
+
+Step = Callable[[], dict[str, float]]
+"""Does one step and returns the seconds from its start to each of its marks."""
+
+
+def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds to every mark of every step; odd rounds go backwards, so that none always leads."""
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for number in range(-WARM_UP, rounds):
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            taken = steps[name]()
+            if number >= 0:
+                laps[name].append(taken)
+    return {
+        name: {mark: 1000 * statistics.median(lap[mark] for lap in of_one) for mark in of_one[0]}
+        for name, of_one in laps.items()
+    }
+
+
+class Clock:
+    """Seconds since it was made, with everything that was asked of the device done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self._now()
+
+    def read(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self.start
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """A batch of clips as the model takes it, none shorter than another, with labels."""
+    size, vocabulary = options.batch, load_text_config(options.text_encoder).vocab_size
+    whole = {"text": options.tokens, "audio": options.mel_steps, "vision": options.frames}
+    inputs = {
+        "text_input_ids": torch.randint(vocabulary, (size, options.tokens)),
+        "audio_values": torch.randn(size, options.mel_steps, 80),
+        "vision_values": torch.randint(0, 256, (size, options.frames, 96, 96, 3), dtype=torch.uint8),
+        "vision_blendshapes": torch.rand(size, options.frames, 52),
+        **{f"{name}_mask": torch.ones(size, steps, dtype=torch.bool) for name, steps in whole.items()},
+        "modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool),
+        "labels": torch.rand(size) * 6 - 3,
+    }
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def name_of_machine(device: torch.device) -> str:
+    """The GPU, or the CPU with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def table_of_medians(medians: Mapping[str, Mapping[str, float]], against: str) -> Table:
+    """Milliseconds, and beside each how many times that of the row `against` it is."""
+    table = Table("")
+    marks = list(medians[against])
+    for mark in marks:
+        table.add_column(mark, justify="right")
+        table.add_column("ratio", justify="right")
+    for name, found in medians.items():
+        ratios = ((found[mark], found[mark] / medians[against][mark]) for mark in marks)
+        table.add_row(name, *(cell for value, ratio in ratios for cell in (f"{value:.2f}", f"{ratio:.2f}")))
+    return table
