@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drawn pictures of the README are those that their scripts write."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
+
+TABLES = {"head": HEADS, "calibrator": CALIBRATORS, "modulator": MODULATORS}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def architecture(repository):
+    """The module of scripts/draw_architecture.py."""
+    path = repository / "scripts/draw_architecture.py"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(path.stem, path))
+    spec.loader.exec_module(module)
+    return module
+
+
+def names_in(picture: str, kind: str) -> list[str]:
+    return re.findall(rf'class="name {kind}">([^<]+)<', picture)
+
+
+@pytest.mark.parametrize("name", ["architecture", "results"])
+def test_the_committed_picture_is_what_the_script_writes(name, repository, tmp_path):
+    script = f"scripts/draw_{name}.py"
+    subprocess.run([sys.executable, repository / script, tmp_path / "picture.svg"], check=True)
+    drawn, committed = (tmp_path / "picture.svg").read_text(), (repository / f"docs/{name}.svg").read_text()
+    assert drawn == committed, f"docs/{name}.svg is out of date: run python {script}"
+    ElementTree.fromstring(committed)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_architecture_names_every_method_of_the_tables(kind, architecture):
+    assert names_in(architecture.draw(), kind) == list(TABLES[kind])
+
+
+def test_more_methods_still_fit_into_the_picture(architecture, monkeypatch):
+    many = {f"method_{number}": None for number in range(20)}
+    for table in ("HEADS", "MODULATORS", "CALIBRATORS"):
+        monkeypatch.setattr(architecture, table, many)
+    root = ElementTree.fromstring(architecture.draw())
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for frame in root.iter(f"{SVG}rect"):
+        assert 0 <= float(frame.get("x")) and float(frame.get("x")) + float(frame.get("width")) <= width
+        assert 0 <= float(frame.get("y")) and float(frame.get("y")) + float(frame.get("height")) <= height
+
+
+def test_the_result_shows_the_figures_of_the_page(repository):
+    page = (repository / "docs/ebmc.md").read_text(encoding="utf-8")
+    picture = (repository / "docs/results.svg").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z+ ]+) \| \d\.\d+ ±", page, re.MULTILINE)
+    assert len(rows) == 8 and all(row.replace("+", " + ") in picture for row in rows)
+    assert picture.count("<circle") == 2 * len(rows) + 2  # a dot for each system, and the legend
