@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README tells people to type works as it stands there."""
+"""What the README and the pages beside it tell people to type works as it stands there."""
 
 import ast
 import pickle
@@ -13,20 +13,28 @@ import msa_online
 import msa_online_cli
 from feature_extractors.__main__ import main as feature_extractors_main
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
+from msa_online.studies.study import read_study
 from msa_online.training.arguments import read_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (REPOSITORY / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/data.md", "docs/training.md", "docs/using_a_checkpoint.md")
+}
+README = PAGES["README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands(start: str) -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    return [words for words in lines if words[: len(start.split())] == start.split()]
+    """The commands of all pages that begin so, each once."""
+    text = "".join(block for page in PAGES.values() for block in blocks("bash", page))
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    found = {" ".join(words): words for words in lines if words[: len(start.split())] == start.split()}
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +96,26 @@ def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
     assert (tmp_path / "faces.png").exists()
 
 
-def test_the_python_in_the_readme_runs(checkpoint, tiny_corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", commands("python scripts/run_study.py"), ids=" ".join)
+def test_study_commands_name_files_and_keys_that_exist(words, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert read_study(Path(words[2]), words[3:]).runs()
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks("python", page)])
+def test_the_python_of_a_page_runs(name, checkpoint, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks("python"):
+    for block in blocks("python", PAGES[name]):
         code = block.replace("runs/mine", str(checkpoint)).replace(
             "clip.mp4", str(tiny_corpus / "clip_00.mp4")
         )
-        exec(compile(ast.parse(code), "README.md", "exec"), names)
+        exec(compile(ast.parse(code), name, "exec"), names)
     assert names["prediction"].modalities == ("text", "audio", "vision")
-    assert (tmp_path / "runs" / "trainer" / "model.safetensors").is_file()
+    if "without_text" in names:
+        assert list(names["without_text"].missing) == ["text"]
+    if "trainer" in names:
+        assert (tmp_path / "runs" / "trainer" / "model.safetensors").is_file()
 
 
 def test_every_method_has_a_file_a_test_a_configuration_and_a_row():
