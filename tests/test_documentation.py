@@ -14,8 +14,6 @@ PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *(page for name in FOLDERS for page in (REPOSITORY / name).rglob("*.md"))]
 )
 SETTINGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-NOT_YET = REPOSITORY / "ARCHITECTURE.md"
-PLAIN = [path for path in PAGES + SETTINGS if path != NOT_YET]
 LONGEST = 110  # characters of a line
 QUAINT = r"made elsewhere|whom|nobody|strange|bricks|misfit|is not to be had|is wrong with|METHODS"
 
@@ -69,7 +67,7 @@ def test_links_and_anchors_are_found():
     assert anchors(page) == {"one-two-three", "one-two-three-1"}
 
 
-@pytest.mark.parametrize("path", PLAIN, ids=name_of)
+@pytest.mark.parametrize("path", PAGES + SETTINGS, ids=name_of)
 def test_lines_are_short(path):
     """Rows of tables and lines that consist of one address are as long as they have to be."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -77,7 +75,7 @@ def test_lines_are_short(path):
         assert len(line) <= LONGEST or line.lstrip().startswith("|") or single, f"{name_of(path)}:{number}"
 
 
-@pytest.mark.parametrize("path", PLAIN, ids=name_of)
+@pytest.mark.parametrize("path", PAGES + SETTINGS, ids=name_of)
 def test_words_are_plain(path):
     text = path.read_text(encoding="utf-8")
     found = re.findall(rf"\b(?:{QUAINT})\b", text)
