@@ -36,7 +36,7 @@ from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.precomputed.conversion import convert_features
 from msa_online.precomputed.corpus import FeatureCorpus, features_table
 from msa_online.precomputed.extraction import extract_features
-from msa_online.precomputed.files import means_features, require_new_folder
+from msa_online.precomputed.files import is_precomputed_path, require_new_folder
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits, MSAProcessor
 from msa_online.training.precision import choose_precision
@@ -111,7 +111,7 @@ def run_evaluate(options: Namespace, console: Console) -> None:
 
 
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> PreparedCorpus:
-    if means_features(options.data):
+    if is_precomputed_path(options.data):
         raise CorpusError(
             f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
             "such clips"

@@ -423,7 +423,7 @@ def test_converted_features_are_shown_with_the_words_that_train_on_them(capsys, 
     printed = capsys.readouterr().out
     assert "12 samples (4 train, 4 valid, 4 test)" in printed
     assert f"'model.feature_widths={{text: 4, audio: 6, vision: 2}}' data.path={folder}" in printed
-    assert "is there already" in refusal(capsys, "convert-features", archive, folder)
+    assert "exists already" in refusal(capsys, "convert-features", archive, folder)
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line(capsys, archive, tmp_path):
@@ -479,7 +479,7 @@ def test_features_and_clips_are_not_mistaken_for_each_other(
 ):
     assert "means precomputed features" in refusal(capsys, "evaluate", checkpoint, archive)
     message = refusal(capsys, "evaluate", feature_checkpoint, str(tiny_corpus))
-    assert "holds no features" in message and "extract-features" in message
+    assert "neither an .npz file" in message and "extract-features" in message
     message = refusal(capsys, "predict", "--model", feature_checkpoint, "--text", "good")
     assert "takes precomputed features" in message and "model.text_encoder" in message
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora, the cache they are extracted into, and the batches made of them."""
+"""Reading, checking and splitting corpora of clips, and extracting their features into the cache."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read Arrow tables in a process of its own (`limited_process`), into a file of one JSON value a line.
+"""Read Arrow tables in a separate process (`limited_process`) and write them as lines of JSON.
 
-A line is a table, `[source, split, columns]` with the split null where the table does not name it, or a row
-of the table before it, `{column: text}`. The bytes of a stored clip are written to a folder, and its cell is
-`[name there]`. Only pyarrow and `datasets` are imported, so that nothing heavier starts with it.
+A line is either the header of a table, `[source, split, columns]` (split null if the table does not name
+it), or a row of that table, `{column: text}`. The bytes of a stored clip are written to a folder, and its
+cell is `[file name]`. Only pyarrow and `datasets` are imported, so the process starts quickly.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class TooManyRowsError(Exception):
 
 
 def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, int, Any]]:
-    """Every table as (source, split, features, number of rows, table), the last of `datasets` or parquet."""
+    """Every table as (source, split, features, number of rows, table); the table is a Dataset or parquet."""
     if path.is_dir():
         loaded = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
@@ -45,7 +45,7 @@ def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, in
 
 
 def batches(table: Any, features: datasets.Features, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
-    """Some columns of a table, few rows at a time; one where clips are stored, since a clip is megabytes."""
+    """Some columns of a table in small batches; of one row if clips are stored, since a clip is megabytes."""
     stored = any(name in columns and not _is_text(features[name]) for name in CLIP_COLUMNS)
     at_once = 1 if stored else ROWS_AT_ONCE
     if isinstance(table, datasets.Dataset):
@@ -62,27 +62,27 @@ def _cell(value: object) -> str:
 
 
 def _label(value: object, feature: Any) -> str:
-    """A label as text; the numbers of a ClassLabel become the names of their classes."""
+    """A label as text; numbers of a ClassLabel become class names."""
     if isinstance(feature, datasets.ClassLabel) and value is not None:
         return feature.int2str(value) if value >= 0 else ""
     return _cell(value)
 
 
 def _clip(value: object, folder: Path) -> str | list[str]:
-    """Where a clip is: its path as text, or its name in the folder of stored clips, in a list."""
+    """The path of a clip as text; or, if the table stores its bytes, a list with its name in `folder`."""
     if isinstance(value, Mapping):
         return [store(value, folder)] if value["bytes"] is not None else _cell(value["path"])
     return _cell(value)
 
 
 def store(clip: Mapping[str, Any], folder: Path) -> str:
-    """Write a clip's bytes into a folder unless they are there; the name follows from the bytes."""
+    """Write a clip's bytes into a folder unless it exists there; its name is the hash of its bytes."""
     digest = hashlib.sha256(clip["bytes"]).hexdigest()
     name = f"{digest[:2]}/{digest}{PurePosixPath(clip['path'] or '').suffix.lower() or '.mp4'}"
     target = folder / name
     if not target.exists() or target.stat().st_size != len(clip["bytes"]):
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".writing-{uuid.uuid4().hex}")  # opened plainly: the umask applies
+        draft = target.with_name(f".writing-{uuid.uuid4().hex}")  # no tempfile: the umask applies
         try:
             draft.write_bytes(clip["bytes"])
             os.replace(draft, target)
@@ -92,10 +92,10 @@ def store(clip: Mapping[str, Any], folder: Path) -> str:
 
 
 def lines(path: Path, clips: Path, label: str, most_rows: int) -> Iterator[Any]:
-    """The lines of all tables of a path; a table that lacks a column has no rows.
+    """The lines of all tables of a path; no rows for a table that lacks a required column.
 
     Raises:
-        TooManyRowsError: There are more rows than `most_rows`, by what a table says of itself.
+        TooManyRowsError: The tables declare more rows than `most_rows`.
     """
     count = 0
     for source, split, features, rows, table in tables(path):
@@ -118,7 +118,7 @@ def lines(path: Path, clips: Path, label: str, most_rows: int) -> Iterator[Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Write the lines of the tables at all paths behind the first four arguments; exit status."""
+    """Run with the arguments TARGET CLIPS LABEL MOST_ROWS PATH...; returns the exit status."""
     target, clips, label, most_rows = Path(argv[0]), Path(argv[1]), argv[2], int(argv[3])
     try:
         with open(target, "w", encoding="utf-8") as file:

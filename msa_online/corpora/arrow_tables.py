@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora that come as Arrow: folders of `datasets.save_to_disk`, .arrow and .parquet files.
+"""Arrow corpora: folders of `datasets.save_to_disk`, .arrow and .parquet files.
 
-Tables are read in a process with limits that follow from their size (`arrow_reader`). Clips that are stored
-inside a table are written once, under the hash of their bytes, into the cache: from there on they are files
-like any other.
+Tables are read in a separate process (`arrow_reader`) whose limits depend on their size. Clips that are
+stored inside a table are written to the cache once, under the hash of their bytes. After that they are
+ordinary files.
 """
 
 import json
@@ -23,7 +23,7 @@ SUFFIXES = (".parquet", ".arrow")
 CLIP_COLUMNS = ("video", "file_name")
 READER = Path(__file__).with_name("arrow_reader.py")
 TOO_MANY_ROWS = 4  # exit status of the reader
-SMALL, SECONDS = 1 << 30, 60  # bytes and processor time that any table may need
+SMALL, SECONDS = 1 << 30, 60  # bytes and CPU time that a table of any size may need
 
 
 def is_arrow(path: Path) -> bool:
@@ -32,15 +32,15 @@ def is_arrow(path: Path) -> bool:
 
 
 def read_arrow(path: Path, label_column: str | None) -> RowTable:
-    """Rows of Arrow tables with the columns of a metadata.csv.
+    """Read the rows of Arrow tables, which have the columns of a metadata.csv.
 
-    The clip is in a column `video` or `file_name`: a path relative to the table's folder, or the bytes of
-    a media file with its name, as `datasets` stores videos. Splits are the parts of a saved DatasetDict,
-    the beginnings of the file names ("train-00000-of-00002.parquet") or a column `split`.
+    The clip is in column `video` or `file_name`: a path relative to the table's folder, or the bytes and the
+    name of a media file, as `datasets` stores videos. The split is a part of a saved DatasetDict, the start
+    of the file name ("train-00000-of-00002.parquet") or column `split`.
 
     Raises:
-        CorpusError: A column is missing, a file is no Arrow table, or it needs more memory or time than a
-            table of its size should.
+        CorpusError: A column is missing, a file is not an Arrow table, or reading it exceeds the limits for
+            its size.
     """
     with tempfile.TemporaryDirectory(prefix="msa-tables-") as folder:
         lines = Path(folder, "rows")
@@ -59,9 +59,9 @@ def _table_files(folder: Path) -> list[Path]:
 
 
 def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> None:
-    """Have the reader write what the tables hold into a file.
+    """Let the reader process write the rows of all tables to a file.
 
-    A row needs its clip several times over. Files that are mapped into memory count as a whole.
+    The memory limit allows for several copies of a clip and for all memory-mapped files.
     """
     saved = path.is_dir() and _saved(path)
     paths = [path] if saved or path.is_file() else _table_files(path)
@@ -78,16 +78,16 @@ def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> Non
     except LimitExceededError as error:
         raise CorpusError(
             f"{path} ({total:,} bytes) needs more than {error} to be read, the limit for tables of its size: "
-            "it is damaged or made to do harm. If you trust it, write a metadata.csv beside its clips."
+            "it is damaged or malicious. If you trust it, write a metadata.csv beside its clips."
         ) from error
     if done.returncode == TOO_MANY_ROWS:
         raise CorpusError(f"{path} has more than {MOST_ROWS:,} rows: split it into parts")
     if done.returncode != 0:
-        raise CorpusError(f"{path} is no complete Arrow table ({last_line(done)}): copy it again")
+        raise CorpusError(f"{path} is not a complete Arrow table ({last_line(done)}): copy it again")
 
 
 def _rows(lines: Path, label_column: str | None) -> Iterator[Row]:
-    """The rows in what the reader wrote, numbered in each table from 1."""
+    """Parse what the reader wrote; rows of each table are numbered from 1."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
             if isinstance(record := json.loads(line), list):
@@ -99,7 +99,7 @@ def _rows(lines: Path, label_column: str | None) -> Iterator[Row]:
 
 
 def _table(record: list[Any], label_column: str | None) -> tuple[Path, str | None]:
-    """Source and split of a table, its columns checked."""
+    """Source and split of a table; checks its columns."""
     source, split, columns = Path(record[0]), record[1], record[2]
     clip_column = next((name for name in CLIP_COLUMNS if name in columns), "file_name")
     require_columns(source, columns, [clip_column, "text", *([label_column] if label_column else [])])

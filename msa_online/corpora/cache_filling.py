@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the feature cache before training, and say what the clips lack."""
+"""Fill the feature cache before training, and report what the clips lack."""
 
 import errno
 import shutil
@@ -38,25 +38,25 @@ def prepare(
     workers: int | None = None,
     skip_broken: bool = False,
 ) -> PreparedCorpus:
-    """Extract the features of all clips that the cache does not hold yet.
+    """Extract the features of all clips that are not in the cache.
 
-    May be stopped at any time: what was extracted stays, and the next run goes on from there. Processes
-    import the script that calls this, which therefore needs the usual `if __name__ == "__main__":`.
+    It can be interrupted at any time; the next run continues from there. Worker processes import the calling
+    script, which therefore needs the usual `if __name__ == "__main__":`.
 
     Args:
         corpus: What `read_corpus` returned.
-        cache: Where features go.
+        cache: Cache to fill.
         settings: What to extract.
-        workers: Number of processes; as many as there are usable cores if None.
-        skip_broken: Leave clips out that cannot be decoded, instead of raising.
+        workers: Number of processes; by default the number of usable cores.
+        skip_broken: Leave out clips that cannot be decoded, instead of raising.
 
     Raises:
-        CorpusError: Clips cannot be used (all are listed with their lines), or none can. This includes clips
-            that take too long or end the process that extracts them; the others are extracted all the same.
-        CacheError: The disk has too little room for the features, or cannot be written.
+        CorpusError: Clips cannot be used (all are listed with their lines), or no clip can. This includes
+            clips that time out or crash the extracting process. The other clips are extracted all the same.
+        CacheError: The disk is too small for the features, or not writable.
         AssetError: The face model is needed and unavailable.
-        WorkerError: The processes that extract features cannot be started.
-        ClipError: A file has gone since the corpus was read.
+        WorkerError: The worker processes cannot be started.
+        ClipError: A file was deleted after the corpus was read.
     """
     began = time.perf_counter()
     keys, findings, extents = _look_up(corpus.samples, cache, settings)
@@ -64,7 +64,7 @@ def prepare(
     failures: dict[str, ClipError] = {}
     if missing:
         _require_space(missing.values(), cache, settings)
-        get_asset("face_landmarker")  # once, before many processes ask for it
+        get_asset("face_landmarker")  # download it once, before many processes need it
         extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
         for key, (found, extent) in extracted.items():
             findings[key], extents[key] = found, extent
@@ -92,7 +92,7 @@ def _look_up(
     keys: dict[str, str] = {}
     findings: dict[str, tuple[str, ...]] = {}
     extents: dict[str, ClipExtent] = {}
-    for sample in track(samples, "looking into the cache", transient=True, console=Console(stderr=True)):
+    for sample in track(samples, "reading the cache", transient=True, console=Console(stderr=True)):
         key = keys[sample.id] = cache.key(sample.clip, settings)
         if key not in findings and (features := cache.load(key)) is not None:
             findings[key] = features.findings
@@ -103,7 +103,7 @@ def _look_up(
 def _extract_all(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
 ) -> tuple[dict[str, Extracted], dict[str, ClipError]]:
-    """Extract clips, given by cache key, in several processes; results and failures by key."""
+    """Extract clips, by cache key, in several processes; returns results and failures by key."""
     extracted: dict[str, Extracted] = {}
     failures: dict[str, ClipError] = {}
     with (
@@ -119,10 +119,10 @@ def _extract_all(
 
 
 def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: ExtractionSettings) -> None:
-    """Check that the features will probably fit on the disk.
+    """Check that the features are likely to fit on the disk.
 
     Raises:
-        CacheError: They will not.
+        CacheError: They are not.
     """
     needed = sum(_estimated_bytes(clip, settings) for clip in clips)
     folder = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
@@ -130,8 +130,8 @@ def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: Extract
     if free < needed:
         raise CacheError(
             errno.ENOSPC,
-            f"the features need about {needed:,} bytes but {cache.folder} has {free:,} bytes free; make "
-            "room, or point MSA_CACHE to a disk that has some",
+            f"the features need about {needed:,} bytes but {cache.folder} has {free:,} bytes free; free disk "
+            "space, or set MSA_CACHE to a folder on a larger disk",
         )
 
 
@@ -142,14 +142,14 @@ def _estimated_bytes(clip: Clip, settings: ExtractionSettings) -> int:
 
 
 def _usable_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
+    """Cores that this process may use; in a container, fewer than the machine has."""
     import joblib
 
     return joblib.cpu_count()
 
 
 def _broken(sample: Sample, error: ClipError) -> BrokenRow:
-    """The row of a clip that could not be decoded; another file with the same bytes may have told us."""
+    """The row of a clip that could not be decoded; the error may stem from another file of equal content."""
     return BrokenRow(
         sample.source, sample.line, str(ClipError(sample.clip.path, error.problem, error.detail))
     )
@@ -168,7 +168,7 @@ def _by_finding(
 
 
 class _Speed(ProgressColumn):
-    """Clips per second, which rich leaves to its users."""
+    """Clips per second; rich has no such column."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f} clips/s" if task.speed else "", style="progress.data.speed")

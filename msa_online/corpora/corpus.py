@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora in memory: samples by split, broken rows, and the error that lists those."""
+"""Corpora in memory: samples by split, broken rows, and the error that lists them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,22 +10,22 @@ from typing import Any, ClassVar
 from feature_extractors.clip import Clip
 from msa_online.corpora.splits import SPLITS
 
-SHOWN_ROWS = 50  # of the broken rows, in the message of a CorpusError; the exception holds them all
+SHOWN_ROWS = 50  # broken rows listed in the message of a CorpusError; the exception holds all
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a corpus: a clip, what is said in it and how it was rated.
+    """One row of a corpus: a clip, its transcript and its label.
 
     Attributes:
-        clip: The media file and the window of it that belongs to this sample.
-        text: The transcript; empty where there is none.
-        label: A float for regression, a class name for classification, None where no label was asked for.
+        clip: The media file and the time window of this sample.
+        text: The transcript; empty if there is none.
+        label: A float for regression, a class name for classification, None if no label was requested.
         split: "train", "valid" or "test".
-        speaker: Who speaks, or None where the data do not say.
-        source: The file that holds the row.
+        speaker: Name of the speaker, or None if unknown.
+        source: The file that contains the row.
         line: The row's first line in `source`, counted from 1 (in an Arrow table: its row, counted from 1).
-        id: Unique within the corpus and the same on every machine: the path within the corpus and the window.
+        id: Unique within the corpus and equal on every machine: path within the corpus, and window.
     """
 
     clip: Clip
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BrokenRow:
-    """A row that cannot be used: which one, what is wrong and how to correct it."""
+    """A row that cannot be used, with what is wrong and how to correct it."""
 
     source: Path
     line: int
@@ -48,13 +48,13 @@ class BrokenRow:
 
 
 class BySplit:
-    """What every corpus offers, of clips or of precomputed features: its samples, split by split.
+    """Base of all corpora, of clips or of precomputed features: samples by split.
 
     Attributes:
         samples: The usable samples of all splits, in the order of their rows.
-        source: The file the rows came from, or the folder where there are several such files.
-        broken: The rows that were left out, which happens only on request.
-        empty_split_remedy: What a user can do about an empty split.
+        source: The file the rows came from, or the folder if there are several such files.
+        broken: Rows that were left out; empty unless `skip_broken` was set.
+        empty_split_remedy: What a user can do about an empty split; part of an error message.
     """
 
     samples: tuple[Any, ...]
@@ -68,36 +68,36 @@ class BySplit:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples in each split that has any."""
+        """Number of samples in each split that has any."""
         counts = Counter(sample.split for sample in self.samples)
         return {name: counts[name] for name in SPLITS if counts[name]}
 
 
 @dataclass(frozen=True)
 class Corpus(BySplit):
-    """The usable samples of a corpus in the order of their rows.
+    """The usable samples of a corpus of clips, in the order of their rows.
 
     Attributes:
         samples: The samples of all splits.
-        source: The file the rows came from, or the folder where there are several such files.
-        broken: The rows that were left out, which happens only on request.
+        source: The file the rows came from, or the folder if there are several such files.
+        broken: Rows that were left out; empty unless `skip_broken` was set.
     """
 
     samples: tuple[Sample, ...]
     source: Path
     broken: tuple[BrokenRow, ...] = ()
     empty_split_remedy: ClassVar[str] = (
-        "Name train, valid or test in the column 'split', or leave that column out to have the clips shared "
-        "out 70/10/20."
+        "Name train, valid or test in the column 'split', or leave that column out: the clips are then split "
+        "70/10/20."
     )
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be used as it is; the message names file, line, value and remedy.
+    """A corpus cannot be used as it is; the message names file, line, value and remedy.
 
     Attributes:
-        broken: All broken rows, also those beyond the ones that the message lists; empty where the
-            corpus as a whole is the problem (no metadata, a missing column).
+        broken: All broken rows, including those that the message does not list; empty if the problem is not
+            in single rows (no metadata, a missing column).
     """
 
     def __init__(self, message: str, broken: Sequence[BrokenRow] = ()):
@@ -109,17 +109,17 @@ class CorpusError(ValueError):
 
     @classmethod
     def of_rows(cls, source: Path, broken: Sequence[BrokenRow]) -> "CorpusError":
-        """The error that lists broken rows, one a line, and says how to go on without them."""
+        """An error that lists broken rows, one a line, and says how to leave them out."""
         lines = [f"{source}: {len(broken):,} broken row{'s' * (len(broken) != 1)}"]
         lines += [f"  {place(row.source, row.line)}: {row.problem}" for row in broken[:SHOWN_ROWS]]
         if len(broken) > SHOWN_ROWS:
             lines.append(f"  and {len(broken) - SHOWN_ROWS:,} more")
-        lines.append("Correct these rows, or go on without them: --skip-broken, or data.skip_broken=true.")
+        lines.append("Correct these rows, or leave them out: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
 
 
 def require_splits(corpus: BySplit, names: Iterable[str]) -> None:
-    """Check that the splits a command works on are not empty.
+    """Check that the splits a command needs are not empty.
 
     Raises:
         CorpusError: One of the named splits has no sample.
@@ -135,5 +135,5 @@ def require_splits(corpus: BySplit, names: Iterable[str]) -> None:
 
 
 def place(source: Path, line: int) -> str:
-    """How a message names a row, for example "corpus/metadata.csv line 12"."""
+    """Name of a row for messages, for example "corpus/metadata.csv line 12"."""
     return f"{source.parent.name}/{source.name} {'line' if source.suffix == '.csv' else 'row'} {line}"

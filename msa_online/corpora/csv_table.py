@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a csv file so that every message can name its line and no text is mistaken for a missing value.
+"""Read csv files with line numbers for messages, and without guessing missing values.
 
-pandas and `datasets` turn the words "null", "NA" and "None" into missing values and lose line numbers;
-the csv module does neither.
+pandas and `datasets` turn the words "null", "NA" and "None" into missing values and lose line numbers; the
+csv module does neither.
 """
 
 import csv
@@ -16,16 +16,16 @@ from pathlib import Path
 from msa_online.corpora.corpus import BrokenRow, CorpusError
 
 MOST_ROWS = 2_000_000
-"""Rows that a corpus may have; a hundred times those of the largest public ones."""
+"""Largest number of rows of a corpus, a hundred times that of the largest public ones."""
 
 MOST_COLUMNS = 10_000
-MOST_BYTES = 1 << 28  # of a csv file; two million rows of 130 characters
+MOST_BYTES = 1 << 28  # of a csv file: two million rows of 130 characters
 SHOWN = 60  # characters of a cell in a message
 
 
 @dataclass(frozen=True)
 class CsvTable:
-    """A csv file: its columns, its rows as (first line, {column: cell}), and the rows that do not fit."""
+    """A csv file: columns, rows as (first line, {column: cell}), and rows with a wrong number of cells."""
 
     path: Path
     columns: tuple[str, ...]
@@ -34,11 +34,11 @@ class CsvTable:
 
 
 def read_csv(path: Path) -> CsvTable:
-    """Read a UTF-8 csv file with a header; empty lines are passed over and cells are left as they are.
+    """Read a UTF-8 csv file with a header; empty lines are skipped and cells are left as they are.
 
     Raises:
         CorpusError: The file is not UTF-8, is not well-formed csv, has no header, names a column twice, or
-            is larger than a corpus can be.
+            exceeds the limits on rows, columns and bytes.
     """
     records = _records(path, _decoded(path))
     columns = _header(path, next(records, None))
@@ -49,15 +49,15 @@ def read_csv(path: Path) -> CsvTable:
         if len(cells) == len(columns):
             rows.append((line, dict(zip(columns, cells, strict=True))))
         else:
-            broken.append(BrokenRow(path, line, _misfit(cells, columns)))
+            broken.append(BrokenRow(path, line, _wrong_cell_count(cells, columns)))
     return CsvTable(path, columns, tuple(rows), tuple(broken))
 
 
 def require_columns(path: Path, columns: Sequence[str], wanted: Iterable[str]) -> None:
-    """Check that a table has the columns that are needed; the message names the nearest one it has.
+    """Check that a table has the required columns.
 
     Raises:
-        CorpusError: One or more columns are missing; all of them are named.
+        CorpusError: Columns are missing; the message names all of them, and similar ones that exist.
     """
     missing = [name for name in wanted if name not in columns]
     if not missing:
@@ -65,12 +65,12 @@ def require_columns(path: Path, columns: Sequence[str], wanted: Iterable[str]) -
     complaints = [f"no column {name!r}{did_you_mean(name, columns)}" for name in missing]
     raise CorpusError(
         f"{path} line 1: {'; '.join(complaints)}. Its columns are: {', '.join(filter(None, columns))}. "
-        "Rename or add the column in the header; a label under another name is chosen with label_column."
+        "Rename or add the column in the header; if the label has another name, set label_column."
     )
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean 'x'?)" where a known name is near, else nothing; case is ignored."""
+    """The hint " (did you mean 'x'?)" if a known name is similar, else ""; case is ignored."""
     by_lower = {name.lower(): name for name in known}
     nearest = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[nearest[0]]!r}?)" if nearest else ""
@@ -128,11 +128,11 @@ def _header(path: Path, record: tuple[int, list[str]] | None) -> tuple[str, ...]
     return columns
 
 
-def _misfit(cells: list[str], columns: Sequence[str]) -> str:
+def _wrong_cell_count(cells: list[str], columns: Sequence[str]) -> str:
     if len(cells) > len(columns):
         extra = ",".join(cells[len(columns) :])[:SHOWN]
         return (
-            f"{len(cells)} cells under {len(columns)} columns, {extra!r} is left over: a text that holds a "
-            "comma must be in quotes"
+            f"{len(cells)} cells under {len(columns)} columns, {extra!r} is left over: put texts "
+            "that contain a comma in quotes"
         )
     return f"{len(cells)} cells under {len(columns)} columns: write a comma for every cell, also an empty one"

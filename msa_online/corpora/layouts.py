@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways corpora lie on disk, each brought to the same plain rows: our folders, MMSA's and MELD's."""
+"""Layouts of corpora on disk (ours, MMSA's, MELD's), each read into the same plain rows."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,19 +18,19 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".flv", ".mpg")  # pr
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as written, before any value is checked; cells that the data lack are empty.
+    """One row as written, before validation; cells that the data lack are empty.
 
     Attributes:
-        source: The file that holds the row.
-        line: Its first line there.
-        folder: The folder that `file` is relative to and must not leave.
+        source: The file that contains the row.
+        line: The row's first line in `source`.
+        folder: The folder that `file` is relative to and must lie in.
         file: The media file.
         text: The transcript.
-        label: The label; None where no label was asked for.
-        split: The split by any of its names; None where the data give none.
+        label: The label; None if no label was requested.
+        split: The split, by any of its names; None if the data give none.
         start: Start of the window in seconds.
         end: End of the window in seconds.
-        speaker: Who speaks.
+        speaker: Name of the speaker.
     """
 
     source: Path
@@ -47,13 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class RowTable:
-    """All rows of a corpus, and those that could not even be told apart into cells.
+    """All rows of a corpus, before validation.
 
     Attributes:
-        source: The file that holds the rows, or the folder where there are several.
+        source: The file that contains the rows, or the folder if there are several.
         rows: The rows in order.
         broken: Rows whose number of cells differs from the header's.
-        links_into: A folder outside the corpus that its symbolic links may lead into (the Hub's cache).
+        links_into: Folder outside the corpus that symbolic links may point into (the Hub's cache).
     """
 
     source: Path
@@ -63,7 +63,7 @@ class RowTable:
 
 
 def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
-    """The function that reads the rows of this folder, chosen by the metadata files that lie in it."""
+    """The function that reads this folder, chosen by the metadata files in it; None if there are none."""
     if (folder / METADATA).is_file():
         return lambda folder, label_column: read_metadata(folder / METADATA, label_column)
     if _split_folders(folder):
@@ -76,10 +76,10 @@ def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
 
 
 def read_metadata(source: Path, label_column: str | None) -> RowTable:
-    """Rows of one metadata.csv (file_name, text, label; optional split, start, end, speaker).
+    """Read one metadata.csv (file_name, text, label; optional split, start, end, speaker).
 
-    Without a split column, clips that lie in train/, valid/ (validation/, val/, dev/) and test/ belong to
-    the split their folder names, as the Hub's video folders mean it.
+    Without a split column, clips in train/, valid/ (validation/, val/, dev/) and test/ belong to the split
+    of that name, as in the Hub's video folders.
     """
     table = read_csv(source)
     rows = tuple(_metadata_rows(table, source.parent, "", label_column))
@@ -89,7 +89,7 @@ def read_metadata(source: Path, label_column: str | None) -> RowTable:
 
 
 def read_split_folders(folder: Path, label_column: str | None) -> RowTable:
-    """Rows of the metadata.csv that lies inside each of train/, valid/ and test/."""
+    """Read the metadata.csv in each of train/, valid/ and test/."""
     rows, broken = [], []
     for split_folder in _split_folders(folder):
         table = read_csv(split_folder / METADATA)
@@ -100,10 +100,10 @@ def read_split_folders(folder: Path, label_column: str | None) -> RowTable:
 
 
 def read_mmsa(source: Path, label_column: str | None) -> RowTable:
-    """Rows of MMSA's label.csv (video_id, clip_id, text, label, mode) with clips in Raw/<video_id>/.
+    """Read MMSA's label.csv (video_id, clip_id, text, label, mode) with clips in Raw/<video_id>/.
 
-    The file of a clip is found by its stem, whatever its suffix. One video of these corpora shows one
-    speaker, so `video_id` stands for the speaker.
+    The file of a clip is found by its stem; its suffix does not matter. In these corpora each video shows one
+    speaker, so `video_id` serves as the speaker.
     """
     table = read_csv(source)
     wanted = ["video_id", "clip_id", "text", *([label_column] if label_column else [])]
@@ -131,10 +131,10 @@ def read_mmsa(source: Path, label_column: str | None) -> RowTable:
 
 
 def read_meld(folder: Path, label_column: str | None) -> RowTable:
-    """Rows of MELD's three csv files; the label column is Emotion or Sentiment.
+    """Read MELD's three csv files; the label column is Emotion or Sentiment.
 
-    The clips dia<D>_utt<U>.mp4 lie beside each csv file, in a folder whose name holds the split's name
-    (train_splits, dev_splits_complete, output_repeated_splits_test), possibly one level further down.
+    The clips dia<D>_utt<U>.mp4 are next to each csv file, in a folder whose name contains that of the split
+    (train_splits, dev_splits_complete, output_repeated_splits_test), possibly one level deeper.
     """
     rows, broken = [], []
     for split, name in MELD_METADATA.items():
@@ -154,7 +154,7 @@ def read_meld(folder: Path, label_column: str | None) -> RowTable:
 
 
 def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str | None) -> Iterator[Row]:
-    """Rows of a metadata.csv that lies in `folder`/`prefix`, with file names relative to `folder`."""
+    """Rows of the metadata.csv in `folder`/`prefix`, with file names relative to `folder`."""
     wanted = ["file_name", "text"] + ([label_column] if label_column else [])
     require_columns(table.path, table.columns, wanted)
     for line, cells in table.rows:
@@ -163,7 +163,7 @@ def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str
             source=table.path,
             line=line,
             folder=folder,
-            file=os.path.join(prefix, file) if file else "",  # an absolute path stays one: refused later
+            file=os.path.join(prefix, file) if file else "",  # an absolute path stays absolute: refused later
             text=cells["text"],
             label=cells[label_column] if label_column else None,
             split=cells.get("split", "").strip() or None,
@@ -179,13 +179,13 @@ def _split_by_folder(file: str) -> str | None:
 
 
 def _split_folders(folder: Path) -> list[Path]:
-    """Its sub-folders named like a split that hold a metadata.csv, training first."""
+    """Subfolders named like a split that contain a metadata.csv, training first."""
     named = [folder / name for name in SPLIT_NAMES]
     return [each for each in named if (each / METADATA).is_file()]
 
 
 def _names_by_stem(folder: Path) -> dict[str, str]:
-    """The files of a folder by name without suffix; a video is preferred to, say, the .wav beside it."""
+    """The files of a folder by stem; of several with one stem, a video is preferred to, say, a .wav."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     by_rank = sorted(names, key=lambda name: Path(name).suffix.lower() in VIDEO_SUFFIXES)
     return {Path(name).stem: name for name in by_rank}
@@ -197,7 +197,7 @@ def _meld_clips(folder: Path, split: str) -> str:
     if len(holding) != 1:
         found = ", ".join(str(path.relative_to(folder)) for path in holding) or "none"
         raise CorpusError(
-            f"{folder / MELD_METADATA[split]}: its clips dia<D>_utt<U>.mp4 must lie in one folder beside it "
-            f"whose name holds {split!r}; found: {found}. Unpack or rename the folder of clips."
+            f"{folder / MELD_METADATA[split]}: its clips dia<D>_utt<U>.mp4 must be in one folder next to it "
+            f"whose name contains {split!r}; found: {found}. Unpack or rename the folder of clips."
         )
     return holding[0].relative_to(folder).as_posix()

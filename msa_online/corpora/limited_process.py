@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a reader of foreign files in a process with limits on memory, time and output.
+"""Run a reader of untrusted files in a process with limits on memory, time and output.
 
-Run by its path, this file is that process: it imports nothing of the package, so that it starts at once.
+The process runs this file by its path. It imports nothing of the package, so that it starts quickly.
 """
 
 import errno
@@ -17,38 +17,37 @@ TOO_MUCH_MEMORY, TOO_MUCH_OUTPUT = 101, 102  # exit statuses
 
 
 class LimitExceededError(Exception):
-    """A reader needed more than it was allowed; the message says of what."""
+    """A reader exceeded a limit; the message names it."""
 
 
 def run_limited(
     reader: Path, arguments: Sequence[object], *, memory: int, seconds: int, output: int
 ) -> subprocess.CompletedProcess[str]:
-    """Call `main` of a script in a process of its own.
+    """Call `main` of a script in a separate process.
 
     Args:
-        reader: The script; it has a function `main` that takes a list of strings and returns the exit status,
-            below 100.
-        arguments: What `main` gets.
-        memory: Bytes it may map beside its imports; Linux only, and never more than the machine has.
-        seconds: Processor time; not on Windows.
-        output: Bytes of one file that it writes; not on Windows.
+        reader: The script. Its function `main` takes a list of strings and returns an exit status below 100.
+        arguments: Arguments of `main`.
+        memory: Bytes it may map in addition to its imports; Linux only, at most the memory of the machine.
+        seconds: CPU time; not on Windows.
+        output: Largest size of a file it writes, in bytes; not on Windows.
 
     Returns:
-        The process that ended, what it printed included.
+        The finished process with its output.
 
     Raises:
-        LimitExceededError: A limit ended it.
+        LimitExceededError: The process exceeded a limit.
     """
     memory = min(memory, installed_memory())
     exceeded = {
         TOO_MUCH_MEMORY: f"{memory / 1e9:.1f} GB of memory",
-        -signal.SIGABRT: f"{memory / 1e9:.1f} GB of memory",  # compiled libraries end so
+        -signal.SIGABRT: f"{memory / 1e9:.1f} GB of memory",  # compiled libraries abort without memory
         TOO_MUCH_OUTPUT: f"{output / 1e9:.1f} GB on disk",
     }
     if hasattr(signal, "SIGXCPU"):
         exceeded[-signal.SIGXCPU] = f"{seconds} s of processor time"
     command = [sys.executable, "-P", __file__, reader, memory, seconds, output, *arguments]
-    # each thread would map memory of its own, and so would a pool
+    # threads and memory pools map memory in advance
     single = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     done = subprocess.run(
         list(map(str, command)),
@@ -64,27 +63,27 @@ def run_limited(
 
 
 def last_line(done: subprocess.CompletedProcess[str], most: int = 150) -> str:
-    """The last line that a process wrote on standard error, at most so many characters; or its status."""
+    """Last line of a process's standard error, at most `most` characters; its exit status if it is empty."""
     return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:most]
 
 
 def installed_memory() -> int:
-    """Bytes of memory in the machine; the largest number where the platform does not say."""
+    """Memory of the machine in bytes; `sys.maxsize` if the platform does not report it."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def limit_process(memory: int, seconds: int, output: int) -> None:
-    """Limit what this process may use from now on, as far as the platform can.
+    """Limit the resources of this process from now on, as far as the platform supports it.
 
-    Beyond the limit of memory an allocation raises `MemoryError`, beyond that of output a write raises
-    `OSError` (EFBIG), and beyond that of time SIGXCPU ends the process. Limits that are lower already stay.
+    Beyond the memory limit an allocation raises `MemoryError`, beyond the output limit a write raises
+    `OSError` (EFBIG), and beyond the time limit SIGXCPU ends the process. Existing lower limits stay.
 
     Args:
-        memory: Bytes beside those it has mapped already.
-        seconds: Processor time.
-        output: Bytes of one file.
+        memory: Bytes in addition to those mapped already.
+        seconds: CPU time.
+        output: Largest size of a file, in bytes.
     """
     try:
         import resource
@@ -102,8 +101,8 @@ def limit_process(memory: int, seconds: int, output: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Call `main` of the script in the first argument within the limits in the next three; exit status."""
-    script = runpy.run_path(argv[0])  # its imports do not count
+    """Run with the arguments SCRIPT MEMORY SECONDS OUTPUT ...; returns the script's exit status."""
+    script = runpy.run_path(argv[0])  # before the limits, so that imports do not count
     limit_process(*map(int, argv[1:4]))
     try:
         return script["main"](argv[4:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out of preparing a corpus: the usable samples, where their features lie and what they lack."""
+"""A prepared corpus: usable samples, their features in the cache, and what each clip lacks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ from msa_online.processing_msa import Cut, InputLimits
 EMPTY_TEXT = "empty text"
 NOTHING = "no modality at all"
 LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
-"""The findings that leave a sample without a modality."""
+"""Findings that mean that a sample lacks a modality."""
 LEFT_OUT = "left out: broken"
 SHOWN_LINES = 8  # of the rows with a finding, in the table
 
 
 @dataclass(frozen=True)
 class PreparedCorpus(BySplit):
-    """A corpus whose features all lie in the cache.
+    """A corpus whose features are all in the cache.
 
     Attributes:
-        corpus: The usable samples, and the broken rows that were left out on request.
-        cache: Where the features are.
+        corpus: The usable samples, and the broken rows that were left out.
+        cache: The cache with the features.
         keys: Cache key of each usable sample, by sample id.
-        found: Which samples lack what: "no face", "no video stream", "no audio stream", "silent audio",
-            "empty text". They are used with that modality masked. "no modality at all" repeats those that
-            lack all three. Only findings that occurred are named.
-        extents: How much of each modality there is in each usable sample, by sample id.
+        found: Samples by finding: "no face", "no video stream", "no audio stream", "silent audio", "empty
+            text". That modality of the sample is masked. "no modality at all" lists samples that lack all
+            three. Findings that do not occur are left out.
+        extents: Amount of each modality in each usable sample, by sample id.
         extracted: Number of samples decoded now; the others were in the cache.
-        seconds: How long it took.
+        seconds: Time it took.
     """
 
     corpus: Corpus
@@ -63,7 +63,7 @@ class PreparedCorpus(BySplit):
 
     @property
     def broken(self) -> tuple[BrokenRow, ...]:
-        """The rows that were left out, in reading as well as in decoding."""
+        """The rows that were left out, either when reading or when decoding."""
         return self.corpus.broken
 
     @property
@@ -73,7 +73,7 @@ class PreparedCorpus(BySplit):
 
     @property
     def cached(self) -> int:
-        """Number of usable samples that were in the cache before."""
+        """Number of usable samples that were in the cache already."""
         return len(self.samples) - self.extracted
 
     @property
@@ -82,7 +82,7 @@ class PreparedCorpus(BySplit):
         return {finding: [sample.line for sample in samples] for finding, samples in self.found.items()}
 
     def cut(self, limits: InputLimits) -> dict[str, list[tuple[Sample, Cut]]]:
-        """The samples of which a model with these limits does not read all, by modality."""
+        """Samples that a model with these limits reads only in part, by modality."""
         cuts: dict[str, list[tuple[Sample, Cut]]] = {}
         for sample in self.samples:
             for name, cut in limits.cut(self.extents[sample.id], sample.text).items():
@@ -101,7 +101,7 @@ class PreparedCorpus(BySplit):
 
 
 def findings_table(prepared: PreparedCorpus, limits: InputLimits) -> Table:
-    """What was found, for the terminal: what clips lack, and what a model with these limits does not read."""
+    """Findings for the terminal: what clips lack, and what a model with these limits does not read."""
     corpus, samples, broken = prepared.corpus, prepared.samples, prepared.broken
     found: dict[str, Sequence[Sample | BrokenRow]] = dict(prepared.found)
     if broken:
@@ -142,7 +142,7 @@ def findings_table(prepared: PreparedCorpus, limits: InputLimits) -> Table:
 
 
 def findings_record(prepared: PreparedCorpus, limits: InputLimits) -> dict[str, dict[str, Any]]:
-    """The same as plain data: rows by finding, and by modality those that are cut, with the longest."""
+    """Findings as plain data: rows by finding, and rows that are cut, by modality, with the longest."""
     return {
         "findings": prepared.findings,
         "cut": {
@@ -157,14 +157,14 @@ def findings_record(prepared: PreparedCorpus, limits: InputLimits) -> dict[str, 
 
 
 def _caption(prepared: PreparedCorpus, cuts: Mapping[str, object]) -> str | None:
-    """What becomes of clips with a finding."""
+    """How clips with a finding are treated."""
     sentences = []
     if prepared.found:
         sentences.append("A modality that is missing is masked.")
     if NOTHING in prepared.found:
         sentences.append("Without any modality a model can only predict its baseline.")
     if cuts:
-        sentences.append("Of a clip that is cut, or has few frames, the rest is never seen by the model.")
+        sentences.append("The model never sees the rest of a clip that is cut or has few frames.")
     return " ".join(sentences) or None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the corpus a user brings: metadata.csv, MMSA's or MELD's layout, Arrow tables, a Hub repository."""
+"""Read a corpus of clips: metadata.csv, MMSA's or MELD's layout, Arrow tables, or a Hub repository."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from msa_online.corpora.splits import SPLITS, seeded_split
 from msa_online.corpora.validation import check_label_column, check_rows
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-SHOWN_NAMES = 8  # of what a folder holds, when it holds no metadata
+SHOWN_NAMES = 8  # files listed in the message about a folder without metadata
 logger = logging.getLogger(__name__)
 
 
@@ -27,24 +27,24 @@ def read_corpus(
     skip_broken: bool = False,
     seed: int = 1111,
 ) -> Corpus:
-    """Read and check a corpus without decoding anything, so that all that is wrong shows within a second.
+    """Read and check a corpus without decoding anything; reports all problems within a second.
 
-    Understood are a folder with metadata.csv (file_name, text, label; optional split, start, end,
-    speaker) or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files
-    with their folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; and
-    "owner/name" on the Hub. Splits that the data give are used as they are. Otherwise clips are shared
-    out 70/10/20 by speaker, or by file where no speaker is named.
+    Supported are: a folder with metadata.csv (file_name, text, label; optional split, start, end, speaker),
+    or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files with their
+    folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; "owner/name" on the Hub.
+    Splits given by the data are used. Otherwise clips are split 70/10/20 by speaker, or by file if there is
+    no speaker.
 
     Args:
         path: The folder, the csv file or table in it, or the name of a data set on the Hub.
-        label_column: The column that holds the label; None leaves labels out.
+        label_column: Column of the label; None reads no labels.
         label_range: Smallest and largest legal label; labels become floats. None keeps them as class names.
-        skip_broken: Leave broken rows out, counted in the log, instead of raising.
-        seed: Of the split, where the data give none.
+        skip_broken: Leave out broken rows and log their number, instead of raising.
+        seed: Seed of the split, if the data give none.
 
     Raises:
-        CorpusError: There is no metadata, a column is missing or holds no labels of this task, or rows are
-            broken: all of them are listed.
+        CorpusError: There is no metadata; a column is missing or its labels do not suit the task; or rows are
+            broken, all of which are listed.
     """
     table = _read_rows(path, label_column)
     if label_column is not None:
@@ -91,10 +91,10 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(
-            f"{name!r} is neither a folder here nor a data set that the Hub gave us ({reason}). Check the "
+            f"{name!r} is neither a local folder nor a data set that the Hub returned ({reason}). Check the "
             "name and the network, log in with `hf auth login` if it is private, or give a folder."
         ) from error
-    # a snapshot is made of links into blobs/, two folders up
+    # a snapshot consists of links into blobs/, two folders up
     return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])
 
 
@@ -104,13 +104,13 @@ def _no_metadata(path: Path) -> str:
         "(MELD), *.parquet, *.arrow"
     )
     if path.is_file():
-        return f"{path} is no .csv, .parquet or .arrow file: give the folder that holds metadata.csv"
+        return f"{path} is not a .csv, .parquet or .arrow file: give the folder that contains metadata.csv"
     names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
     held = ", ".join(names[:SHOWN_NAMES])
     if len(names) > SHOWN_NAMES:
         held += f" and {len(names) - SHOWN_NAMES} more"
     return (
-        f"{path} has no metadata.csv. Looked for: {looked_for}. The folder holds: {held or 'nothing'}. "
+        f"{path} has no metadata.csv. Looked for: {looked_for}. The folder contains: {held or 'nothing'}. "
         "Write a metadata.csv with the header file_name,text,label and a row for every clip."
     )
 
@@ -121,7 +121,7 @@ def _with_seeded_split(samples: list[Sample], source: Path, seed: int) -> list[S
     splits = seeded_split(groups, seed)
     sizes = Counter(splits)
     logger.warning(
-        "%s gives no splits: %s clips of %s %s are shared out %s/%s/%s (train/valid/test, seed %s)",
+        "%s gives no splits: %s clips of %s %s are split %s/%s/%s (train/valid/test, seed %s)",
         source,
         len(samples),
         len(set(groups)),

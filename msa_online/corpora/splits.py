@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the splits, and a seeded split for data that bring none."""
+"""Names of the splits, and a seeded split for data without one."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -18,23 +18,23 @@ SPLIT_NAMES = {
 
 
 def split_of(name: str) -> str | None:
-    """Translate what data call a split ("Validation", "val", "dev") into ours; None if it is not one."""
+    """Translate a name of a split ("Validation", "val", "dev") into ours; None if it is unknown."""
     return SPLIT_NAMES.get(name.strip().lower())
 
 
 def seeded_split(groups: Sequence[str], seed: int) -> list[str]:
-    """Share samples out 70/10/20 so that no group, such as a speaker, is in two splits.
+    """Split samples 70/10/20 so that no group, such as a speaker, is in two splits.
 
-    The order of the groups follows from a hash of the seed and their names, so the result depends neither
-    on the order of the rows nor on Python's random generator. Each group goes to the split that lacks
-    most of its share, which leaves no split empty from three groups on.
+    Groups are ordered by a hash of the seed and their names, so the result depends neither on the order of
+    the rows nor on Python's random generator. Each group goes to the split that is filled least, relative to
+    its share. With three groups or more, no split is empty.
 
     Args:
-        groups: The group of every sample.
-        seed: Another seed is another split.
+        groups: Group of every sample.
+        seed: Seed of the split.
 
     Returns:
-        The split of every sample.
+        Split of every sample.
     """
     sizes = Counter(groups)
     targets = {name: share * len(groups) for name, share in SHARES.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check every value of every row, so that no run stops half-way over one that was wrong before."""
+"""Validate every value of every row before a run starts."""
 
 import logging
 import math
@@ -16,27 +16,27 @@ from msa_online.corpora.csv_table import did_you_mean
 from msa_online.corpora.layouts import Row, RowTable
 from msa_online.corpora.splits import SPLIT_NAMES, split_of
 
-OUTSIDE = 0.1  # share of labels outside the range from which the range is the mistake, not the labels
-MANY_CLASSES = 30  # numbers as class names: more than this are probably ratings
-SEARCHED_NAMES = 10  # missing files for which a similar name is searched, since that is slow
+OUTSIDE = 0.1  # if a larger share of the labels is out of range, the range is probably wrong
+MANY_CLASSES = 30  # more classes with whole numbers as names are probably ratings
+SEARCHED_NAMES = 10  # number of missing files for which a similar name is searched, which is slow
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 
 class RowProblem(ValueError):
-    """One value of a row that cannot be used; the message holds the value and the remedy."""
+    """A value of a row cannot be used; the message contains the value and the remedy."""
 
 
 def check_rows(
     table: RowTable, label_range: tuple[float, float] | None
 ) -> tuple[list[Sample], list[BrokenRow]]:
-    """Turn rows into samples, and say of every other row all that is wrong with it.
+    """Convert valid rows to samples, and list all problems of every other row.
 
-    Where no row has a split, all samples come back with an empty one for the caller to fill in.
+    If no row has a split, the split of all samples is "", for the caller to fill in.
 
     Args:
         table: The rows as written.
-        label_range: Smallest and largest label, both legal; None where labels are class names.
+        label_range: Smallest and largest legal label; None if labels are class names.
 
     Returns:
         The samples and the broken rows, each in the order of the rows.
@@ -80,16 +80,17 @@ def check_rows(
 def check_label_column(
     rows: Sequence[Row], column: str, label_range: tuple[float, float] | None, skip_broken: bool
 ) -> None:
-    """Refuse a column that suits the task in few rows only, in one line instead of one for each row.
+    """Refuse a label column that does not suit the task, with one message instead of one for each row.
 
     Args:
         rows: All rows, with their labels as written.
         column: Name of the label column.
-        label_range: Smallest and largest legal label of a regression; None where labels are class names.
-        skip_broken: Rows without a label, or with one out of range, will be left out on request.
+        label_range: Smallest and largest legal label of a regression; None if labels are class names.
+        skip_broken: Rows without a label, or with one out of range, will be left out.
 
     Raises:
-        CorpusError: Most labels are words where numbers are needed, most are empty, or many are out of range.
+        CorpusError: Numbers are needed and most labels are words; most labels are empty; or many are out of
+            range.
     """
     filled = [row for row in rows if row.label is not None and row.label.strip()]
     if not skip_broken and len(filled) < len(rows) / 2:
@@ -105,7 +106,7 @@ def check_label_column(
     words = [row for row in filled if _number(row.label) is None]
     if len(words) > len(filled) / 2:
         raise CorpusError(
-            f"{place(words[0].source, words[0].line)}: the label column {column!r} holds words "
+            f"{place(words[0].source, words[0].line)}: the label column {column!r} contains words "
             f"({words[0].label.strip()!r}; {len(words):,} of {len(rows):,} rows), but a regression needs "
             f"numbers from {low:g} to {high:g}: train with data.task=classification, or name a column of "
             "numbers (data.label_column, or --label-column)"
@@ -124,19 +125,19 @@ def check_label_column(
 
 
 def check_class_names(source: Path, column: str, names: Collection[str]) -> None:
-    """Refuse to make a class of every score; whole numbers may be classes, but many of them earn a warning.
+    """Refuse class names that are scores; warn of many classes that are whole numbers.
 
     Args:
-        source: The file that holds the labels.
+        source: The file that contains the labels.
         column: Name of the label column.
-        names: All different labels.
+        names: All distinct labels.
 
     Raises:
         CorpusError: There is only one class; or all labels are numbers, and not all are whole.
     """
     if len(names) == 1:
         raise CorpusError(
-            f"{source}: the label column {column!r} holds one class only, {next(iter(names))!r}: a "
+            f"{source}: the label column {column!r} contains one class only, {next(iter(names))!r}: a "
             "classification needs two or more; name another column with data.label_column"
         )
     numbers = [_number(name) for name in names]
@@ -144,7 +145,7 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
         return
     if fractions := sorted(name for name in names if not float(name).is_integer()):
         raise CorpusError(
-            f"{source}: the label column {column!r} holds scores ({len(numbers):,} different numbers, like "
+            f"{source}: the label column {column!r} contains scores ({len(numbers):,} distinct numbers, like "
             f"{fractions[0]!r}), and data.task=classification would make a class of each: set "
             "data.task=regression, or name a column of class names with data.label_column"
         )
@@ -159,7 +160,7 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
 
 
 def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:
-    """The checked value; a problem goes to the list, so that one row can report several."""
+    """Call a check and return its value; a `RowProblem` is added to `problems`, and None returned."""
     try:
         return check(*values)
     except RowProblem as problem:
@@ -175,10 +176,10 @@ def _identity(file: str, clip: Clip) -> str:
 
 
 def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
-    """The label of a row: a number within `label_range`, or a class name where that is None.
+    """The label of a row: a number within `label_range`, or a class name if that is None.
 
     Raises:
-        RowProblem: It is empty, no number, not finite or out of range.
+        RowProblem: The label is empty, not a number, not finite or out of range.
     """
     if row.label is None:
         return None
@@ -200,17 +201,17 @@ def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | 
 
 
 def checked_split(name: str | None) -> str:
-    """The split that a cell means.
+    """The split that a cell names.
 
     Raises:
-        RowProblem: It is empty or means none.
+        RowProblem: The cell is empty or names no split.
     """
     if name is None:
         raise RowProblem("no split is given here although other rows have one: write train, valid or test")
     split = split_of(name)
     if split is None:
-        meant = did_you_mean(name, SPLIT_NAMES)
-        raise RowProblem(f"split {name!r} is unknown{meant}: write train, valid or test")
+        hint = did_you_mean(name, SPLIT_NAMES)
+        raise RowProblem(f"split {name!r} is unknown{hint}: write train, valid or test")
     return split
 
 
@@ -227,7 +228,7 @@ def _seconds(column: str, cell: str) -> float | None:
         return None
     value = _number(cell)
     if value is None or not math.isfinite(value) or value < 0:
-        raise RowProblem(f"{column} {cell!r} is not a time: write seconds into the file, as in 2.5")
+        raise RowProblem(f"{column} {cell!r} is not a time: write seconds, like 2.5")
     return value
 
 
@@ -239,7 +240,7 @@ def _number(cell: str) -> float | None:
 
 
 class _FileCheck:
-    """Finds the file of a row, or says why it cannot be used and which file may have been meant."""
+    """Finds the file of a row, or reports why it cannot be used and which file may have been meant."""
 
     def __init__(self, links_into: Path | None):
         self.links_into = links_into and Path(os.path.realpath(links_into))
@@ -250,9 +251,9 @@ class _FileCheck:
         self.searches_left = SEARCHED_NAMES
 
     def check(self, row: Row) -> Path:
-        """The path of a file that exists within the corpus, can be read and is not empty."""
+        """Path of the row's file; it exists within the corpus, is readable and not empty."""
         if not row.file.strip() or "\0" in row.file:
-            raise RowProblem(f"file name {row.file!r} is empty or no file name: name the clip of this row")
+            raise RowProblem(f"file name {row.file!r} is empty or invalid: name the clip of this row")
         if os.path.isabs(row.file):
             raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
         path = row.folder / row.file
@@ -260,16 +261,16 @@ class _FileCheck:
         try:
             status = path.stat()
         except OSError as error:
-            meant = self._meant(row)
+            hint = self._suggestion(row)
             raise RowProblem(
-                f"{row.file!r} does not exist{meant}: copy it to {path} or correct the name"
+                f"{row.file!r} does not exist{hint}: copy it to {path} or correct the name"
             ) from error
         if not stat.S_ISREG(status.st_mode):
             raise RowProblem(f"{row.file!r} is not a file: name the clip itself")
         if status.st_size == 0:
             raise RowProblem(f"{row.file!r} has zero bytes: copy or download it again")
         if not os.access(path, os.R_OK):
-            raise RowProblem(f"{row.file!r} must not be read by this user: change its permissions")
+            raise RowProblem(f"{row.file!r} is not readable for this user: change its permissions")
         return path
 
     def _require_inside(self, row: Row, path: Path) -> None:
@@ -279,10 +280,12 @@ class _FileCheck:
         if real.startswith(self.real_folders[row.folder]):
             return
         if self.links_into is None or not Path(real).is_relative_to(self.links_into):
-            raise RowProblem(f"{row.file!r} leaves the corpus for {real}: copy the file into {row.folder}")
+            raise RowProblem(
+                f"{row.file!r} leads out of the corpus to {real}: copy the file into {row.folder}"
+            )
 
-    def _meant(self, row: Row) -> str:
-        """A hint at the file that was probably meant: another suffix or case, another folder, a slip."""
+    def _suggestion(self, row: Row) -> str:
+        """Hint at the file probably meant: another suffix or case, another folder, or a similar name."""
         wanted = PurePosixPath(row.file)
         folder = row.folder / wanted.parent
         if folder not in self.names:
@@ -295,7 +298,7 @@ class _FileCheck:
         return f" (but {str(wanted.parent / near)!r} does)"
 
     def _elsewhere(self, folder: Path) -> dict[str, str]:
-        """Every file below the folder by its last name."""
+        """Paths of all files below the folder, by file name."""
         if folder not in self.places:
             self.places[folder] = {
                 name: (Path(base).relative_to(folder) / name).as_posix()
@@ -313,7 +316,7 @@ class _FileCheck:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """Why `path` cannot be written, or None. Parent folders that are missing are no reason."""
+    """The reason why `path` cannot be written, or None; missing parent folders are no reason."""
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         return f"{there} is a file, not a folder"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features made elsewhere: read, converted, computed from clips, and fed to a model."""
+"""Precomputed features: reading, conversion from other formats, and extraction from clips."""

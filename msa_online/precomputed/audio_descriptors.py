@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-mel spectrogram to a few dozen descriptors of how something is said."""
+"""Acoustic descriptors of a log-mel spectrogram: MFCCs, energy and spectral shape."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from feature_extractors.clip import SAMPLE_RATE
 
 COEFFICIENTS = 20
 STEPS_TOGETHER = 8
-"""Spectrogram steps averaged into one: 100 a second become 12.5, as in the learned audio front-end."""
+"""Number of spectrogram steps averaged into one: 100 a second become 12.5, as in the audio encoder."""
 
 DESCRIPTORS = (
     *(f"mfcc {number}" for number in range(COEFFICIENTS)),
@@ -15,28 +15,29 @@ DESCRIPTORS = (
     "log energy",
     *("spectral centroid", "spectral bandwidth", "spectral rolloff", "spectral flatness"),
 )
-"""Name of each descriptor, in order: 45."""
+"""Names of the 45 descriptors, in order."""
 
 
 def audio_descriptors(log_mel: np.ndarray) -> np.ndarray:
-    """Descriptors of the sound of one clip, by librosa.
+    """Compute the descriptors of a clip with librosa.
 
-    Cepstral coefficients and their change over nine steps, the log of the energy, and centroid, bandwidth,
-    85 % rolloff (all three in Hz) and flatness of the spectrum, here of the mel bands at their centres.
+    They are 20 cepstral coefficients and their deltas over nine steps, the log energy, and centroid,
+    bandwidth, 85 % rolloff (all three in Hz) and flatness of the spectrum. The spectrum is that of the mel
+    bands at their centre frequencies.
 
     Args:
-        log_mel: Natural log of the power mel spectrogram, `(steps, mels)`, bands between 0 Hz and half the
-            sample rate.
+        log_mel: Natural log of the power mel spectrogram, `(steps, mels)`; its bands reach from 0 Hz to half
+            the sample rate.
 
     Returns:
-        `(ceil(steps / 8), 45)` float32, the mean of each eight steps.
+        `(ceil(steps / 8), 45)` float32, means over eight steps.
     """
-    import librosa  # seconds, and only here
+    import librosa  # imported here because it takes seconds
 
     if len(log_mel) == 0:
         return np.zeros((0, len(DESCRIPTORS)), np.float32)
     power = np.exp(log_mel.T.astype(np.float64))  # (mels, steps)
-    # the bands are triangles between neighbours: their centres leave out the two ends of the range
+    # bands are triangles between neighbouring frequencies: the ends of the range are no centres
     centres = librosa.mel_frequencies(len(power) + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]
     spectrum = {"S": np.sqrt(power), "freq": centres}
     cepstrum = librosa.feature.mfcc(S=log_mel.T, n_mfcc=COEFFICIENTS)

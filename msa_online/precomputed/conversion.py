@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features that others have made, in a pickle or an .npz file, to a corpus that training reads."""
+"""Convert precomputed features from a pickle or an .npz file to a corpus that training reads."""
 
 import hashlib
 from collections import Counter
@@ -26,7 +26,7 @@ from msa_online.precomputed.pooling import pool
 from msa_online.precomputed.reading import check_features
 
 LABELS = ("label", "regression_labels", "annotations", "classification_labels")
-"""Where a label is looked for if nobody says; the first that is there."""
+"""Default columns of the label; the first that exists is used."""
 
 NON_FINITE = ("refuse", "zero")
 SHOWN_IDS = 5
@@ -44,19 +44,19 @@ def convert_features(
     valid_share: float | None = None,
     skip_broken: bool = False,
 ) -> None:
-    """Make a corpus of features; all that is wrong shows before anything is written.
+    """Convert features to a corpus; all problems are reported before anything is written.
 
     Args:
         source: A pickle in MMSA's layout, an .npz file, or a folder with features.safetensors.
-        folder: Where the corpus goes; it appears whole or not at all.
-        metadata: A csv file whose rows, found by their id, take the place of what the source says.
-        label_column: The column that becomes the label; by default the first of `LABELS` that is there.
-        split_column: The column that becomes the split.
-        level: "sequence" keeps the steps; "utterance" pools them as `pool` says.
-        non_finite: What becomes of NaN and infinities: "refuse" them, or take "zero" for each.
-        valid_share: Share of the training samples that become the validation split, whole speakers where they
-            are named; for data that bring no such split.
-        skip_broken: Leave broken rows out, instead of raising.
+        folder: Folder to write; it is written completely or not at all.
+        metadata: A csv file whose rows, matched by id, replace those of the source.
+        label_column: Column of the label; by default the first of `LABELS` that exists.
+        split_column: Column of the split.
+        level: "sequence" keeps the steps; "utterance" pools them with `pool`.
+        non_finite: How to treat NaN and infinities: "refuse" them, or replace each by "zero".
+        valid_share: Share of the training samples to move to the validation split, by whole speakers if they
+            are known; for data without a validation split.
+        skip_broken: Leave out broken rows, instead of raising.
 
     Raises:
         CorpusError: The source or the folder cannot be used; the message names file, row, value and remedy.
@@ -64,7 +64,7 @@ def convert_features(
     require_new_folder(folder)
     table = _read(source)
     if metadata is not None:
-        table = _described_by(table, read_csv(metadata), source)
+        table = _with_metadata(table, read_csv(metadata), source)
     replaced: dict[str, int] = {}
     if non_finite == "zero":
         replaced = {name: int((~torch.isfinite(s.values)).sum()) for name, s in table.steps.items()}
@@ -111,24 +111,24 @@ def _read(source: Path) -> FeatureTable:
     return read_feature_archive(source)
 
 
-def _described_by(table: FeatureTable, metadata: CsvTable, source: Path) -> FeatureTable:
-    """The same features under the rows of another table, found by id."""
+def _with_metadata(table: FeatureTable, metadata: CsvTable, source: Path) -> FeatureTable:
+    """The same features with the rows of another table, matched by id."""
     require_columns(metadata.path, metadata.columns, ["id"])
     if metadata.broken:
         raise CorpusError.of_rows(metadata.path, metadata.broken)
     lines = Counter(cells["id"] for _, cells in metadata.rows)
-    if twice := [name for name, count in lines.items() if count > 1]:
-        raise CorpusError(f"{metadata.path} names {_some(twice)} more than once: keep one row for each id")
+    if repeated := [name for name, count in lines.items() if count > 1]:
+        raise CorpusError(f"{metadata.path} names {_some(repeated)} more than once: keep one row for each id")
     rows = {cells["id"]: (line, cells) for line, cells in metadata.rows}
     ids = [cells["id"] for _, cells in table.metadata.rows]
-    if unnamed := [name for name in ids if name not in rows]:
+    if missing := [name for name in ids if name not in rows]:
         raise CorpusError(
-            f"{metadata.path} does not name {_some(unnamed)}, of which {source} has features: add a row for "
+            f"{metadata.path} does not name {_some(missing)}, for which {source} has features: add a row for "
             "each id"
         )
     if unknown := sorted(rows.keys() - ids):
         raise CorpusError(
-            f"{metadata.path} names {_some(unknown)}, of which {source} has no features: delete these rows"
+            f"{metadata.path} names {_some(unknown)}, for which {source} has no features: delete these rows"
         )
     return replace(table, metadata=replace(metadata, rows=tuple(rows[name] for name in ids)))
 
@@ -143,10 +143,10 @@ def _with_zeros(steps: FeatureSteps) -> FeatureSteps:
 
 
 def _with_valid(samples: Sequence[FeatureSample], share: float, source: Path) -> list[FeatureSample]:
-    """Training samples moved to "valid", by speaker or else by id, in the order of a hash of their names."""
+    """Move training samples to "valid", by speaker or else by id, in the order of a hash of their names."""
     sizes = Counter(sample.speaker or sample.id for sample in samples if sample.split == "train")
     if any(sample.split == "valid" for sample in samples):
-        raise CorpusError(f"{source} has a validation split already: leave --valid-share out")
+        raise CorpusError(f"{source} has a validation split already: leave out --valid-share")
     wanted = share * sizes.total()
     moved: set[str] = set()
     for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -164,7 +164,7 @@ def _with_valid(samples: Sequence[FeatureSample], share: float, source: Path) ->
 def _rows(
     table: FeatureTable, samples: Sequence[FeatureSample], label_column: str, split_column: str
 ) -> list[dict[str, str]]:
-    """Rows to write: ours, and behind them the source's other columns."""
+    """Rows to write: our columns, then the other columns of the source."""
     ours = {*COLUMNS, label_column, split_column}
     others = [name for name in table.metadata.columns if name not in ours and not name.endswith("_lengths")]
     cells = dict(zip(table.places, (row for _, row in table.metadata.rows), strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora of features made elsewhere: what they are in memory, and the checks before anything is learned."""
+"""Corpora of precomputed features in memory, and the checks before training."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,18 +17,18 @@ from msa_online.corpora.corpus import BrokenRow, BySplit, CorpusError
 from msa_online.corpora.splits import SPLITS
 from msa_online.modalities import MODALITIES
 
-CHUNK = 1 << 24  # numbers looked at together: 64 MB, however large the memory-mapped file is
-CONSTANT = 1e-6  # deviations below this share of the mean are rounding of 32-bit floats
+CHUNK = 1 << 24  # numbers read at once: 64 MB, however large the memory-mapped file is
+CONSTANT = 1e-6  # standard deviations below this share of the mean are rounding errors of fp32
 
 
 @dataclass(frozen=True)
 class FeatureSteps:
-    """One modality of all samples, one after the other.
+    """Features of one modality, the steps of all samples concatenated.
 
     Attributes:
-        values: Features, `(all steps, width)` float32; may lie in a memory-mapped file.
-        offsets: Where each sample begins and the last one ends, `(samples + 1,)` int64. A sample without
-            steps lacks the modality.
+        values: Features, `(all steps, width)` float32; may be memory-mapped.
+        offsets: Start of each sample and end of the last one, `(samples + 1,)` int64. A sample without steps
+            lacks the modality.
     """
 
     values: Tensor
@@ -36,7 +36,7 @@ class FeatureSteps:
 
     @classmethod
     def join(cls, sequences: Sequence[np.ndarray], width: int) -> "FeatureSteps":
-        """Put the sequences `(time, width)` of all samples one after the other; time may be zero."""
+        """Concatenate the sequences `(time, width)` of all samples; time may be zero."""
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
         joined = np.concatenate(
             [np.zeros((0, width)), *sequences], axis=0, dtype=np.float32, casting="unsafe"
@@ -58,22 +58,22 @@ class FeatureSteps:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def take(self, rows: Sequence[int]) -> "FeatureSteps":
-        """The features of some samples, in this order."""
+        """Features of the samples `rows`, in this order."""
         lengths = self.lengths[list(rows)]
         joined = torch.cat([self.values[:0], *(self.of(row) for row in rows)])
         return FeatureSteps(joined, np.cumsum([0, *lengths], dtype=np.int64))
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """All steps in pieces `(some steps, width)`, each with the number of its first step."""
+        """All steps in chunks `(some steps, width)`, each with the number of its first step."""
         step = max(1, CHUNK // self.width)
         for start in range(0, len(self.values), step):
             yield start, self.values[start : start + step]
 
     def non_finite(self) -> dict[int, tuple[int, float]]:
-        """Samples that hold NaN or an infinity: the first such step within the sample, and the value."""
+        """By sample with NaN or infinite values: the first such step within the sample, and its value."""
         found: dict[int, tuple[int, float]] = {}
         for start, chunk in self.chunks():
-            if torch.isfinite(chunk.sum()):  # 40 times as fast as looking at every number
+            if torch.isfinite(chunk.sum()):  # 40 times as fast as testing every number
                 continue
             for step in torch.nonzero(~torch.isfinite(chunk).all(dim=1)).flatten().tolist():
                 row = int(np.searchsorted(self.offsets, start + step, side="right")) - 1
@@ -85,7 +85,7 @@ class FeatureSteps:
     def statistics(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each feature over all steps of some samples, `(width,)` float32.
 
-        Computed in float64. A feature that does not vary, or is never there, gets a deviation of 1.
+        Computed in float64. A feature that is constant or never observed gets a deviation of 1.
         """
         chosen = np.zeros(len(self.offsets) - 1, bool)
         chosen[rows] = True
@@ -109,13 +109,13 @@ class FeatureSample:
 
     Attributes:
         id: Unique within the corpus.
-        text: The transcript, for reading; empty where it is not known.
+        text: The transcript, for readers only; empty if unknown.
         label: A float for regression, a class name for classification.
         split: "train", "valid" or "test".
-        speaker: Who speaks, or None where the data do not say.
-        source: The file that holds the row.
+        speaker: Name of the speaker, or None if unknown.
+        source: The file that contains the row.
         line: The row's first line in `source` (in an .npz: its row), counted from 1.
-        row: Its place among the features.
+        row: Index of the sample in the features.
     """
 
     id: str
@@ -135,8 +135,8 @@ class FeatureCorpus(BySplit):
     Attributes:
         samples: The samples of all splits.
         steps: The features by modality; a modality that the corpus lacks is left out.
-        source: The metadata.csv or .npz they came from.
-        broken: The rows that were left out, which happens only on request.
+        source: The metadata.csv or .npz file that was read.
+        broken: Rows that were left out; empty unless `skip_broken` was set.
     """
 
     samples: tuple[FeatureSample, ...]
@@ -144,7 +144,7 @@ class FeatureCorpus(BySplit):
     source: Path
     broken: tuple[BrokenRow, ...] = ()
     empty_split_remedy: ClassVar[str] = (
-        "Name train, valid or test in every row; another column of splits is chosen with split_column, and "
+        "Name train, valid or test in every row; if the column of splits has another name, set split_column; "
         "`msa-online convert-features --valid-share 0.1` takes a validation split from training."
     )
 
@@ -163,7 +163,7 @@ class FeatureCorpus(BySplit):
 
         Args:
             split: "train", "valid" or "test".
-            seen: Which modalities of its samples count, `(samples, 3)` bool.
+            seen: Which modalities of each sample count, `(samples, 3)` bool.
         """
         rows = [sample.row for sample in self.split(split)]
         return {
@@ -174,14 +174,14 @@ class FeatureCorpus(BySplit):
 
 
 def require_widths(corpus: FeatureCorpus, widths: Mapping[str, int]) -> None:
-    """Check that a corpus has the widths a model was made for.
+    """Check that a corpus has the feature widths of a model.
 
     Args:
         corpus: The corpus.
-        widths: Width of each modality in the model; a modality that the corpus lacks always fits.
+        widths: Width of each modality in the model. A modality that the corpus lacks is not checked.
 
     Raises:
-        CorpusError: A width differs; all are named with both numbers.
+        CorpusError: Widths differ; the message names all of them with both numbers.
     """
     differing = [
         f"{name} is {steps.width} wide in the data and {widths[name]} in the model"
@@ -192,13 +192,13 @@ def require_widths(corpus: FeatureCorpus, widths: Mapping[str, int]) -> None:
         fitting = {**widths, **{name: steps.width for name, steps in corpus.steps.items()}}
         wanted = ", ".join(f"{name}: {fitting[name]}" for name in MODALITIES)
         raise CorpusError(
-            f"{corpus.source}: {'; '.join(differing)}. Say model.feature_widths: {{{wanted}}}, or give the "
+            f"{corpus.source}: {'; '.join(differing)}. Set model.feature_widths: {{{wanted}}}, or give the "
             "features that the model was made for."
         )
 
 
 def features_table(corpus: FeatureCorpus) -> Table:
-    """What was read, for the terminal: width, length and gaps of each modality."""
+    """Summary for the terminal: width, lengths and missing samples of each modality."""
     samples = corpus.samples
     sizes = Counter(sample.split for sample in samples)
     held = ", ".join(f"{sizes[name]:,} {name}" for name in SPLITS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw clips to a corpus of features: states of a frozen text encoder, descriptors of voice, face scores."""
+"""Extract a corpus of features from clips: states of a frozen text encoder, acoustic and face descriptors."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,26 +37,27 @@ def extract_features(
     workers: int | None = None,
     skip_broken: bool = False,
 ) -> PreparedCorpus:
-    """Make a corpus of features from raw clips, for trying many heads on states computed once.
+    """Extract a corpus of features from clips, to train many heads on states that are computed once.
 
-    Text becomes the last hidden states of the text encoder as it was published, sound the descriptors of
-    `audio_descriptors`, each frame with a face its 52 blendshape scores. What a clip lacks has no steps.
+    Text becomes the last hidden states of the published text encoder, audio the descriptors of
+    `audio_descriptors`, and each frame with a face its 52 blendshape scores. A modality that a clip lacks has
+    no steps.
 
     Args:
         corpus: The clips; their label, split and speaker are kept.
-        folder: Where the corpus of features goes; it appears whole or not at all.
+        folder: Folder to write; it is written completely or not at all.
         text_encoder: Folder or name of a text encoder.
-        level: "sequence" keeps the steps; "utterance" pools them as `pool` says.
-        settings: What to extract from clips; what the cache holds is not extracted again.
-        workers: Processes that extract features.
-        skip_broken: Leave clips out that cannot be decoded, instead of raising.
+        level: "sequence" keeps the steps; "utterance" pools them with `pool`.
+        settings: What to extract from clips; cached features are not extracted again.
+        workers: Number of processes that extract features.
+        skip_broken: Leave out clips that cannot be decoded, instead of raising.
 
     Returns:
-        What was found in the clips.
+        The prepared corpus, with its findings.
 
     Raises:
-        CorpusError: The folder is taken or cannot be written, or clips cannot be decoded.
-        TextEncoderError: The text encoder is not to be had.
+        CorpusError: The folder exists or cannot be written, or clips cannot be decoded.
+        TextEncoderError: The text encoder is unavailable.
     """
     settings = settings or ExtractionSettings()
     require_new_folder(folder)
@@ -67,10 +68,10 @@ def extract_features(
     samples = prepared.samples
     sequences = {name: [] for name in MODALITIES}
     sequences["text"] = encode_texts([sample.text for sample in samples], tokenizer, encoder)
-    for sample in _progress(samples, "describing voices and faces"):
+    for sample in _progress(samples, "computing descriptors"):
         features = cache.load(prepared.keys[sample.id])
         if features is None:
-            raise CacheError(f"the features of {sample.clip.path} have left the cache: start again")
+            raise CacheError(f"the features of {sample.clip.path} were deleted from the cache: start again")
         sequences["audio"].append(audio_descriptors(features.log_mel if features.has_audio else _NO_SOUND))
         sequences["vision"].append(blendshapes_of(features))
     widths = {"text": _width_of(encoder), "audio": len(DESCRIPTORS), "vision": NUM_BLENDSHAPES}
@@ -108,9 +109,9 @@ _NO_SOUND = np.zeros((0, 1), np.float32)
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
 ) -> list[np.ndarray]:
-    """Last hidden states of each text, `(tokens, width)` float32; none for an empty text.
+    """Last hidden states of each text, `(tokens, width)` float32; an empty text has no tokens.
 
-    Special tokens have states too. Texts beyond 128 tokens are cut, as `MSAProcessor` cuts them.
+    Special tokens are included. Texts are truncated to 128 tokens, as in `MSAProcessor`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = encoder.to(device).eval()
@@ -134,7 +135,7 @@ def encode_texts(
 
 
 def blendshapes_of(features: ClipFeatures) -> np.ndarray:
-    """Scores of the frames that show the face, `(frames with a face, 52)` float32 in [0, 1]."""
+    """Blendshape scores of the frames with a face, `(frames with a face, 52)` float32 in [0, 1]."""
     return features.blendshapes[features.face_found]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora of features on disk: a folder with metadata.csv and features.safetensors, or an .npz file."""
+"""Precomputed features on disk: a folder with metadata.csv and features.safetensors, or an .npz file."""
 
 import csv
 import json
@@ -32,27 +32,27 @@ FEATURES = "features.safetensors"
 ORIGIN = "origin.json"
 PICKLES = (".pkl", ".pickle")
 COLUMNS = ("id", "text", "label", "split", "speaker")
-TRANSCRIPT = "raw_text"  # what an .npz or a pickle calls the text, since `text` is its features
+TRANSCRIPT = "raw_text"  # key of the transcript in an .npz or a pickle, where `text` has the features
 DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError),
-    *(SyntaxError, TokenError, MemoryError, RecursionError),  # of the headers, which numpy parses as Python
+    *(SyntaxError, TokenError, MemoryError, RecursionError),  # numpy parses the headers as Python
 )
-"""What zipfile and numpy raise on an archive that is damaged, is none, or holds Python objects."""
+"""Errors that zipfile and numpy raise on a damaged file, another format, or Python objects."""
 
 MOST_CELLS = 20_000_000  # of text
 MOST_HEADER = 1_000_000  # bytes of a safetensors header
-SMALL, RATIO = 1 << 28, 100  # bytes that any archive may unpack to, and by which share of its size more
+SMALL, RATIO = 1 << 28, 100  # an archive of n bytes may unpack to at most SMALL + RATIO * n bytes
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features and their rows as written, before any value is checked.
+    """Features and their rows as written, before validation.
 
     Attributes:
         metadata: The rows.
-        places: Place of each row among the features; rows that could not be told apart into cells have one
-            too, which is then left out here.
+        places: Index of each row in the features. Rows with a wrong number of cells also have features; their
+            indices do not occur here.
         steps: Features by modality.
     """
 
@@ -61,21 +61,21 @@ class FeatureTable:
     steps: dict[str, FeatureSteps]
 
 
-def means_features(path: str | Path) -> bool:
-    """Whether a path means features made elsewhere, and not clips; that they can be used is not said."""
+def is_precomputed_path(path: str | Path) -> bool:
+    """Whether a path names precomputed features and not clips; checks the name only, not the content."""
     local = Path(path).expanduser()
     return local.suffix in (".npz", *PICKLES) or (local / FEATURES).is_file()
 
 
 def read_feature_folder(folder: Path) -> FeatureTable:
-    """Rows and memory-mapped features of a folder.
+    """Read the rows of a folder and map its features into memory.
 
     Raises:
-        CorpusError: A file is missing, damaged, or does not fit the other.
+        CorpusError: A file is missing or damaged, or the two do not match.
     """
     source = folder / FEATURES
     if not (folder / METADATA).is_file():
-        raise CorpusError(f"{folder} has no {METADATA}: it says what the rows of {FEATURES} are")
+        raise CorpusError(f"{folder} has no {METADATA}, which describes the samples of {FEATURES}")
     metadata = read_csv(folder / METADATA)
     known = [f"{name}.{part}" for name in MODALITIES for part in ("values", "offsets")]
     try:
@@ -83,17 +83,17 @@ def read_feature_folder(folder: Path) -> FeatureTable:
             if (size := int.from_bytes(file.read(8), "little")) > MOST_HEADER:
                 raise CorpusError(
                     f"{source} has a header of {size:,} bytes, too many for {len(known)} tensors: copy or "
-                    "make it again"
+                    "create it again"
                 )
         with safe_open(source, framework="pt") as file:
             if unknown := sorted(set(file.keys()).difference(known)):
                 raise CorpusError(
-                    f"{source} holds {', '.join(unknown[:10])}: known are <modality>.values and "
+                    f"{source} contains {', '.join(unknown[:10])}: known are <modality>.values and "
                     f"<modality>.offsets of {', '.join(MODALITIES)}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
-        raise CorpusError(f"{source} is damaged or cut off ({error}): copy or make it again") from error
+        raise CorpusError(f"{source} is damaged or truncated ({error}): copy or create it again") from error
     steps = {}
     for name in MODALITIES:
         parts = [tensors.get(f"{name}.{part}") for part in ("values", "offsets")]
@@ -102,22 +102,22 @@ def read_feature_folder(folder: Path) -> FeatureTable:
     lines = sorted([*(line for line, _ in metadata.rows), *(row.line for row in metadata.broken)])
     place_of = {line: place for place, line in enumerate(lines)}
     places = tuple(place_of[line] for line, _ in metadata.rows)
-    return fitting(FeatureTable(metadata, places, steps), source)
+    return check_sizes(FeatureTable(metadata, places, steps), source)
 
 
 def read_feature_archive(path: Path) -> FeatureTable:
-    """Rows and features of an .npz file.
+    """Read the rows and features of an .npz file; nothing is unpickled.
 
-    Its keys: `id` and the columns of labels and splits, one-dimensional; `text`, `audio` and `vision`,
+    Its keys are: `id` and the columns of labels and splits, one-dimensional; `text`, `audio` and `vision`,
     `(samples, width)` or `(samples, time, width)`, with `<modality>_lengths` or padded with rows of zeros at
-    the end; `raw_text` and `speaker` where they are known. No key is ever unpickled.
+    the end; optionally `raw_text` and `speaker`.
 
     Raises:
-        CorpusError: It is no such file, is damaged, unpacks to far more than its size, or its arrays do not
-            fit each other.
+        CorpusError: It is not an .npz file, is damaged, unpacks to far more than its size, or its arrays do
+            not match each other.
     """
     try:
-        _require_honest(path)
+        _check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except CorpusError:
@@ -125,8 +125,8 @@ def read_feature_archive(path: Path) -> FeatureTable:
     except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(
-            f"{path} cannot be read as an .npz file of arrays ({reason}): copy it again; columns of text are "
-            "saved as arrays of strings (dtype U), not of Python objects"
+            f"{path} cannot be read as an .npz file of arrays ({reason}): copy it again; columns of text must "
+            "be arrays of strings (dtype U), not of Python objects"
         ) from error
     steps, columns = {}, {}
     for key, array in arrays.items():
@@ -136,16 +136,16 @@ def read_feature_archive(path: Path) -> FeatureTable:
             strings = array.astype(str) if array.dtype.kind == "S" else array
             columns[TRANSCRIPT if key == "text" else key] = [str(cell) for cell in strings.ravel()]
     metadata = table_of(path, columns)
-    return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
 
 
-def _require_honest(path: Path) -> None:
-    """Check what an archive says of its arrays before any is unpacked.
+def _check_archive(path: Path) -> None:
+    """Check the headers of an archive before any array is unpacked.
 
     Raises:
-        CorpusError: They are larger than an archive of its size should hold, or more than a corpus can be.
-        ValueError: A member is no array of numbers or text, is not as long as its shape says, or is packed in
-            another way than numpy packs; like `zipfile`'s own errors, for the caller to report.
+        CorpusError: The arrays are too large for the size of the archive, or exceed the limits of a corpus.
+        ValueError: A member is not an array of numbers or text, its length does not match its shape, or it is
+            compressed in a way numpy does not use. The caller reports it, like the errors of `zipfile`.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -153,22 +153,22 @@ def _require_honest(path: Path) -> None:
         if unpacked > (most := min(SMALL + RATIO * size, installed_memory())):
             raise CorpusError(
                 f"{path} ({size:,} bytes) unpacks to {unpacked / 1e9:,.1f} GB, more than the "
-                f"{most / 1e9:,.1f} GB that an archive of its size may hold: it is damaged or made to do "
-                "harm. If you trust it, save its arrays with numpy.savez, without compression."
+                f"{most / 1e9:,.1f} GB that an archive of its size may contain: it is damaged or malicious. "
+                "If you trust it, save its arrays with numpy.savez, without compression."
             )
         cells = 0
         for member in members:
             if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{member.filename} is encrypted, or packed in another way than numpy packs")
+                raise ValueError(f"{member.filename} is encrypted, or compressed in a way numpy does not use")
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 if version not in HEADERS:
                     raise ValueError(f"{member.filename} is an array of named fields")
                 shape, _, dtype = HEADERS[version](file)
                 if dtype.hasobject:
-                    raise ValueError(f"{member.filename} holds Python objects")
+                    raise ValueError(f"{member.filename} contains Python objects")
                 if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-                    raise ValueError(f"{member.filename} is not as long as its shape {shape} says")
+                    raise ValueError(f"the length of {member.filename} does not match its shape {shape}")
             if shape and shape[0] > MOST_ROWS:
                 raise CorpusError(f"{path}: {member.filename} has more than {MOST_ROWS:,} rows: split it")
             cells += math.prod(shape) if math.prod(shape[1:]) == 1 else 0
@@ -177,10 +177,10 @@ def _require_honest(path: Path) -> None:
 
 
 def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:
-    """Columns of text as a table; `raw_text` is called `text` in it.
+    """Columns of text as a table, with `raw_text` renamed to `text`.
 
     Raises:
-        CorpusError: There are no ids, the columns differ in length, or they are more than a corpus can be.
+        CorpusError: There are no ids, the columns differ in length, or they exceed the limits of a corpus.
     """
     if "id" not in columns:
         raise CorpusError(f"{source} has no key 'id'; its keys are: {', '.join(columns) or 'none'}")
@@ -198,17 +198,17 @@ def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:
 
 
 def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | None) -> FeatureSteps:
-    """Features of a modality without their padding.
+    """Remove the padding from the features of a modality.
 
     Args:
         source: The file, for messages.
         name: The modality, for messages.
         values: `(samples, width)`, one step each, or `(samples, time, width)`.
-        lengths: Steps of each sample, `(samples,)`; None takes rows of zeros at the end for padding, so that
-            a sample of nothing but zeros lacks the modality.
+        lengths: Steps of each sample, `(samples,)`. None treats rows of zeros at the end as padding; a sample
+            of zeros only then lacks the modality.
 
     Raises:
-        CorpusError: The array has another shape or holds no numbers, or a length is not possible.
+        CorpusError: The array has another shape, does not contain numbers, or a length is impossible.
     """
     if values.ndim not in (2, 3) or values.dtype.kind not in "fiub" or 0 in values.shape[1:]:
         raise CorpusError(
@@ -218,7 +218,7 @@ def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | 
     time = values.shape[1] if values.ndim == 3 else 1
     values = values.reshape(len(values), time, values.shape[-1])
     if lengths is None:
-        backwards = values.any(axis=-1)[:, ::-1]  # NaN counts as something
+        backwards = values.any(axis=-1)[:, ::-1]  # NaN counts as non-zero
         lengths = np.where(backwards.any(axis=1), time - backwards.argmax(axis=1), 0)
     lengths = _whole_numbers(source, name, np.asarray(lengths).ravel())
     if len(lengths) != len(values):
@@ -227,25 +227,25 @@ def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | 
         row = impossible[0]
         raise CorpusError(
             f"{source}: {name}_lengths says {lengths[row]} steps in row {row + 1}, but {name} has {time} "
-            f"({len(impossible):,} such rows): mend the lengths, or leave them out"
+            f"({len(impossible):,} such rows): correct the lengths, or leave them out"
         )
     kept = values[np.arange(time) < lengths[:, None]]
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused later
         return FeatureSteps(
             torch.from_numpy(kept.astype(np.float32, copy=False)), np.cumsum([0, *lengths], dtype=np.int64)
         )
 
 
 def require_new_folder(folder: Path) -> None:
-    """Check that a corpus can be written to a folder before the work begins; its parents are made later.
+    """Check that a corpus can be written to a folder; does not create it or its parents.
 
     Raises:
-        CorpusError: Something is there already, or the folder cannot be made.
+        CorpusError: The path exists and is not an empty folder, or the folder cannot be created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CorpusError(f"{folder} is there already: name a new folder, or delete this one")
+        raise CorpusError(f"{folder} exists already: name a new folder, or delete this one")
     if reason := why_not_writable(folder):
-        raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
+        raise CorpusError(f"{folder} cannot be created: {reason}; name another folder")
 
 
 def write_feature_folder(
@@ -254,16 +254,16 @@ def write_feature_folder(
     steps: Mapping[str, FeatureSteps],
     origin: Mapping[str, Any],
 ) -> None:
-    """Write a corpus of features; the folder appears whole or not at all.
+    """Write a corpus of features; the folder is written completely or not at all.
 
     Args:
-        folder: Where to, see `require_new_folder`; parent folders are made.
-        rows: Cells of each sample by column: those of `COLUMNS`, and the same further ones in every row.
+        folder: Folder to write, see `require_new_folder`; parent folders are created.
+        rows: Cells of each sample by column: those of `COLUMNS`, and other columns, the same in every row.
         steps: Features by modality, samples in the order of `rows`.
-        origin: How the features were made.
+        origin: Record of how the features were made.
 
     Raises:
-        CorpusError: It cannot be written.
+        CorpusError: The folder cannot be written.
     """
     require_new_folder(folder)
     parent = folder.absolute().parent
@@ -284,12 +284,12 @@ def write_feature_folder(
             )
         }
         save_file(tensors, draft / FEATURES)
-        shutil.copymode(draft / METADATA, draft / FEATURES)  # the library lets only the owner read it
+        shutil.copymode(draft / METADATA, draft / FEATURES)  # safetensors makes it readable by its owner only
         (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         raise CorpusError(
-            f"{folder} cannot be written ({error}): make room, or name a folder on another disk"
+            f"{folder} cannot be written ({error}): free disk space, or name a folder on another disk"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -315,20 +315,24 @@ def _checked_steps(
     return FeatureSteps(values, ends)
 
 
-def fitting(table: FeatureTable, source: Path) -> FeatureTable:
-    """The table as it is; `source` holds its features.
+def check_sizes(table: FeatureTable, source: Path) -> FeatureTable:
+    """Check that a table has features for as many samples as it has rows, and return it.
+
+    Args:
+        table: The table.
+        source: The file of the features, for messages.
 
     Raises:
-        CorpusError: It has no features at all, or not for as many samples as there are rows.
+        CorpusError: There are no features, or the numbers of samples and rows differ.
     """
     if not table.steps:
-        raise CorpusError(f"{source} holds no features: text, audio or vision are looked for")
+        raise CorpusError(f"{source} contains no features: one of text, audio and vision is needed")
     count = len(table.metadata.rows) + len(table.metadata.broken)
     for name, steps in table.steps.items():
         if len(steps.lengths) != count:
             raise CorpusError(
-                f"{source}: {name} has {len(steps.lengths):,} samples, but {table.metadata.path.name} names "
-                f"{count:,}: make both of the same samples in the same order"
+                f"{source}: {name} has {len(steps.lengths):,} samples, but {table.metadata.path.name} has "
+                f"{count:,}: both must have the same samples in the same order"
             )
     return table
 

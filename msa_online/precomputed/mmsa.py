@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMSA's pickled features as a table, by way of a process that may build nothing but plain data."""
+"""Read MMSA's pickled features in a separate process that builds plain data only."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from msa_online.corpora.limited_process import LimitExceededError, last_line, ru
 from msa_online.corpora.splits import split_of
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureSteps
-from msa_online.precomputed.files import FeatureTable, fitting, table_of, unpadded
+from msa_online.precomputed.files import FeatureTable, check_sizes, table_of, unpadded
 from msa_online.precomputed.mmsa_pickle import (
     COLUMNS,
     FOREIGN,
@@ -25,33 +25,33 @@ from msa_online.precomputed.mmsa_pickle import (
 )
 
 READER = Path(__file__).with_name("mmsa_pickle.py")
-SMALL, SECONDS = 1 << 28, 60  # bytes and processor time that any pickle may need
-SEPARATOR = "$_$"  # between the video and the clip in MMSA's ids; one video shows one speaker
+SMALL, SECONDS = 1 << 28, 60  # bytes and CPU time that a pickle of any size may need
+SEPARATOR = "$_$"  # between video and clip in MMSA's ids; one video shows one speaker
 
 
 def read_mmsa_features(path: Path) -> FeatureTable:
-    """Rows and features of a pickle in MMSA's layout; nothing that it asks for is executed.
+    """Read the rows and features of a pickle in MMSA's layout; no code of the pickle is executed.
 
     The layout: `train`, `valid` and `test`, each with `id`, `text`, `audio`, `vision`, columns of labels, and
-    possibly `raw_text`, `audio_lengths`, `vision_lengths`; without lengths, rows of zeros at the end are
-    padding. `text_bert` is passed over.
+    optionally `raw_text`, `audio_lengths`, `vision_lengths`. Without lengths, rows of zeros at the end are
+    padding. `text_bert` is ignored.
 
     Raises:
-        CorpusError: The file is missing, corrupt, holds anything but arrays and plain data, needs more memory
-            or time than a file of its size should, or has another layout.
+        CorpusError: The file is missing or corrupt, contains anything but arrays and plain data, exceeds the
+            limits for its size, or has another layout.
     """
     if not path.is_file():
         raise CorpusError(f"{path} does not exist: give the pickle itself")
     with tempfile.TemporaryDirectory(prefix="msa-features-") as folder:
         _read_in_a_process(path, folder)
-        tensors = load_file(Path(folder, TENSORS))  # a copy: the folder goes
+        tensors = load_file(Path(folder, TENSORS))  # not memory-mapped: the folder is deleted
         columns = json.loads(Path(folder, COLUMNS).read_text(encoding="utf-8"))
     splits = {name: split_of(name) for name in columns}
     if not splits or None in splits.values() or not all("id" in of_split for of_split in columns.values()):
         held = [f"{name} ({', '.join(of_split) or 'no columns'})" for name, of_split in columns.items()]
         raise CorpusError(
-            f"{path} is not laid out as MMSA's: train, valid and test with a key 'id' in each are needed, "
-            f"the file holds: {', '.join(held) or 'nothing of the kind'}"
+            f"{path} does not have MMSA's layout: train, valid and test with a key 'id' in each are needed, "
+            f"the file contains: {', '.join(held) or 'none of these'}"
         )
     metadata = table_of(path, _joined_columns(path, columns, splits))
     steps = {
@@ -59,13 +59,13 @@ def read_mmsa_features(path: Path) -> FeatureTable:
         for name in MODALITIES
         if any(f"{split}/{name}" in tensors for split in columns)
     }
-    return fitting(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
 
 
 def _read_in_a_process(path: Path, folder: str) -> None:
-    """Have the reader write what a pickle holds into a folder, within limits that follow from its size.
+    """Let the reader process write the content of a pickle to a folder, with limits that depend on its size.
 
-    Arrays need three times the size of their pickle: its bytes, the arrays, and what is written of them.
+    Arrays need three times the size of their pickle: for its bytes, the arrays, and the output.
     """
     size = path.stat().st_size
     try:
@@ -79,13 +79,13 @@ def _read_in_a_process(path: Path, folder: str) -> None:
     except LimitExceededError as error:
         raise CorpusError(
             f"{path} ({size:,} bytes) needs more than {error} to be read, the limit for a pickle of its "
-            "size: it is damaged or made to do harm. If you trust it, save its arrays as an .npz file."
+            "size: it is damaged or malicious. If you trust it, save its arrays as an .npz file."
         ) from error
     if done.returncode == TOO_MANY_ROWS:
         raise CorpusError(f"{path} has a split of more than {MOST_ROWS:,} samples: split it into parts")
     if done.returncode == FOREIGN:
         raise CorpusError(
-            f"{path} holds {done.stdout.strip()}, which is neither an array nor plain data: nothing of "
+            f"{path} contains {done.stdout.strip()}, which is neither an array nor plain data. Nothing of "
             "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
         )
     if done.returncode != 0:
@@ -95,7 +95,7 @@ def _read_in_a_process(path: Path, folder: str) -> None:
 def _joined_columns(
     path: Path, columns: Mapping[str, Mapping[str, list[str]]], splits: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """The columns that all splits have, one split after the other, with `split` and `speaker` beside them."""
+    """The columns that all splits have, concatenated over splits; adds `split` and `speaker`."""
     for split, of_split in columns.items():
         for key, cells in of_split.items():
             if len(cells) != len(of_split["id"]):
@@ -113,7 +113,7 @@ def _joined_columns(
 def _joined_steps(
     path: Path, name: str, tensors: Mapping[str, np.ndarray], columns: Mapping[str, Mapping[str, list[str]]]
 ) -> FeatureSteps:
-    """Features of a modality in all splits, one split after the other."""
+    """Features of a modality, concatenated over splits."""
     parts = []
     for split, of_split in columns.items():
         key = f"{split}/{name}"
@@ -136,4 +136,4 @@ def _numbers(path: Path, cells: list[str]) -> np.ndarray:
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError as error:
-        raise CorpusError(f"{path}: lengths are no numbers ({error})") from error
+        raise CorpusError(f"{path}: lengths are not numbers ({error})") from error

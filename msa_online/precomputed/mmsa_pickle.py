@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read MMSA's pickled features in a process of its own.
+"""Read MMSA's pickled features in a separate process.
 
-A pickle is a program. This one may build arrays, containers, strings and numbers and call nothing else, in
-a process that ends with it and has limits (`limited_process`). What it builds goes back as safetensors and
-JSON. Only numpy and safetensors are imported, so that nothing heavier starts with it.
+A pickle is a program. Here it can build arrays, containers, strings and numbers, and call nothing else. The
+process has limits (`limited_process`) and ends after the one file. It returns its result as safetensors and
+JSON. Only numpy and safetensors are imported, so it starts quickly.
 """
 
 import codecs
@@ -29,7 +29,7 @@ SHOWN = 100  # characters of a name that the file chose
 
 
 class ForeignObject(Exception):
-    """The pickle wants something that is no plain data; the argument names it."""
+    """The pickle names something that is not plain data; the argument is that name."""
 
 
 class TooManyRows(Exception):
@@ -55,7 +55,7 @@ def _without_pointers(dtype: np.dtype) -> np.dtype:
 
 
 def _latin_1(text: str, encoding: str) -> bytes:
-    """How old protocols write bytes; any other codec could run code of its own."""
+    """Bytes as written by old pickle protocols; another codec could run arbitrary code."""
     if encoding != "latin1":
         raise ForeignObject(f"_codecs.encode to {encoding}")
     return codecs.encode(text, "latin-1")
@@ -63,7 +63,7 @@ def _latin_1(text: str, encoding: str) -> bytes:
 
 PLAIN: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): "numpy.ndarray",  # only ever handed to _reconstruct
+    ("numpy", "ndarray"): "numpy.ndarray",  # passed to _reconstruct only
     ("_codecs", "encode"): _latin_1,
     ("collections", "OrderedDict"): OrderedDict,
     **{(package, "_reconstruct"): _array for package in ("numpy.core.multiarray", "numpy._core.multiarray")},
@@ -75,17 +75,17 @@ PLAIN: dict[tuple[str, str], Any] = {
         for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
     },
 }
-"""All that a pickle may name."""
+"""All names that a pickle may use."""
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds arrays and plain Python data, and refuses by name whatever else a pickle asks for."""
+    """Builds arrays and plain Python data, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name of `PLAIN`.
+        """Look up a name in `PLAIN`; nothing is imported.
 
         Raises:
-            ForeignObject: Any other name; nothing is imported.
+            ForeignObject: The name is not in `PLAIN`.
         """
         if (module, name) not in PLAIN:
             raise ForeignObject(f"{module}.{name}")
@@ -93,10 +93,10 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """The plain data in a pickle; strings of Python 2 are read as Latin-1.
+    """Read the plain data in a pickle; strings of Python 2 are read as Latin-1.
 
     Raises:
-        ForeignObject: It holds something else.
+        ForeignObject: It contains something else.
     """
     with open(path, "rb") as file:
         return PlainUnpickler(file, encoding="latin1").load()
@@ -108,16 +108,16 @@ def plain_parts(
     """Features and columns of each split.
 
     Args:
-        content: What the pickle holds: splits by name, each a dict of keys.
-        most_rows: Samples that a split may have.
+        content: Content of the pickle: splits by name, each a dict of keys.
+        most_rows: Largest number of samples of a split.
 
     Returns:
-        Features as `split/modality`, `(samples, width)` or `(samples, time, width)`; where samples come one
-        by one, `(all steps, width)` with `split/modality/lengths` `(samples,)`. All one-dimensional keys by
-        split, as cells of text.
+        Features as `split/modality`, `(samples, width)` or `(samples, time, width)`; if each sample is an
+        array of its own, `(all steps, width)` with `split/modality/lengths` `(samples,)`. And the
+        one-dimensional keys of each split, as cells of text.
 
     Raises:
-        TooManyRows: A key has more.
+        TooManyRows: A key has more samples.
     """
     tensors: dict[str, np.ndarray] = {}
     columns: dict[str, dict[str, list[str]]] = {}
@@ -134,7 +134,7 @@ def plain_parts(
 
 
 def _rows(value: Any) -> int:
-    """Samples in a key; 0 where it is no column."""
+    """Number of samples in a key; 0 if it is not a column."""
     if isinstance(value, np.ndarray):
         return len(value) if value.ndim else 0
     return len(value) if isinstance(value, list | tuple) else 0
@@ -153,7 +153,7 @@ def _features(key: str, value: Any) -> dict[str, np.ndarray]:
 
 
 def _cells(value: Any) -> list[str]:
-    """A one-dimensional column as text; nothing for anything else."""
+    """A one-dimensional column as text; an empty list for anything else."""
     if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 1:
         value = value[:, 0]
     if not isinstance(value, list | tuple | np.ndarray) or not all(
@@ -164,7 +164,7 @@ def _cells(value: Any) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Write what the pickle in the first argument holds into the folder of the second; exit status."""
+    """Run with the arguments PICKLE FOLDER MOST_ROWS; returns the exit status."""
     path, folder = map(Path, argv[:2])
     try:
         tensors, columns = plain_parts(read_pickle(path), most_rows=int(argv[2]))
@@ -180,5 +180,5 @@ def main(argv: list[str]) -> int:
             raise OSError(errno.EFBIG, str(error)) from error
         raise
     with open(folder / COLUMNS, "w", encoding="utf-8") as file:
-        json.dump(columns, file)  # in pieces, so that the limit of output ends it
+        json.dump(columns, file)  # written in pieces, so that the output limit applies
     return 0

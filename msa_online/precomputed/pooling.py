@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences of features to one vector a sample."""
+"""Pool sequences of features to one vector per sample."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,13 @@ import numpy as np
 from msa_online.precomputed.corpus import FeatureSteps
 
 LEVELS = ("sequence", "utterance")
-"""What features are kept as: their steps, or one vector for each sample."""
+"""Levels of a corpus of features: all steps, or one vector per sample."""
 
 
 def pool(steps: Mapping[str, FeatureSteps]) -> dict[str, FeatureSteps]:
-    """One step a sample: the mean over time of text, mean and standard deviation of audio and vision.
+    """Pool to one step per sample: mean over time of text, mean and standard deviation of audio and vision.
 
-    Samples without steps stay without. A modality that has one step a sample already stays as it is.
+    Samples without steps stay without. A modality with at most one step per sample is not changed.
     """
     return {name: _pooled(of_modality, name != "text") for name, of_modality in steps.items()}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and check a corpus of features, so that no run stops half-way over a value that was wrong before."""
+"""Read and validate a corpus of precomputed features before a run starts."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ from msa_online.precomputed.files import (
     FEATURES,
     PICKLES,
     FeatureTable,
-    means_features,
+    is_precomputed_path,
     read_feature_archive,
     read_feature_folder,
 )
@@ -29,18 +29,18 @@ def read_features(
     label_range: tuple[float, float] | None = None,
     skip_broken: bool = False,
 ) -> FeatureCorpus:
-    """Read and check a corpus of features made elsewhere.
+    """Read and validate a corpus of precomputed features.
 
     Args:
         path: A folder with metadata.csv and features.safetensors, or an .npz file.
-        label_column: The column that holds the label.
-        split_column: The column that holds the split.
+        label_column: Column of the label.
+        split_column: Column of the split.
         label_range: Smallest and largest legal label; labels become floats. None keeps them as class names.
-        skip_broken: Leave broken rows out, counted in the log, instead of raising.
+        skip_broken: Leave out broken rows and log their number, instead of raising.
 
     Raises:
-        CorpusError: Files are missing, damaged or do not fit each other, a column is missing, or rows are
-            broken: all of them are listed.
+        CorpusError: Files are missing, damaged or do not match each other; a column is missing; or rows are
+            broken, all of which are listed.
     """
     local = Path(path).expanduser()
     table = _read_table(local)
@@ -62,31 +62,32 @@ def read_features(
 def check_features(
     table: FeatureTable, *, label_column: str, split_column: str, label_range: tuple[float, float] | None
 ) -> tuple[list[FeatureSample], list[BrokenRow]]:
-    """Turn rows into samples, and say of every other row all that is wrong with it or with its features.
+    """Convert valid rows to samples, and list all problems of every other row and its features.
 
     Raises:
         CorpusError: A column is missing.
     """
     metadata = table.metadata
     rows = _rows(table, label_column, split_column)
-    strange = {name: steps.non_finite() for name, steps in table.steps.items()}
+    non_finite = {name: steps.non_finite() for name, steps in table.steps.items()}
     first_rows: dict[str, int] = {}
     samples, broken = [], list(metadata.broken)
     for row, written in zip(table.places, rows, strict=True):
         line = written.line
         problems = [
-            f"{name} of {written.file!r} holds {strange[name][row][1]} in step {strange[name][row][0] + 1}: "
-            "make the features again, or take zeros with `msa-online convert-features --non-finite zero`"
-            for name in strange
-            if row in strange[name]
+            f"{name} of {written.file!r} contains {non_finite[name][row][1]} in step "
+            f"{non_finite[name][row][0] + 1}: compute the features again, or replace such values by zero "
+            "with `msa-online convert-features --non-finite zero`"
+            for name in non_finite
+            if row in non_finite[name]
         ]
         label = attempt(problems, checked_label, written, label_range)
         split = attempt(problems, checked_split, written.split)
         if not written.file:
-            problems.append("the id is empty: give every sample one of its own")
+            problems.append("the id is empty: give every sample a unique id")
         elif first_rows.setdefault(written.file, line) != line:
             known = place(metadata.path, first_rows[written.file])
-            problems.append(f"id {written.file!r} is that of {known}: give every sample one of its own")
+            problems.append(f"id {written.file!r} is that of {known}: give every sample a unique id")
         if problems:
             broken.append(BrokenRow(metadata.path, line, "; ".join(problems)))
         else:
@@ -98,7 +99,7 @@ def check_features(
 
 
 def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row]:
-    """The rows as written; the id of a sample stands where clips have their file."""
+    """The rows as written; `file` is the id of the sample."""
     metadata = table.metadata
     require_columns(metadata.path, metadata.columns, ("id", label_column, split_column))
     return [
@@ -118,14 +119,12 @@ def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row
 
 def _read_table(path: Path) -> FeatureTable:
     if path.suffix in PICKLES:
-        raise CorpusError(
-            f"{path} is a pickle: make a folder of it with `msa-online convert-features {path} FOLDER`"
-        )
+        raise CorpusError(f"{path} is a pickle: convert it with `msa-online convert-features {path} FOLDER`")
     if not path.exists():
         raise CorpusError(f"{path} does not exist: give a folder with {FEATURES}, or an .npz file")
-    if not means_features(path):
+    if not is_precomputed_path(path):
         raise CorpusError(
-            f"{path} holds no features, neither {FEATURES} nor an .npz file. Make them of raw clips with "
-            f"`msa-online extract-features {path} FOLDER --text-encoder NAME`."
+            f"{path} is neither an .npz file nor a folder with {FEATURES}. To extract features from raw "
+            f"clips, run `msa-online extract-features {path} FOLDER --text-encoder NAME`."
         )
     return (read_feature_folder if path.is_dir() else read_feature_archive)(path)

@@ -21,7 +21,7 @@ from msa_online.precomputed.corpus import (
     FeatureCorpus,
     features_table,
 )
-from msa_online.precomputed.files import means_features
+from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import InputLimits, MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
@@ -37,7 +37,7 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
         CorpusError: Rows cannot be used and `skip_broken` is not said, or a split is empty.
         ConfigurationError: Clips are to be split by another column than "split".
     """
-    if means_features(data.path):
+    if is_precomputed_path(data.path):
         features = read_features(
             data.path,
             label_column=data.label_column,

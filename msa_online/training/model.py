@@ -14,7 +14,7 @@ from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.missing.rates import SplitMask
 from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.corpus import FeatureCorpus, require_widths
-from msa_online.precomputed.files import means_features
+from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
 
@@ -56,12 +56,12 @@ def build_model(
 
 def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:
     """Check that model and data are both of raw clips, or both of features."""
-    if widths is None and means_features(data.path):
+    if widths is None and is_precomputed_path(data.path):
         raise ConfigurationError(
             f"data.path={data.path} holds features made elsewhere, but the model reads raw clips: say "
             "model.text_encoder=null and their widths in model.feature_widths, or name a corpus of clips"
         )
-    if widths is not None and not means_features(data.path):
+    if widths is not None and not is_precomputed_path(data.path):
         raise ConfigurationError(
             f"data.path={data.path} means raw clips, but the model reads features made elsewhere "
             f"(model.feature_widths): make them with `msa-online extract-features {data.path} FOLDER "

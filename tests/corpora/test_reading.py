@@ -149,7 +149,7 @@ def test_mmsa_clip_that_is_missing_is_named(tmp_path):
         tmp_path / "label.csv", "video_id,clip_id,text,label,mode", "v,1,x,0,train", "../..,1,x,0,train"
     )
     assert_names(
-        complaint(tmp_path), "line 2: 'Raw/v/1.mp4' does not exist", "line 3: 'Raw/../../1.mp4' leaves"
+        complaint(tmp_path), "line 2: 'Raw/v/1.mp4' does not exist", "line 3: 'Raw/../../1.mp4' leads out"
     )
 
 
@@ -355,7 +355,9 @@ def test_metadata_is_read_where_a_table_of_something_else_lies_beside_it(folder)
 
 def test_arrow_file_that_is_none_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no table at all")
-    assert_names(complaint(tmp_path / "x.parquet"), "x.parquet", "no complete Arrow table", "copy it again")
+    assert_names(
+        complaint(tmp_path / "x.parquet"), "x.parquet", "not a complete Arrow table", "copy it again"
+    )
 
 
 @pytest.fixture
@@ -389,7 +391,7 @@ def test_repository_in_the_hub_cache_is_read_through_its_links(hub_cache):
 def test_repository_without_network_is_one_clear_message(hub_cache):
     error = complaint("owner/clips")
     assert_names(
-        error, "'owner/clips' is neither a folder here nor a data set that the Hub gave us", "the network"
+        error, "'owner/clips' is neither a local folder nor a data set that the Hub returned", "the network"
     )
     assert len(str(error).splitlines()) == 1
 
@@ -458,7 +460,7 @@ def test_folder_without_metadata_says_what_it_holds_and_what_was_looked_for(fold
         "Write a metadata.csv",
     )
     assert_names(complaint(folder / "nowhere"), "nowhere does not exist")
-    assert_names(complaint(folder / "a.mp4"), "is no .csv")
+    assert_names(complaint(folder / "a.mp4"), "is not a .csv")
 
 
 @pytest.mark.parametrize(
@@ -544,9 +546,9 @@ HEADER = "file_name,text,label,split,start,end"
         ("a.MP4,x,1,train,,", "'a.MP4' does not exist (but 'a.mp4' does): copy it to"),
         ("clips/b.mp4,x,1,train,,", "'clips/b.mp4' does not exist (but 'b.mp4' does)"),
         ("a_long_nam.mp4,x,1,train,,", "(did you mean 'a_long_name.mp4'?)"),
-        ("../outside.mp4,x,1,train,,", "'../outside.mp4' leaves the corpus for"),
+        ("../outside.mp4,x,1,train,,", "'../outside.mp4' leads out of the corpus to"),
         ("/etc/hostname,x,1,train,,", "'/etc/hostname' is an absolute path: write it relative to"),
-        ("link.mp4,x,1,train,,", "'link.mp4' leaves the corpus for"),
+        ("link.mp4,x,1,train,,", "'link.mp4' leads out of the corpus to"),
         ("zero.mp4,x,1,train,,", "'zero.mp4' has zero bytes: copy or download it again"),
         ("inner,x,1,train,,", "'inner' is not a file: name the clip itself"),
         (",x,1,train,,", "file name '' is empty"),
@@ -554,7 +556,7 @@ HEADER = "file_name,text,label,split,start,end"
         ("d.mp4,x,1,train,0,", "'d.mp4' has the clip and window of corpus/metadata.csv line 2"),
         (
             "a.mp4,well, yes,1,train,,",
-            "7 cells under 6 columns, '' is left over: a text that holds a comma must",
+            "7 cells under 6 columns, '' is left over: put texts that contain a comma",
         ),
         ("a.mp4,x,1", "3 cells under 6 columns: write a comma for every cell"),
     ],
@@ -617,7 +619,7 @@ def test_emotions_under_a_regression_name_the_other_task_once(folder, skip_broke
     assert len(str(error).splitlines()) == 1
     assert_names(
         error,
-        "corpus/metadata.csv line 2: the label column 'label' holds words ('anger'; 60 of 62 rows)",
+        "corpus/metadata.csv line 2: the label column 'label' contains words ('anger'; 60 of 62 rows)",
         "data.task=classification",
         "--label-column",
     )
@@ -651,11 +653,11 @@ def test_an_empty_label_column_is_one_line_and_labels_of_a_part_are_used_on_requ
 
 def test_scores_are_not_made_classes(caplog):
     source = Path("corpus/metadata.csv")
-    with pytest.raises(CorpusError, match=r"scores \(3 different numbers, like '-1.8'\)"):
+    with pytest.raises(CorpusError, match=r"scores \(3 distinct numbers, like '-1.8'\)"):
         check_class_names(source, "label", {"2.0", "-1.8", "0"})
     check_class_names(source, "emotion", {"0", "1", "2.0", "-1"})
     check_class_names(source, "emotion", {"joy", "0.5"})
-    with pytest.raises(CorpusError, match="holds one class only, 'joy'.*needs two or more"):
+    with pytest.raises(CorpusError, match="contains one class only, 'joy'.*needs two or more"):
         check_class_names(source, "emotion", {"joy"})
     assert not caplog.records
     check_class_names(source, "rating", {str(number) for number in range(101)})

@@ -64,7 +64,7 @@ def test_ids_that_only_one_side_knows_are_named(described, tmp_path, rewrite_row
     message = refusal(source, tmp_path / "corpus", metadata=rows)
     assert "does not name 's10', 's11'" in message and str(source) in message
     rewrite_rows(rows, lambda cells: [*cells, *({**cells[0], "id": name} for name in ("s10", "s11"))])
-    assert "names 'stranger', of which" in refusal(source, tmp_path / "corpus", metadata=rows)
+    assert "names 'stranger', for which" in refusal(source, tmp_path / "corpus", metadata=rows)
 
 
 def test_an_id_that_is_described_twice_is_refused(described, tmp_path, rewrite_rows):
@@ -86,7 +86,7 @@ def test_infinities_are_refused_or_become_zero_and_are_counted(feature_arrays, w
     feature_arrays["audio"][[1, 5], 2] = -np.inf
     source = write_archive(feature_arrays)
     message = refusal(source, tmp_path / "corpus")
-    assert "2 broken rows" in message and "audio of 's5' holds -inf in step 3" in message
+    assert "2 broken rows" in message and "audio of 's5' contains -inf in step 3" in message
     convert_features(source, tmp_path / "corpus", non_finite="zero")
     assert (read_features(tmp_path / "corpus").steps["audio"].of(1)[2] == 0).all()
     origin = json.loads((tmp_path / "corpus" / "origin.json").read_text())
@@ -133,7 +133,7 @@ def test_nothing_is_written_over_and_nothing_half_written_is_left(feature_arrays
     source = write_archive(feature_arrays)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").touch()
-    with pytest.raises(CorpusError, match="is there already"):
+    with pytest.raises(CorpusError, match="exists already"):
         convert_features(source, tmp_path / "taken")
     assert os.listdir(tmp_path / "taken") == ["mine.txt"]
 
@@ -143,7 +143,7 @@ def test_parent_folders_are_made_and_a_file_in_the_way_is_named(feature_arrays, 
     convert_features(source, tmp_path / "features" / "mosi" / "aligned")
     assert len(read_features(tmp_path / "features" / "mosi" / "aligned").samples) == 12
     (tmp_path / "file").touch()
-    with pytest.raises(CorpusError, match=f"cannot be made: {tmp_path / 'file'} is a file, not a folder"):
+    with pytest.raises(CorpusError, match=f"cannot be created: {tmp_path / 'file'} is a file, not a folder"):
         convert_features(source, tmp_path / "file" / "features" / "mosi")
 
 

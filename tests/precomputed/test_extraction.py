@@ -54,7 +54,7 @@ def test_clips_become_a_corpus_of_features(tiny_corpus, tiny_text_encoder, cache
 
 def test_a_folder_that_is_taken_is_refused_before_the_work_begins(tiny_corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CorpusError, match="is there already"):
+    with pytest.raises(CorpusError, match="exists already"):
         extract_features(read_corpus(tiny_corpus), tmp_path, text_encoder="nobody/asks-for-this")
 
 

@@ -91,7 +91,9 @@ def test_a_pickle_with_anything_but_data_is_refused_by_name_and_nothing_is_execu
     mark = tmp_path / "executed"
     make, name = FOREIGN[kind]
     path = write_pickle({**content, "extra": make(mark)}, protocol)
-    with pytest.raises(CorpusError, match=f"holds {name}, which is neither an array nor plain data: nothing"):
+    with pytest.raises(
+        CorpusError, match=f"contains {name}, which is neither an array nor plain data. Nothing"
+    ):
         convert_features(path, tmp_path / "corpus")
     assert sorted(os.listdir(tmp_path)) == ["features.pkl"]
 
@@ -200,10 +202,10 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
         ("test", {"text": np.ones((2, 4, 9))}, "text is 5 and 9 wide"),
         ("test", {"annotations": ["Neutral"]}, "1 annotations for 2 ids"),
         ("test", {"audio_lengths": [6, 7]}, "says 7 steps in row 2"),
-        ("test", {"audio_lengths": ["a", "b"]}, "lengths are no numbers"),
+        ("test", {"audio_lengths": ["a", "b"]}, "lengths are not numbers"),
         ("test", {"vision": np.ones((3, 6, 2))}, "2 test vision_lengths for 3 samples"),
         ("valid", {"audio": "lost"}, "valid has no audio, though other splits have it"),
-        ("train", {"id": 5}, "not laid out as MMSA's.* a key 'id' in each .* holds: train"),
+        ("train", {"id": 5}, "does not have MMSA's layout.* a key 'id' in each .* contains: train"),
     ],
 )
 def test_a_pickle_whose_parts_do_not_fit_is_refused(content, write_pickle, split, change, expected):
@@ -214,7 +216,7 @@ def test_a_pickle_whose_parts_do_not_fit_is_refused(content, write_pickle, split
 
 @pytest.mark.parametrize("layout", [{"first": {"id": ["a"]}}, ["train", "valid"], {"train": [1]}, "text"])
 def test_a_pickle_of_another_layout_is_refused_naming_what_it_holds(write_pickle, layout):
-    assert "is not laid out as MMSA's" in refusal(write_pickle(layout))
+    assert "does not have MMSA's layout" in refusal(write_pickle(layout))
 
 
 def test_the_process_that_reads_a_pickle_starts_without_torch():

@@ -37,7 +37,7 @@ def test_emotions_under_a_regression_name_the_other_task_once(feature_arrays, wr
     feature_arrays["emotion"] = np.array(["calm", "angry"] * 6)
     message = refusal(write_archive(feature_arrays), label_column="emotion")
     assert len(message.splitlines()) == 1
-    assert "label column 'emotion' holds words ('calm'; 12 of 12 rows)" in message
+    assert "label column 'emotion' contains words ('calm'; 12 of 12 rows)" in message
     assert "data.task=classification" in message
 
 
@@ -187,7 +187,7 @@ def test_a_number_that_is_none_is_refused_naming_sample_modality_and_step(
 ):
     feature_arrays["audio"][5, 2, 1] = value
     message = refusal(write_archive(feature_arrays))
-    assert f"audio of 's5' holds {value} in step 3" in message and "--non-finite zero" in message
+    assert f"audio of 's5' contains {value} in step 3" in message and "--non-finite zero" in message
 
 
 def test_ids_are_refused_that_are_empty_or_taken(feature_arrays, write_archive):
@@ -249,7 +249,7 @@ IDS = header((2,), "<U1") + "ab".encode("utf-32-le")
 HARMFUL = {  # members of an archive, and what its refusal says
     "an array of zeros": (
         {"id": IDS, "text": header((1000, 100_000), "<f4") + bytes(400_000_000)},
-        r"unpacks to 0.4 GB, more than the 0.3 GB that an archive of its size may hold",
+        r"unpacks to 0.4 GB, more than the 0.3 GB that an archive of its size may contain",
     ),
     "several arrays of zeros": (
         {f"key{number}": header((1000, 25_000), "<f4") + bytes(100_000_000) for number in range(4)},
@@ -257,7 +257,7 @@ HARMFUL = {  # members of an archive, and what its refusal says
     ),
     "a shape without its numbers": (
         {"id": IDS, "text": header((1_000_000, 1000), "<f4") + b"few"},
-        r"text.npy is not as long as its shape \(1000000, 1000\) says",
+        r"the length of text.npy does not match its shape \(1000000, 1000\)",
     ),
     "many cells without a byte": ({"id": header((10**9,), "<U0")}, "id.npy has more than 2,000,000 rows"),
     "many cells of one byte": (
@@ -315,7 +315,7 @@ def test_an_archive_packed_as_numpy_never_packs_is_refused(method, tmp_path):
     """LZMA may ask for 4 GB for its dictionary alone."""
     with zipfile.ZipFile(tmp_path / "features.npz", "w", method) as archive:
         archive.writestr("id.npy", IDS)
-    assert "id.npy is encrypted, or packed in another way than numpy packs" in refusal(
+    assert "id.npy is encrypted, or compressed in a way numpy does not use" in refusal(
         tmp_path / "features.npz"
     )
 
@@ -355,12 +355,12 @@ def test_a_folder_whose_features_are_cut_off_is_refused(feature_folder, share):
     path = feature_folder / "features.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert "damaged or cut off" in refusal(feature_folder)
+    assert "damaged or truncated" in refusal(feature_folder)
 
 
 def test_a_folder_with_rows_missing_is_refused(feature_folder, rewrite_rows):
     rewrite_rows(feature_folder / "metadata.csv", lambda rows: rows[:-1])
-    assert "text has 12 samples, but metadata.csv names 11" in refusal(feature_folder)
+    assert "text has 12 samples, but metadata.csv has 11" in refusal(feature_folder)
     (feature_folder / "metadata.csv").unlink()
     assert "has no metadata.csv" in refusal(feature_folder)
 
@@ -369,13 +369,13 @@ def test_a_folder_with_rows_missing_is_refused(feature_folder, rewrite_rows):
     ("changes", "expected"),
     [
         ({"text.offsets": None}, "text.values and text.offsets are needed together"),
-        ({"txt.values": torch.zeros(1, 1)}, "holds txt.values: known are"),
+        ({"txt.values": torch.zeros(1, 1)}, "contains txt.values: known are"),
         ({"vision.values": torch.zeros(12, 2).double()}, "vision.values is .* of torch.float64"),
         ({"vision.offsets": torch.zeros(13, dtype=torch.int64)}, "must rise from 0 to the 12 steps"),
         ({"vision.offsets": torch.arange(13).int()}, "must be int64"),
         (
             dict.fromkeys(map(str, range(100)), torch.zeros(1)),
-            "holds 0, 1, 10, 11, 12, 13, 14, 15, 16, 17: k",
+            "contains 0, 1, 10, 11, 12, 13, 14, 15, 16, 17: k",
         ),
         (dict.fromkeys(map(str, range(20_000)), torch.zeros(1)), r"header of 1,[\d,]+ bytes, too many for 6"),
     ],
