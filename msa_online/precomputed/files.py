@@ -125,8 +125,8 @@ def read_feature_archive(path: Path) -> FeatureTable:
     except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(
-            f"{path} cannot be read as an .npz file of arrays ({reason}): copy it again; columns of text must "
-            "be arrays of strings (dtype U), not of Python objects"
+            f"{path} cannot be read as an .npz file of arrays ({reason}): copy it again; columns of text "
+            "must be arrays of strings (dtype U), not of Python objects"
         ) from error
     steps, columns = {}, {}
     for key, array in arrays.items():
