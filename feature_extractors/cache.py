@@ -24,7 +24,7 @@ from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key; raise it when settings come to give other features, or the files change."""
 
 SETTLED = 2.0

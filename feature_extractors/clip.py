@@ -111,7 +111,7 @@ class ExtractionSettings:
 
     Attributes:
         num_frames: Frames sampled from a clip, at the midpoints of as many equal intervals.
-        max_height: Frames higher than this many pixels are scaled down before faces are looked for.
+        max_height: Pixels to which the shorter side of larger frames is scaled before faces are looked for.
         face_size: Height and width of a face crop in pixels.
         num_mels: Mel bands of the spectrogram.
         window_ms: Length of an analysis window in milliseconds.

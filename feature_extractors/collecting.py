@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from feature_extractors.clip import SAMPLE_RATE
+from feature_extractors.pictures import DecodedFrame, PictureConverter, together
 
 if TYPE_CHECKING:
     import av
@@ -20,68 +21,61 @@ class FrameSampler:
     """Keeps the frame on show at each midpoint of `num_frames` equal intervals of a window.
 
     A frame is on show from its own time until the next frame's; the first frame also stands for the time
-    before it. Only one frame is held back at a time, so long clips need no more memory than short ones.
+    before it. Only two frames are held back at a time, so long clips need no more memory than short ones.
 
     Attributes:
         first: Time of the first frame seen, None before it; seconds from the beginning of the file.
         last: End of the last frame seen, -1 before it.
         done: Whether later frames cannot be wanted.
+        count: Number of frames seen.
     """
 
-    def __init__(self, start: float, end: float, num_frames: int, max_height: int):
-        """Prepares for one window, in seconds from the beginning of the file."""
-        from av.video.reformatter import VideoReformatter
-
-        self.start, self.end, self.max_height = start, end, max_height
-        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
+    def __init__(self, start: float, end: float, num_frames: int, converter: PictureConverter | None):
+        """Prepares for one window, in seconds from the beginning of the file; no video needs no converter."""
+        self.start, self.end = start, end
+        self.count = 0
         self.targets = start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames
         self.first: float | None = None
         self.last = -1.0
         self.done = False
         self._next = 0  # index of the first target that has no frame yet
-        self._held: tuple[float, av.VideoFrame] | None = None
+        self._converter = converter
+        self._held: tuple[float, DecodedFrame] | None = None
+        self._before_held: DecodedFrame | None = None
         self._kept: list[tuple[float, np.ndarray]] = []
-        self._shape: tuple[int, int] | None = None  # width, height
 
     def add(self, frame: "av.VideoFrame", origin: float) -> None:
         """Takes the next frame; a frame without a timestamp follows its predecessor."""
         time = max(self.last, 0.0) if frame.time is None else frame.time - origin
         if self.first is None:
             self.first = time
-        self._settle(time)
-        self._held = (time, frame)
+        decoded = self._converter.receive(frame)
+        self._settle(time, decoded)
+        self._before_held = self._held and self._held[1]
+        self._held = (time, decoded)
+        self.count += 1
         length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
         self.last = max(self.last, time + length)
         self.done = self._next >= len(self.targets) and time >= self.end
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Frames (frames, height, width, 3) uint8 RGB and their times (frames,) from the window's start."""
-        self._settle(np.inf)
+        self._settle(np.inf, None)
         if not self._kept:
             return np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0)
         times, pictures = zip(*self._kept, strict=True)
-        return np.stack(pictures), np.array(times, np.float64) - self.start
+        return together(pictures), np.array(times, np.float64) - self.start
 
-    def _settle(self, time: float) -> None:
-        """Keeps the held frame if a target falls before `time`, when the next frame takes its place."""
+    def _settle(self, time: float, following: DecodedFrame | None) -> None:
+        """Keeps the held frame if a target falls before `time`, when the following one takes its place."""
         waiting = self._next
         while self._next < len(self.targets) and self.targets[self._next] < time:
             self._next += 1
         if self._held is None:  # the first frame is not here yet; it will stand for these targets
             self._next = waiting
         elif self._next > waiting and self._held[0] <= self.end:
-            self._kept.append((self._held[0], self._convert(self._held[1])))
-
-    def _convert(self, frame: "av.VideoFrame") -> np.ndarray:
-        """To upright RGB of the first kept frame's shape, scaled down to `max_height`."""
-        quarter_turns = round(frame.rotation / 90) % 4
-        if self._shape is None:
-            shown_height = frame.width if quarter_turns % 2 else frame.height
-            scale = min(1.0, self.max_height / shown_height)
-            self._shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-        width, height = self._shape
-        picture = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1)
-        return np.ascontiguousarray(np.rot90(picture.to_ndarray(), quarter_turns))
+            picture = self._converter.convert(self._held[1], self._before_held, following)
+            self._kept.append((self._held[0], picture))
 
 
 class WaveformCollector:

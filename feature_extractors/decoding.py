@@ -20,6 +20,7 @@ from feature_extractors.clip import SAMPLE_RATE, Clip, ClipError, RawClip
 from feature_extractors.collecting import FrameSampler, WaveformCollector
 from feature_extractors.limits import Deadline
 from feature_extractors.opening import open_media
+from feature_extractors.pictures import PictureConverter
 
 if TYPE_CHECKING:
     import av
@@ -52,7 +53,7 @@ def decode(
         clip: The file and, optionally, the window in it.
         num_frames: Frames wanted. The window is cut into as many equal intervals and the frame on show at
             each midpoint is taken; a clip with fewer frames gives fewer, none twice.
-        max_height: Frames higher than this are scaled down, keeping their shape.
+        max_height: Pictures whose shorter side is longer than this are scaled down, keeping their shape.
         deadline: The time allowed, from now on by default. It is set to what the clip's length allows once
             this is known.
 
@@ -147,7 +148,8 @@ def _decode_window(container: "av.container.InputContainer", task: _Task, *, see
     task.deadline.allow(window.end - (window.start if seek else 0.0))
     if seek:
         container.seek(int((origin + window.start - PRE_ROLL) * 1_000_000))
-    sampler = FrameSampler(window.start, window.end, task.num_frames, task.max_height)
+    converter = PictureConverter(clip.path, video, task.max_height) if video else None
+    sampler = FrameSampler(window.start, window.end, task.num_frames, converter)
     sound = WaveformCollector(window.start, window.end)
     collectors = {s.index: c for s, c in ((video, sampler), (audio, sound)) if s is not None}
     for stream, frame in _decoded_frames(container, collectors):

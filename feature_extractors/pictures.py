@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoded video frame to the RGB picture that a viewer would see.
+
+Decoders return what is stored: fields of two moments in one frame, pixels that are not square, pictures lying
+on their side or mirrored, HDR signals, transparent areas. A `PictureConverter` undoes all of this.
+"""
+
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from feature_extractors import limits
+from feature_extractors.clip import ClipError
+
+if TYPE_CHECKING:
+    import av
+
+UNSPECIFIED, BT709, BT2020 = 2, 1, 9
+"""Numbers of colour matrices in ITU-T H.273, which FFmpeg uses."""
+
+MATRICES = {1, 4, 5, 6, 7, 9}
+"""Colour matrices that FFmpeg's scaler knows."""
+
+UNSUPPORTED = {8: "YCgCo", 10: "BT.2020 constant luminance", 11: "Y'D'zD'x", 13: "constant luminance"}
+UNSUPPORTED |= {14: "ICtCp", 15: "IPT-C2"}
+"""Colour matrices that it does not know. Reserved numbers stand for no matrix."""
+
+PQ, HLG = 16, 18
+"""Numbers of the HDR transfer characteristics in ITU-T H.273."""
+
+HD_LONG, HD_SHORT = 1280, 720
+"""A frame with one of these sides, or a larger one, is HD; without a colour matrix it is BT.709."""
+
+REFERENCE_WHITE = 203.0
+"""Luminance in cd/m2 of diffuse white in HDR video (ITU-R BT.2408); it becomes SDR white, nearly."""
+
+HLG_PEAK = 1000.0
+"""Peak luminance in cd/m2 of the display for which HLG is shown (ITU-R BT.2100)."""
+
+KNEE = 0.8
+"""Share of SDR white above which tone mapping compresses highlights."""
+
+SDR_GAMMA = 2.2
+
+TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
+"""Linear light with BT.2020 primaries to BT.709 primaries (ITU-R BT.2087)."""
+
+STRAIGHT = 1.0
+"""Rotations that differ from quarter turns by fewer degrees than this are quarter turns."""
+
+FLAGS_ITS_FRAMES = {"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vc1", "wmv3", "vp8", "vp9", "av1"}
+"""Codecs whose frames say themselves whether they are interlaced; for others the container is believed."""
+
+
+class DecodedFrame(NamedTuple):
+    """A frame, and what only the decoder knew when the frame came out of it.
+
+    Attributes:
+        frame: The decoded frame.
+        pixel_aspect: Width of a pixel by its height.
+        fields: "tff" or "bff" for an interlaced frame by its first field, "auto" where the frame itself knows
+            the first field, None for a progressive frame.
+    """
+
+    frame: "av.VideoFrame"
+    pixel_aspect: Fraction
+    fields: str | None
+
+
+class PictureConverter:
+    """Converts the frames of one video stream.
+
+    Attributes:
+        max_height: Pictures whose shorter side is longer than this are scaled down, keeping their shape.
+    """
+
+    def __init__(self, path: Path, stream: "av.VideoStream", max_height: int):
+        """Prepares for one stream of the file at `path`, before its first frame is decoded."""
+        from av.video.reformatter import VideoReformatter
+
+        self.max_height = max_height
+        self._path = path
+        self._stream = stream
+        self._opened_with = stream.codec_context.sample_aspect_ratio
+        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
+
+    def receive(self, frame: "av.VideoFrame") -> DecodedFrame:
+        """The frame with what the decoder says at this moment."""
+        return DecodedFrame(frame, self._pixel_aspect(), self._fields(frame))
+
+    def convert(
+        self, this: DecodedFrame, before: DecodedFrame | None = None, after: DecodedFrame | None = None
+    ) -> np.ndarray:
+        """The picture (height, width, 3), uint8 RGB, as a viewer sees it.
+
+        Args:
+            this: The frame wanted.
+            before: The frame that was decoded before it, if any; interlaced frames need both neighbours.
+            after: The frame that is decoded after it, if any.
+
+        Raises:
+            ClipError: The colours are coded in a way that cannot be read, or the pixels so far from square
+                that the picture has an extreme shape.
+        """
+        frame, transfer, matrix = this.frame, this.frame.color_trc, display_matrix(this.frame)
+        if this.fields:
+            frame = _deinterlaced(this, before, after)
+        colors = self._color_matrix(frame)
+        if _has_alpha(frame):
+            frame = _on_black(frame, colors)
+        size = self._size(frame.width, frame.height, this.pixel_aspect)
+        if transfer in (PQ, HLG):
+            return upright(tone_map(self._reformat(frame, size, "rgb48le", colors), transfer), matrix)
+        return upright(self._reformat(frame, size, "rgb24", colors), matrix)
+
+    def _size(self, width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
+        """Width and height of the picture before it is turned."""
+        shown_width = width * float(pixel_aspect)
+        limits.check_picture(self._path, max(1, round(shown_width)), height)
+        scale = min(1.0, self.max_height / min(shown_width, height))
+        return max(1, round(shown_width * scale)), max(1, round(height * scale))
+
+    def _reformat(
+        self, frame: "av.VideoFrame", size: tuple[int, int], pixel_format: str, color_matrix: int
+    ) -> np.ndarray:
+        return self._reformatter.reformat(
+            frame, *size, pixel_format, src_colorspace=color_matrix, interpolation="AREA", threads=1
+        ).to_ndarray()
+
+    def _color_matrix(self, frame: "av.VideoFrame") -> int:
+        """The frame's colour matrix; where it names none, BT.2020 for HDR and BT.709 for HD."""
+        if frame.colorspace in UNSUPPORTED:
+            detail = f"cannot be decoded (its colours are coded as {UNSUPPORTED[frame.colorspace]})"
+            raise ClipError(self._path, "undecodable", detail)
+        if frame.colorspace in MATRICES:
+            return frame.colorspace
+        if frame.color_trc in (PQ, HLG):
+            return BT2020
+        sides = sorted((frame.width, frame.height))
+        return BT709 if sides[1] >= HD_LONG or sides[0] >= HD_SHORT else UNSPECIFIED
+
+    def _pixel_aspect(self) -> Fraction:
+        """The container's pixel aspect ratio, else the stream's, which may change on the way, else square."""
+        of_stream = self._stream.sample_aspect_ratio
+        now = self._stream.codec_context.sample_aspect_ratio
+        changed = now and now != self._opened_with and of_stream == self._opened_with
+        return (now if changed else of_stream or now) or Fraction(1)
+
+    def _fields(self, frame: "av.VideoFrame") -> str | None:
+        """Which field of an interlaced frame is first; see `DecodedFrame`."""
+        if frame.interlaced_frame:
+            return "auto"
+        context = self._stream.codec_context
+        if context.name in FLAGS_ITS_FRAMES:
+            return None
+        return {2: "tff", 3: "bff", 4: "bff", 5: "tff"}.get(context.field_order)
+
+
+def together(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures of any sizes as one array (pictures, height, width, 3).
+
+    Where sizes differ, each picture is scaled up, keeping its shape, to the largest height and width, and
+    centred on black.
+    """
+    height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
+    return np.stack([_fitted(picture, int(height), int(width)) for picture in pictures])
+
+
+def _fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    import cv2
+
+    if picture.shape[:2] == (height, width):
+        return picture
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    shown_height, shown_width = round(picture.shape[0] * scale), round(picture.shape[1] * scale)
+    top, left = (height - shown_height) // 2, (width - shown_width) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + shown_height, left : left + shown_width] = cv2.resize(
+        picture, (shown_width, shown_height), interpolation=cv2.INTER_LINEAR
+    )
+    return canvas
+
+
+def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
+    """The (2, 2) matrix that takes stored (x, y) to shown (x, y) directions; None if there is none."""
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5] / 65536.0
+    matrix = np.array([[a, c], [b, d]])
+    lengths = np.linalg.norm(matrix, axis=0)  # scale is in the pixel aspect ratio already
+    if not lengths.all() or abs(np.linalg.det(matrix / lengths)) < 0.5:
+        return None  # flattens the picture: damaged
+    return matrix / lengths
+
+
+def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """Mirrors, transposes and rotates a picture (height, width, 3) as a display matrix says.
+
+    Args:
+        picture: The picture as stored.
+        matrix: What `display_matrix` returned. Rotations other than quarter turns put the picture on black,
+            large enough to show all of it.
+    """
+    if matrix is None:
+        return picture
+    lies = abs(matrix[0, 1]) + abs(matrix[1, 0]) > abs(matrix[0, 0]) + abs(matrix[1, 1])
+    exact = np.sign(matrix) * (np.eye(2)[::-1] if lies else np.eye(2))
+    if lies:
+        picture = picture.transpose(1, 0, 2)
+    if exact[0].sum() < 0:
+        picture = picture[:, ::-1]
+    if exact[1].sum() < 0:
+        picture = picture[::-1]
+    rest = matrix @ exact.T
+    angle = np.degrees(np.arctan2(rest[1, 0] - rest[0, 1], rest[0, 0] + rest[1, 1]))
+    picture = np.ascontiguousarray(picture)
+    return picture if abs(angle) < STRAIGHT else _rotated(picture, angle)
+
+
+def _rotated(picture: np.ndarray, angle: float) -> np.ndarray:
+    """The picture turned clockwise by an angle in degrees, on black."""
+    import cv2
+
+    height, width = picture.shape[:2]
+    turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), -angle, 1.0)
+    cosine, sine = np.abs(turn[0, :2])
+    new_width, new_height = round(width * cosine + height * sine), round(width * sine + height * cosine)
+    turn[:, 2] += (new_width - width) / 2, (new_height - height) / 2
+    return cv2.warpAffine(picture, turn, (new_width, new_height), flags=cv2.INTER_LINEAR)
+
+
+def _deinterlaced(
+    this: DecodedFrame, before: DecodedFrame | None, after: DecodedFrame | None
+) -> "av.VideoFrame":
+    """The first field of a frame, the lines between filled in from itself and its neighbours (bwdif)."""
+    import av
+
+    frame, base = this.frame, Fraction(1, 25)
+    shape = (frame.width, frame.height, frame.format.name)
+    near = [each.frame for each in (before, this, after) if each is not None]
+    near = [each for each in near if (each.width, each.height, each.format.name) == shape]
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=shape[0], height=shape[1], format=frame.format, time_base=base)
+    filtered = graph.add("bwdif", f"mode=send_frame:parity={this.fields}:deint=all")
+    graph.link_nodes(source, filtered, graph.add("buffersink")).configure()
+    times = [(each.pts, each.time_base) for each in near]
+    for number, each in enumerate(near):
+        each.pts, each.time_base = number, base
+        graph.vpush(each)
+    graph.vpush(None)
+    results = [graph.vpull() for _ in near]
+    for each, (pts, time_base) in zip(near, times, strict=True):
+        each.pts, each.time_base = pts, time_base
+    return results[near.index(frame)]
+
+
+def _has_alpha(frame: "av.VideoFrame") -> bool:
+    return frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+
+
+def _on_black(frame: "av.VideoFrame", color_matrix: int) -> "av.VideoFrame":
+    """The frame composed on black, before it is scaled: hidden colours must not bleed into visible ones."""
+    import av
+
+    rgba = frame.reformat(format="rgba", src_colorspace=color_matrix, threads=1).to_ndarray()
+    alpha = rgba[..., 3:].astype(np.uint16)
+    composed = ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(composed, "rgb24")
+
+
+def tone_map(signal: np.ndarray, transfer: int) -> np.ndarray:
+    """An HDR picture as SDR: diffuse white becomes white, brighter highlights are compressed.
+
+    Args:
+        signal: RGB values (height, width, 3), uint16, with BT.2020 primaries.
+        transfer: `PQ` or `HLG`.
+
+    Returns:
+        The picture (height, width, 3), uint8 RGB, with BT.709 primaries.
+    """
+    light = _linear_light(transfer)[signal]
+    if transfer == HLG:  # the display's part (OOTF, ITU-R BT.2100): system gamma 1.2 on the luminance
+        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light = light * np.maximum(luminance, 1e-6)[..., None] ** 0.2 * HLG_PEAK
+    light = np.maximum(light @ (TO_BT709.T / REFERENCE_WHITE).astype(np.float32), 0)
+    peak = light.max(axis=-1, keepdims=True)
+    room = 1 - KNEE
+    compressed = KNEE + room * np.tanh((peak - KNEE) / room)
+    light *= np.where(peak > KNEE, compressed / np.maximum(peak, KNEE), 1)
+    return np.rint(255 * light ** (1 / SDR_GAMMA)).astype(np.uint8)
+
+
+@cache
+def _linear_light(transfer: int) -> np.ndarray:
+    """Light for each 16-bit signal (65536,), float32: cd/m2 for PQ, scene light in [0, 1] for HLG."""
+    signal = np.linspace(0, 1, 65536)
+    if transfer == PQ:  # SMPTE ST 2084
+        m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+        power = signal ** (1 / m2)
+        light = 10_000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
+    else:
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        light = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+    return light.astype(np.float32)
