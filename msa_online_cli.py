@@ -249,7 +249,7 @@ def training_help() -> str:
 
 def training_keys() -> list[Key]:
     """Keys of a configuration, in the order of the sections and of the fields in them."""
-    arguments = _Source("training/arguments.py")
+    arguments = _Source("training/config.py")
     hidden = arguments.constant("NOT_SET_IN_YAML")
     model = [
         key for key in _Source("configuration_msa.py").keys("MSAConfig", "model") if _last(key) not in hidden

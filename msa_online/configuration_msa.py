@@ -43,6 +43,7 @@ class MSAConfig(PretrainedConfig):
         head_kwargs: Keyword arguments of the head.
         loss_weights: Weight of each loss term the head returns by name; a term not named weighs 1.
         label_range: Lowest and highest legal label of a regression; None for classification.
+        plugins: Modules to import before the model is built, because they register its head or calibrator.
         trained_on: Data, training and scores of a checkpoint, for `describe` and the model card.
         id2label: Names of the classes by number; or of the one output of a regression, "score" by default.
     """
@@ -69,6 +70,7 @@ class MSAConfig(PretrainedConfig):
     head_kwargs: dict | None = None
     loss_weights: dict | None = None
     label_range: list[float | int] | tuple[float | int, ...] | None = None
+    plugins: list[str] | None = None
     trained_on: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -83,6 +85,7 @@ class MSAConfig(PretrainedConfig):
         self.calibrator_kwargs = self.calibrator_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
         self.loss_weights = self.loss_weights or {}
+        self.plugins = self.plugins or None  # left out of config.json
 
     @property
     def is_regression(self) -> bool:

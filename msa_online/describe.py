@@ -15,7 +15,8 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import PROBES, MSAModel
-from msa_online.training.arguments import ConfigurationError, read_arguments
+from msa_online.training.config_reader import read_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 EXAMPLE_SECONDS = 4
 EXAMPLE_TOKENS = 20  # and steps of features made elsewhere

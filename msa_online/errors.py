@@ -19,8 +19,8 @@ from msa_online.corpora.corpus import CorpusError
 from msa_online.encoders.text import TextEncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
-from msa_online.training.arguments import ConfigurationError
 from msa_online.training.divergence import DivergedError
+from msa_online.training.yaml_reader import ConfigurationError
 
 OTHERS_WAIT = 5.0  # seconds
 

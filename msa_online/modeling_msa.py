@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAModel: encoders -> calibrator -> balancing head."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ class MSAModel(PreTrainedModel):
     def __init__(self, config: MSAConfig) -> None:
         super().__init__(config)
         self.encoders = make_encoders(config)
-        calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)
-        head = look_up(HEADS, "head", config.head)
+        calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator, config.plugins)
+        head = look_up(HEADS, "head", config.head, config.plugins)
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
         self.probes = nn.ModuleDict()  # of a modulator, in training only
@@ -249,12 +249,24 @@ class MSAModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def look_up(table: Mapping[str, type], kind: str, name: str) -> type:
+def look_up(table: Mapping[str, type], kind: str, name: str, plugins: Sequence[str] | None = None) -> type:
     """Class registered under `name`.
 
+    Args:
+        table: Classes by name.
+        kind: What they are, for the message.
+        name: Name of the class.
+        plugins: Modules that a checkpoint names as the ones that register its classes.
+
     Raises:
-        ValueError: No such name; the message lists those there are.
+        ValueError: No such name; the message names the plug-ins, or lists the names there are.
     """
-    if name not in table:
-        raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(sorted(table))}")
-    return table[name]
+    if name in table:
+        return table[name]
+    if plugins:
+        needed = f"this checkpoint needs the plug-in {', '.join(plugins)}: import it first"
+        raise ValueError(f"unknown {kind} {name!r}: {needed}")
+    raise ValueError(
+        f"unknown {kind} {name!r}; known are {', '.join(sorted(table))}, or import your own with plugins: "
+        "[package]"
+    )

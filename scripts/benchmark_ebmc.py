@@ -31,7 +31,7 @@ from msa_online.encoders.text import load_text_config
 from msa_online.errors import run_command
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.optimizer import make_optimizer
 
 

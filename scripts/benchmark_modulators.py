@@ -36,7 +36,7 @@ from msa_online.errors import run_command
 from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 

@@ -35,7 +35,7 @@ from msa_online.methods import MODULATORS, GradientModulator, Modulation, Modula
 from msa_online.methods.gradients import apply_coefficients
 from msa_online.modalities import COMPLETE, MODALITIES
 from msa_online.studies.study import as_options
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.run import train
 
 CONFIG = REPOSITORY / "configs" / "late_fusion.yaml"

@@ -49,8 +49,8 @@ from msa_online.studies.comparison import (
     comparison_table,
 )
 from msa_online.studies.study import Study, StudyRun, name_in, read_study
-from msa_online.training.arguments import ConfigurationError
 from msa_online.training.run import train
+from msa_online.training.yaml_reader import ConfigurationError
 
 matplotlib.use("Agg")
 

@@ -105,7 +105,7 @@ def test_help_of_training_lists_the_keys_without_loading_torch():
 
 def test_every_key_of_training_is_listed_with_its_default_and_a_meaning():
     from msa_online.methods import HEADS
-    from msa_online.training.arguments import NOT_SET_IN_YAML, DataArguments, TrainingArguments
+    from msa_online.training.config import NOT_SET_IN_YAML, DataArguments, TrainingArguments
     from msa_online_cli import training_keys
 
     listed = {key.name: key for key in training_keys()}

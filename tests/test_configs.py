@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from msa_online import MSAModel
 from msa_online.studies.study import read_study
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
 
 REPOSITORY = Path(__file__).parents[1]

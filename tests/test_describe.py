@@ -12,7 +12,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.hub import CheckpointError
 from msa_online.methods import CALIBRATORS, HEADS
-from msa_online.training.arguments import ConfigurationError
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import msa_online_cli
 from feature_extractors.__main__ import main as feature_extractors_main
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.studies.study import read_study
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]

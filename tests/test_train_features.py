@@ -25,8 +25,9 @@ from msa_online.missing.frames import FrameDrop, stand_ins_of
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS
 from msa_online.precomputed.reading import read_features
-from msa_online.training.arguments import ConfigurationError, parse_arguments
+from msa_online.training.config_reader import parse_arguments
 from msa_online.training.run import train as train_run
+from msa_online.training.yaml_reader import ConfigurationError
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 8}
 LIMIT = 240  # seconds a launch may take on a busy machine

@@ -20,7 +20,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.batching import BucketBatchSampler
 from msa_online.methods import GradientModulator, Modulation, ModulationContext
 from msa_online.missing.modalities import ModalityDropout
-from msa_online.training.arguments import parse_arguments
+from msa_online.training.config_reader import parse_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.run import train as train_run

@@ -2,7 +2,6 @@
 """Studies: variants of one configuration, each with several seeds, as a YAML file describes them."""
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -14,9 +13,11 @@ from typing import Any
 import yaml
 
 from msa_online.methods import HEADS
-from msa_online.training.arguments import ConfigurationError, RunArguments, read_arguments, read_yaml
 from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
+from msa_online.training.config import RunArguments, first_difference
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
+from msa_online.training.yaml_reader import ConfigurationError, read_change, read_document, structure
 
 SET_BY_THE_STUDY = ("training.seed", "training.output_dir", "training.resume", "training.overwrite")
 
@@ -34,6 +35,7 @@ class Study:
         settings: Changes by the name of a setting, like "rate 0.3"; where there are any, every variant runs
             in each, its own changes winning over those of the setting.
         keep_checkpoints: Keep the weights of finished runs.
+        plugins: Your own modules to import before heads, calibrators and modulators are looked up.
     """
 
     config: str
@@ -43,6 +45,7 @@ class Study:
     changes: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep_checkpoints: bool = False
+    plugins: list[str] = field(default_factory=list)
 
     @property
     def combinations(self) -> dict[str, dict[str, Any]]:
@@ -66,7 +69,8 @@ class Study:
     def _run(self, variant: str, seed: int) -> "StudyRun":
         folder = Path(self.output_dir, folder_name(variant), str(seed))
         own = {"training.seed": seed, "training.output_dir": str(folder)}
-        changes = as_options({**self.changes, **self.combinations[variant], **own})
+        plugins = {"plugins": self.plugins} if self.plugins else {}
+        changes = as_options({**plugins, **self.changes, **self.combinations[variant], **own})
         try:
             arguments = read_arguments(self.config, changes)
             if head := arguments.model.get("head"):
@@ -113,13 +117,10 @@ class StudyRun:
     @property
     def difference(self) -> str | None:
         """A setting in which the run in the folder differs from this one, then and now; None if in none."""
-        before = yaml.safe_load((self.folder / SETTINGS).read_text(encoding="utf-8"))
-        for section, values in self.arguments.to_dict().items():
-            earlier = before.get(section, {})
-            for key in sorted((values.keys() | earlier.keys()) - FREE_TO_CHANGE_ON_RESUME):
-                if values.get(key) != earlier.get(key):
-                    return f"{section}.{key}={earlier.get(key)!r}, now {values.get(key)!r}"
-        return None
+        before = read_document(self.folder / SETTINGS, "configuration of the run")
+        before.pop("launch", None)
+        changed = first_difference(before, self.arguments.to_dict(), FREE_TO_CHANGE_ON_RESUME)
+        return changed and f"{changed[0]}={changed[1]!r}, now {changed[2]!r}"
 
     def to_train(self) -> RunArguments:
         """The arguments of the run, to resume it where it was interrupted or else to start it anew."""
@@ -137,27 +138,19 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
             `seeds=[1111]`, a change to the study itself.
 
     Raises:
-        ConfigurationError: The file is not there or no YAML, a key is missing or unknown (the nearest is
-            named), or a value cannot be used.
+        ConfigurationError: The file cannot be read or is no YAML, a key is missing or unknown, or a value
+            cannot be used.
     """
-    document = _read_section(path)
+    document = read_document(path, "study")
     of_runs = {}
     for option in options:
-        key, equals, text = option.partition("=")
-        if not equals:
-            raise ConfigurationError(f"{option!r} is no change: write key=value, for example seeds=[1111]")
-        try:
-            value = read_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"{option!r}: the value is not YAML") from error
+        key, value = read_change(option)
         (of_runs if "." in key else document)[key] = value
-    _check_keys(document, path)
-    document["changes"] = document.get("changes") or {}
-    document["settings"] = document.get("settings") or {}
-    for section in ("variants", "settings"):
-        if isinstance(document[section], dict):
-            document[section] = {name: {} if own is None else own for name, own in document[section].items()}
-    study = Study(**document)
+    for section in document.keys() & {"changes", "variants", "settings"}:
+        values = document[section] = {} if document[section] is None else document[section]
+        if section != "changes" and isinstance(values, dict):
+            document[section] = {name: {} if own is None else own for name, own in values.items()}
+    study = structure(Study, document, str(path))
     if problem := next(_problems(study), None):
         raise ConfigurationError(f"{path}: {problem}")
     study = dataclasses.replace(study, changes={**study.changes, **of_runs})
@@ -166,57 +159,23 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
     return study
 
 
-def _read_section(path: str | Path) -> dict[str, Any]:
-    try:
-        document = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot read the study ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: not YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigurationError(f"{path}: a study must be a section of keys, not {document!r}")
-    return document
-
-
-def _check_keys(document: Mapping[str, Any], path: str | Path) -> None:
-    known = [item.name for item in dataclasses.fields(Study)]
-    for key in document:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {near!r}?")
-    for key in ("config", "output_dir", "seeds", "variants"):
-        if document.get(key) is None:
-            raise ConfigurationError(f"{path}: the study lacks {key}")
-
-
 def _problems(study: Study) -> Iterator[str]:
-    """What is wrong with the values, each with its key, the value and what is allowed."""
-    for name in ("config", "output_dir"):
-        if not isinstance(value := getattr(study, name), str):
-            yield f"{name} is {value!r}: give a path"
-    if not isinstance(study.keep_checkpoints, bool):
-        yield f"keep_checkpoints is {study.keep_checkpoints!r}: true or false"
+    """Values that cannot work, each as a line with its key, the value and what is allowed."""
     seeds = study.seeds
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        yield f"seeds is {seeds!r}: a list of whole numbers, for example [1111, 1112, 1113]"
+    if not seeds or min(seeds) < 0:
+        yield f"seeds is {seeds!r}: a list of whole numbers from 0 on, for example [1111, 1112, 1113]"
     elif len(set(seeds)) < len(seeds):
-        yield f"seeds is {seeds!r}: each may stand there once"
-    if not isinstance(study.variants, dict) or not study.variants:
-        yield f"variants is {study.variants!r}: a section with a name and changes for each variant"
-        return
-    if not isinstance(study.settings, dict):
-        yield f"settings is {study.settings!r}: a section with a name and changes for each setting"
-        return
+        yield f"seeds is {seeds!r}: give each seed once"
+    if not study.variants:
+        yield "variants is empty: a section with a name and changes for each variant"
     folders: dict[str, str] = {}
     for name in study.variants | study.settings:
-        if not isinstance(name, str) or not folder_name(name):
-            yield f"{name!r}: name variants and settings in letters, in quotes if it looks like a number"
+        if not folder_name(name):
+            yield f"{name!r}: the name of a variant or setting needs a letter or a digit"
         elif (twin := folders.setdefault(folder_name(name), name)) != name:
             yield f"{twin!r} and {name!r} would share the folder {folder_name(name)!r}: rename one"
     for name, changes in (("changes", study.changes), *study.variants.items(), *study.settings.items()):
-        if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
-            yield f"{name!r} is {changes!r}: a section of changes like {{training.epochs: 3}}"
-        elif taken := [key for key in SET_BY_THE_STUDY if key in changes]:
+        if taken := [key for key in SET_BY_THE_STUDY if key in changes]:
             yield f"{name!r} sets {taken[0]}: the study sets that for every run itself"
 
 

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, parse_flag_from_env
 
-from msa_online.training.arguments import ConfigurationError, TrainingArguments
+from msa_online.training.config import TrainingArguments
 from msa_online.training.precision import choose_precision
+from msa_online.training.yaml_reader import ConfigurationError
 
 # names of ways to divide a model in Accelerate's environment, and of the sizes that do so
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}

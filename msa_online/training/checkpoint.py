@@ -18,14 +18,16 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from msa_online.corpora.validation import why_not_writable
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.arguments import ConfigurationError, RunArguments
+from msa_online.training.config import RunArguments, first_difference
 from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, require_settings, seal, verify
+from msa_online.training.yaml_reader import ConfigurationError, read_document
 
 STATE = "state"
 STAGES = "stages"
 FREE_TO_CHANGE_ON_RESUME = {
-    "output_dir",  # the folder may have been moved
-    *("resume", "overwrite", "log_with", "prepare_workers", "loader_workers"),
+    "training.output_dir",  # the folder may have been moved
+    *("training.resume", "training.overwrite", "training.log_with"),
+    *("data.prepare_workers", "data.loader_workers"),
 }
 
 
@@ -102,17 +104,14 @@ class RunFolder:
         if state is None:
             raise ConfigurationError(self._why_nothing_to_resume())
         manifest = verify(state)
-        before = self._read_settings()
-        for section, values in self._record(arguments).items():
-            started = before.get(section, {})
-            # `auto` and its outcome are the same run: `launch` records the precision in use
-            free = FREE_TO_CHANGE_ON_RESUME | ({"mixed_precision"} if section == "training" else set())
-            for key in (values.keys() | started.keys()) - free:
-                if values.get(key) != started.get(key):
-                    raise ConfigurationError(
-                        f"{self.path}: the run was started with {section}.{key}={started.get(key)!r}, not "
-                        f"{values.get(key)!r}; resume it unchanged, or start another"
-                    )
+        # `auto` and its outcome are the same run: `launch` records the precision in use
+        free = FREE_TO_CHANGE_ON_RESUME | {"training.mixed_precision"}
+        if changed := first_difference(self._read_settings(), self._record(arguments), free):
+            key, before, now = changed
+            raise ConfigurationError(
+                f"{self.path}: the run was started with {key}={before!r}, not {now!r}; resume it unchanged, "
+                "or start another"
+            )
         require_settings(manifest, self.path / SETTINGS)
         published = self.path / SAFE_WEIGHTS_NAME
         if published.exists():  # read again only after the last epoch
@@ -129,18 +128,14 @@ class RunFolder:
             "with training.overwrite=true"
         )
 
-    def _read_settings(self) -> dict[str, dict[str, Any]]:
+    def _read_settings(self) -> dict[str, Any]:
         """The `_record` of the run when it started."""
-        path = self.path / SETTINGS
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigurationError(
-                f"{path}: the configuration of the run cannot be read "
-                f"({' '.join(str(error).split())}); {REMEDY}"
-            ) from error
-        if not isinstance(settings, dict) or not all(isinstance(part, dict) for part in settings.values()):
-            raise ConfigurationError(f"{path}: this is not the configuration of a run; {REMEDY}")
+            settings = read_document(self.path / SETTINGS, "configuration of the run")
+            if not all(isinstance(part, dict | list) for part in settings.values()):
+                raise ConfigurationError(f"{self.path / SETTINGS}: this is not the configuration of a run")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}; {REMEDY}") from error
         return settings
 
     @property

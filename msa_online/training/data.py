@@ -24,8 +24,9 @@ from msa_online.precomputed.corpus import (
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import InputLimits, MSAProcessor
-from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
+from msa_online.training.config import DataArguments, RunArguments
 from msa_online.training.turns import in_turn
+from msa_online.training.yaml_reader import ConfigurationError
 
 SMALL_SPLIT = 100  # samples: the standard error of an accuracy is then at most 0.05
 

@@ -11,7 +11,7 @@ from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.arguments import MissingArguments, TrainingArguments
+from msa_online.training.config import MissingArguments, TrainingArguments
 
 
 def draw_split_masks(data: PreparedCorpus | FeatureCorpus, missing: MissingArguments) -> dict[str, SplitMask]:

@@ -16,7 +16,8 @@ from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.corpus import FeatureCorpus, require_widths
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.arguments import ConfigurationError, DataArguments, RunArguments
+from msa_online.training.config import DataArguments, RunArguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 def build_model(
@@ -84,6 +85,7 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
         inherited.pop(outputs, None)
     if inherited["head"] != config.head:
         inherited["head_kwargs"] = arguments.model.get("head_kwargs")
+    inherited["plugins"] = list(dict.fromkeys([*(config.plugins or ()), *arguments.plugins]))
     return MSAConfig(**inherited, **arguments.output_fields(classes))
 
 

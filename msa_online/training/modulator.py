@@ -12,7 +12,8 @@ from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.training.accelerator import is_compiled
-from msa_online.training.arguments import ConfigurationError, TrainingArguments
+from msa_online.training.config import TrainingArguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 def make_modulator(

@@ -20,8 +20,8 @@ from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.model_card import write_model_card
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.accelerator import seed_everything, start_accelerator
-from msa_online.training.arguments import RunArguments, TrainingArguments
 from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.config import RunArguments, TrainingArguments
 from msa_online.training.data import class_names, loaders_report, make_loaders, prepare_data, read_data
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.loop import TrainingLoop

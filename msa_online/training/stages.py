@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from msa_online.training.arguments import ConfigurationError, StageArguments, TrainingArguments
+from msa_online.training.config import StageArguments, TrainingArguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 class StageSchedule:

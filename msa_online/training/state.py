@@ -18,7 +18,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from msa_online.modeling_msa import MSAModel
-from msa_online.training.arguments import ConfigurationError
+from msa_online.training.yaml_reader import ConfigurationError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

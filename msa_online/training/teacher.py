@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from msa_online.evaluation.conditions import over_split
 from msa_online.modeling_msa import MSAModel
-from msa_online.training.arguments import ConfigurationError
 from msa_online.training.checkpoint import RunFolder
 from msa_online.training.stages import StageSchedule
 from msa_online.training.state import REMEDY
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 class Teacher:

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from msa_online.studies.study import as_options, read_study
-from msa_online.training.arguments import ConfigurationError, read_arguments
+from msa_online.training.config_reader import read_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 @pytest.fixture
@@ -112,15 +113,17 @@ def test_the_recorded_changes_make_the_same_run_with_train_py(write, config):
         ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'"),
         ({"variants": None}, "lacks variants"),
         ({"seeds": []}, r"seeds is \[\]: a list of whole numbers"),
-        ({"seeds": [1, 1]}, "each may stand there once"),
-        ({"seeds": [True]}, "whole numbers"),
+        ({"seeds": [1, 1]}, "give each seed once"),
+        ({"seeds": [True]}, r"seeds is \[True\], but must be list\[int\]"),
+        ({"seeds": [-1]}, "whole numbers"),
         ({"seeds": 1111}, "seeds is 1111"),
         ({"output_dir": 5}, "output_dir is 5"),
-        ({"keep_checkpoints": "often"}, "keep_checkpoints is 'often': true or false"),
-        ({"variants": {}}, "variants is {}"),
-        ({"variants": ["plain"]}, "a section with a name and changes"),
-        ({"variants": {"plain": 3}}, "'plain' is 3: a section of changes"),
-        ({"variants": {0.1: {}}}, "0.1: name variants and settings in letters"),
+        ({"keep_checkpoints": "often"}, "keep_checkpoints is 'often', but must be bool"),
+        ({"variants": {}}, "variants is empty"),
+        ({"variants": ["plain"]}, r"variants is \['plain'\], but must be dict"),
+        ({"variants": {"plain": 3}}, "variants.plain is 3, but must be dict"),
+        ({"variants": {0.1: {}}}, "variants has the name 0.1: write names in quotes"),
+        ({"variants": {"?": {}}}, "needs a letter or a digit"),
         ({"variants": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share the folder 'a_b'"),
         ({"variants": {"a": {"training.seed": 3}}}, "'a' sets training.seed: the study sets that"),
         ({"changes": {"training.output_dir": "x"}}, "'changes' sets training.output_dir"),

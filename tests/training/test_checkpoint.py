@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from msa_online import MSAModel
-from msa_online.training.arguments import ConfigurationError, RunArguments, parse_arguments
 from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.training.config import RunArguments
+from msa_online.training.config_reader import parse_arguments
 from msa_online.training.loop import Progress
+from msa_online.training.yaml_reader import ConfigurationError
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 

@@ -17,9 +17,11 @@ from msa_online.layers.losses import task_loss
 from msa_online.layers.modules import masked_mean
 from msa_online.methods import HEADS, MODULATORS, BalancingHead, GradientModulator, HeadOutput
 from msa_online.modalities import MODALITIES
-from msa_online.training.arguments import ConfigurationError, TrainingArguments, parse_arguments
+from msa_online.training.config import TrainingArguments
+from msa_online.training.config_reader import parse_arguments
 from msa_online.training.modulator import make_modulator
 from msa_online.training.run import train as train_run
+from msa_online.training.yaml_reader import ConfigurationError
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 REAL = [name for name in MODULATORS if name != "identity"]

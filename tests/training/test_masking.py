@@ -9,7 +9,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.precomputed.reading import read_features
-from msa_online.training.arguments import MissingArguments, TrainingArguments
+from msa_online.training.config import MissingArguments, TrainingArguments
 from msa_online.training.masking import draw_split_masks, make_input_masks
 
 SAMPLES = 40  # half for training, half for validation

@@ -87,7 +87,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from msa_online.methods.pase.prototypes import PrototypeBanks
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.run import carry_out
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from msa_online.training.arguments import TrainingArguments
+from msa_online.training.config import TrainingArguments
 from msa_online.training.precision import choose_precision, cpu_computes_bf16, native_precision
 
 

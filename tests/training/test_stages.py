@@ -4,8 +4,9 @@ import math
 import pytest
 import yaml
 
-from msa_online.training.arguments import ConfigurationError, StageArguments, TrainingArguments
+from msa_online.training.config import StageArguments, TrainingArguments
 from msa_online.training.stages import StageSchedule, make_schedule
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 def run(schedule: StageSchedule, scores: list[float]) -> list[bool]:

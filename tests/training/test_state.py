@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from msa_online.training.arguments import ConfigurationError
 from msa_online.training.loop import Progress
 from msa_online.training.state import MANIFEST, RunState, require_settings, seal, verify
+from msa_online.training.yaml_reader import ConfigurationError
 
 CPU = torch.device("cpu")
 FILES = (
@@ -232,7 +232,7 @@ def test_the_optimizer_of_a_real_model_and_its_schedule_come_back(tiny_model, ma
 RANK = """
 import sys
 from msa_online.methods import MODULATORS, GradientModulator
-from msa_online.training.arguments import read_arguments
+from msa_online.training.config_reader import read_arguments
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.run import carry_out
 

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.batching import BucketBatchSampler
-from msa_online.training.arguments import ConfigurationError, StageArguments
 from msa_online.training.checkpoint import RunFolder
+from msa_online.training.config import StageArguments
 from msa_online.training.stages import StageSchedule
 from msa_online.training.teacher import Teacher, appoint_teacher
+from msa_online.training.yaml_reader import ConfigurationError
 
 SAMPLES = 10
 

@@ -15,7 +15,7 @@ from msa_online.errors import run_command
 from msa_online.processing_msa import InputLimits
 from msa_online.training import data as data_of_run
 from msa_online.training.accelerator import start_accelerator
-from msa_online.training.arguments import DataArguments, TrainingArguments
+from msa_online.training.config import DataArguments, TrainingArguments
 
 TIMEOUT = 3  # seconds that collectives of training may take here; by default it is half an hour
 rank = os.environ.get("RANK")

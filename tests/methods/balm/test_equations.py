@@ -15,7 +15,8 @@ from msa_online.methods.balm import kl_from_fused, rebalance, squared_distance
 from msa_online.methods.cpsl import route_through
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAOutput
-from msa_online.training.arguments import ConfigurationError, parse_arguments
+from msa_online.training.config_reader import parse_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}  # those of the encoded batches
 MIXED = [[True, True, True], [True, False, True], [False, True, False], [False, False, False]]

@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import MODULATORS, GradientModulator
-from msa_online.training.arguments import ConfigurationError, parse_arguments
+from msa_online.training.config_reader import parse_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:all predictions are")
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import MODULATORS, GradientModulator, ModulationContext, ShapleyModulator
 from msa_online.modalities import MODALITIES
-from msa_online.training.arguments import ConfigurationError, parse_arguments
+from msa_online.training.config_reader import parse_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:all predictions are", "ignore:all labels are")
 

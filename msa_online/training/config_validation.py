@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with the values of a configuration, found without loading anything."""
+"""Validate the values of a configuration, without loading anything."""
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import LoggerType
 
 from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.training.config import MissingArguments, RunArguments, TrainingArguments
 from msa_online.training.precision import PRECISIONS
-
-if TYPE_CHECKING:
-    from msa_online.training.arguments import MissingArguments, RunArguments, TrainingArguments
 
 DECAYS = ("linear", "constant")
 TASKS = ("regression", "classification")
@@ -20,8 +17,8 @@ OF_RAW_CLIPS = ("audio_channels", "audio_width", "face_channels", "face_width", 
 EXAMPLE_WIDTHS = "{text: 768, audio: 74, vision: 35}"
 
 
-def problems(arguments: "RunArguments") -> Iterator[str]:
-    """What is wrong with the values, each with its key, the value and what is allowed."""
+def problems(arguments: RunArguments) -> Iterator[str]:
+    """Values that cannot work, each as a line with its key, the value and what is allowed."""
     data, training = arguments.data, arguments.training
     yield from _problems_of_inputs(arguments.model, training)
     yield from _problems_of_missing(data.missing, training)
@@ -42,8 +39,8 @@ def problems(arguments: "RunArguments") -> Iterator[str]:
         if getattr(training, name) < 1:
             yield f"training.{name} is {getattr(training, name)}: at least 1"
     for name in ("learning_rate", "text_learning_rate", "clip_norm"):
-        if not 0 < getattr(training, name) < math.inf:
-            yield f"training.{name} is {getattr(training, name)}: above 0 and finite"
+        if getattr(training, name) <= 0:
+            yield f"training.{name} is {getattr(training, name)}: above 0"
     if not 0 <= training.warmup <= 1:
         yield f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"
     if training.decay not in DECAYS:
@@ -55,8 +52,8 @@ def problems(arguments: "RunArguments") -> Iterator[str]:
         yield f"training.{hiding[0]} and training.{hiding[1]} exclude each other"
     if training.seed < 0:
         yield f"training.seed is {training.seed}: at least 0"
-    if not 0 <= training.weight_decay < math.inf:
-        yield f"training.weight_decay is {training.weight_decay}: at least 0 and finite"
+    if training.weight_decay < 0:
+        yield f"training.weight_decay is {training.weight_decay}: at least 0"
     if not training.output_dir:
         yield "training.output_dir is empty: name the folder of the run"
     if data.max_text_tokens < 3:
@@ -76,17 +73,17 @@ def problems(arguments: "RunArguments") -> Iterator[str]:
     for name, rate in training.modality_dropout.items():
         if name not in MODALITIES:
             yield f"training.modality_dropout names {name!r}: one of {', '.join(MODALITIES)}"
-        elif not isinstance(rate, int | float) or not 0 <= rate < 1:
+        elif not 0 <= rate < 1:
             yield f"training.modality_dropout of {name} is {rate!r}: at least 0 and below 1"
 
 
-def _problems_of_inputs(model: Mapping[str, Any], training: "TrainingArguments") -> Iterator[str]:
-    """What is wrong with the choice between raw clips and features made elsewhere."""
+def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
+    """Problems with the choice between raw clips and precomputed features."""
     text_encoder, widths = model.get("text_encoder"), model.get("feature_widths")
     if not (text_encoder or widths or training.init_from):
         yield (
             "model.text_encoder is missing: name any HuggingFace encoder or a folder, or give "
-            f"model.feature_widths, like {EXAMPLE_WIDTHS}, to train on features made elsewhere"
+            f"model.feature_widths, like {EXAMPLE_WIDTHS}, to train on precomputed features"
         )
     if widths is None:
         return
@@ -106,8 +103,8 @@ def _problems_of_inputs(model: Mapping[str, Any], training: "TrainingArguments")
         yield "training.freeze_text_encoder needs a text encoder, and model.feature_widths has none"
 
 
-def _problems_of_missing(missing: "MissingArguments", training: "TrainingArguments") -> Iterator[str]:
-    """What is wrong with the missing rates, or with hiding something else beside them."""
+def _problems_of_missing(missing: MissingArguments, training: TrainingArguments) -> Iterator[str]:
+    """Problems with the missing rates, and settings that exclude them."""
     problems = rate_problems(missing.by_name, missing.rounding)
     yield from (f"data.missing: {problem}" for problem in problems)
     if missing.seed < 0:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import yaml
 
-from msa_online.training.arguments import ConfigurationError, StageArguments, parse_arguments, read_arguments
+from msa_online.training.config import StageArguments
+from msa_online.training.config_reader import parse_arguments, read_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 MODEL = "model: {text_encoder: bert-base-uncased}\n"
 
@@ -26,11 +30,11 @@ def read(tmp_path):
         ("model: {text_encodr: x}", "model.text_encodr", "text_encoder"),
         ("training: {batchsize: 8}", "training.batchsize", "batch_size"),
         ("data: {labels_range: [-1, 1]}", "data.labels_range", "label_range"),
-        ("training: {stages: [{name: a, epoch: 3}]}", "training.stages.epoch", "epochs"),
+        ("training: {stages: [{name: a, epoch: 3}]}", "training.stages[0].epoch", "epochs"),
     ],
 )
 def test_a_misspelt_key_is_refused_naming_the_file_and_the_nearest_key(read, text, key, nearest):
-    with pytest.raises(ConfigurationError, match=rf"run\.yaml: unknown key '{key}'.*'{nearest}'"):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml: unknown key '{re.escape(key)}'.*'{nearest}'"):
         read(text)
 
 
@@ -52,19 +56,21 @@ def test_what_the_data_decide_cannot_be_set_as_part_of_the_model(read, key):
         ("training: {learning_rate: fast}", "training.learning_rate", "'fast'", "float"),
         ("training: {learning_rate: true}", "training.learning_rate", "True", "float"),
         ("training: {modality_dropout: 0.3}", "training.modality_dropout", "0.3", "dict"),
-        ("training: {stages: [{name: a, epochs: x}]}", "training.stages.epochs", "'x'", "int"),
+        ("training: {stages: [{name: a, epochs: x}]}", "training.stages[0].epochs", "'x'", "int"),
         ("data: {path: 3}", "data.path", "3", "str"),
-        ("data: {missing: {rates: often}}", "data.missing.rates", "'often'", "dict or float or null"),
-        ("data: {missing: {rates: [0.5]}}", "data.missing.rates", r"\[0.5\]", "dict or float or null"),
+        ("data: {missing: {rates: often}}", "data.missing.rates", "'often'", ".* or float or null"),
+        ("data: {missing: {rates: [0.5]}}", "data.missing.rates", r"\[0.5\]", ".* or float or null"),
         ("data: {missing: {rates: {text: often}}}", "data.missing.rates.text", "'often'", "float"),
         ("data: {missing: {seed: 1.5}}", "data.missing.seed", "1.5", "int"),
         ("data: {label_range: 3}", "data.label_range", "3", ""),
         ("data: {label_range: [1]}", "data.label_range", r"\[1\]", ""),
-        ("data: {label_range: [-1, high]}", "data.label_range", "'high'", "float"),
+        ("data: {label_range: [-1, high]}", "data.label_range", r"\[-1, 'high'\]", r"list\[float, float\]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_naming_file_key_value_and_type(read, text, key, value, kind):
-    with pytest.raises(ConfigurationError, match=rf"run\.yaml: {key} is {value}, but must be .*{kind}"):
+    with pytest.raises(
+        ConfigurationError, match=rf"run\.yaml: {re.escape(key)} is {value}, but must be .*{kind}"
+    ):
         read(MODEL + text)
 
 
@@ -75,7 +81,7 @@ def test_a_value_of_the_wrong_type_is_refused_naming_file_key_value_and_type(rea
         ("training: {stages: {warmup: 3}}", "training.stages"),
         ("training: {stages: [warmup]}", "training.stages.*'warmup'"),
         ("training: {stages: [{name: warmup}]}", "training.stages.*epochs"),
-        ("training: {modality_dropout: {text: high}}", "training.modality_dropout.*'high'"),
+        ("training: {modality_dropout: {text: high}}", "training.modality_dropout.text is 'high'"),
         ("model: {text_encoder: x, head: [late_fusion]}", "head.*late_fusion"),
         ("data: 3", "data must be a section of keys, not 3"),
     ],

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of a run's configuration, as dataclasses; `config_reader` reads them from YAML."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from feature_extractors import ExtractionSettings
+from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.text import load_text_config
+from msa_online.modalities import MODALITIES
+from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
+
+NOT_SET_IN_YAML = ("text_config", "label_range", "plugins", "trained_on")
+"""Fields of `MSAConfig` that the data, the encoder or the top level of a configuration decide."""
+
+
+@dataclass(frozen=True)
+class MissingArguments:
+    """Modalities missing at given rates from all splits, for the whole run: the `data.missing:` section.
+
+    Attributes:
+        rates: Share of samples that lack each modality, by name, in [0, 1), or one rate for all three; None
+            leaves the data as they are.
+        rounding: Rounding of the counts: "largest_remainder", or "official" as in BALM's code (METHODS A15).
+        seed: Seed of who lacks what; the same for all seeds of a study.
+    """
+
+    rates: dict[str, float] | float | None = None
+    rounding: str = "largest_remainder"
+    seed: int = 1111
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The rate of each modality that has one."""
+        if isinstance(self.rates, float):
+            return dict.fromkeys(MODALITIES, self.rates)
+        return self.rates or {}
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """What to train on: the `data:` section.
+
+    Attributes:
+        path: Folder, Hub repository or table (see the README on layouts); for a model of features, the folder
+            that `msa-online convert-features` or `extract-features` made, or an .npz file.
+        task: "regression" or "classification".
+        label_column: Column that holds the label.
+        split_column: Column that holds the split; another than "split" among features only.
+        label_range: Lowest and highest legal label of a regression.
+        skip_broken: Go on without rows that cannot be used, instead of stopping.
+        split_seed: Seed of the speaker-grouped split made where the data brings none.
+        standardize: Shift and scale features made elsewhere by what the training split shows.
+        num_frames: Frames sampled from each clip.
+        face_size: Height and width of a face crop in pixels.
+        max_text_tokens: Longest token sequence.
+        max_audio_seconds: Longest sound.
+        prepare_workers: Processes that extract features; all cores by default.
+        loader_workers: Processes that load batches; 0 loads them in the training process.
+        missing: Modalities hidden on purpose from training, validation and test samples.
+    """
+
+    path: str = ""
+    task: str = "regression"
+    label_column: str = "label"
+    split_column: str = "split"
+    label_range: tuple[float, float] = (-3.0, 3.0)
+    skip_broken: bool = False
+    split_seed: int = 1111
+    standardize: bool = True
+    num_frames: int = 8
+    face_size: int = 96
+    max_text_tokens: int = MAX_TEXT_TOKENS
+    max_audio_seconds: float = MAX_AUDIO_SECONDS
+    prepare_workers: int | None = None
+    loader_workers: int = 0
+    missing: MissingArguments = field(default_factory=MissingArguments)
+
+    @property
+    def extraction(self) -> ExtractionSettings:
+        """Settings of feature extraction."""
+        return ExtractionSettings(num_frames=self.num_frames, face_size=self.face_size)
+
+    @property
+    def legal_range(self) -> tuple[float, float] | None:
+        """Range labels have to lie in; None for classes."""
+        return self.label_range if self.task == "regression" else None
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """One stage of training.
+
+    Attributes:
+        name: One of the head's `stages`.
+        epochs: Longest duration.
+        patience: Epochs without a better validation score before the stage ends; None never ends it early.
+    """
+
+    name: str
+    epochs: int
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """How to train: the `training:` section.
+
+    Attributes:
+        output_dir: The run's folder; it becomes a loadable checkpoint.
+        seed: Seed of initialisation, order, dropout and modality dropout.
+        epochs: Epochs of a run in one stage.
+        patience: Early stopping for a run in one stage.
+        stages: Stages of a head that has several, in place of `epochs` and `patience`.
+        batch_size: Most samples of one process in one forward pass.
+        accumulation: Forward passes of one process for each optimizer step.
+        mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
+            `accelerate launch`, else bf16 where the device computes it natively, else fp16 on a GPU and fp32
+            on a CPU.
+        text_learning_rate: Peak learning rate of the text encoder.
+        learning_rate: Peak learning rate of everything else.
+        weight_decay: AdamW's decay of matrices; vectors (biases, norms, scalings) are not decayed.
+        warmup: Share of all steps in which the learning rate rises.
+        decay: "linear": the learning rate then falls to zero; "constant": it stays.
+        clip_norm: Largest gradient norm; larger gradients are scaled down to it.
+        modality_dropout: Share of training samples from which each modality is hidden, by name.
+        frame_dropout: Drop words, sound steps and faces of training samples at random rates; epochs are then
+            judged with half of them missing.
+        condition: The modalities, like "text+audio", that the last stage may see in training and in
+            evaluation (protocol per_condition); None trains one model for all seven (single_model).
+        freeze_text_encoder: Leave the text encoder's weights as they are.
+        modulator: Name in `MODULATORS`.
+        modulator_kwargs: Keyword arguments of the modulator.
+        init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
+        resume: Go on with an interrupted run in `output_dir`.
+        overwrite: Replace an earlier run in `output_dir`.
+        log_with: Trackers Accelerate knows: tensorboard, wandb, trackio, ...
+        measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
+    """
+
+    output_dir: str = "runs/run"
+    seed: int = 1111
+    epochs: int = 10
+    patience: int | None = None
+    stages: list[StageArguments] | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    mixed_precision: str = "auto"
+    text_learning_rate: float = 2e-5
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    decay: str = "linear"
+    clip_norm: float = 1.0
+    modality_dropout: dict[str, float] = field(default_factory=dict)
+    frame_dropout: bool = False
+    condition: str | None = None
+    freeze_text_encoder: bool = False
+    modulator: str = "identity"
+    modulator_kwargs: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    log_with: str | None = "tensorboard"
+    measure_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """A whole run.
+
+    Attributes:
+        model: Keyword arguments of `MSAConfig`: the `model:` section.
+        data: The `data:` section.
+        training: The `training:` section.
+        plugins: Your own modules to import before heads, calibrators and modulators are looked up.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataArguments = field(default_factory=DataArguments)
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+    plugins: list[str] = field(default_factory=list)
+
+    def model_config(self, classes: Sequence[str]) -> MSAConfig:
+        """Configuration of the model to build; `classes` names the labels, empty for regression.
+
+        Raises:
+            TextEncoderError: The text encoder's configuration is not to be had.
+        """
+        text_encoder = self.model.get("text_encoder")
+        text_config = load_text_config(text_encoder) if text_encoder else None
+        fields = {**self.model, "plugins": self.plugins, **self.output_fields(classes)}
+        return MSAConfig(text_config=text_config, **fields)
+
+    def output_fields(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The part of a model's configuration that the task decides: label range, or names of the classes."""
+        if self.data.task == "regression":
+            return {"label_range": list(self.data.label_range)}
+        return {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain data, as a YAML file holds it; without `plugins` if there are none."""
+        plain = dataclasses.asdict(self)
+        plain["data"]["label_range"] = list(self.data.label_range)
+        if not self.plugins:
+            del plain["plugins"]
+        return plain
+
+
+def first_difference(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str]
+) -> tuple[str, Any, Any] | None:
+    """The first setting in which two runs differ.
+
+    Args:
+        before: A run as plain data.
+        now: Another.
+        ignored: Keys of settings that may differ, with their sections.
+
+    Returns:
+        The key and both values, None for a value that is not there; None if the runs are equal.
+    """
+    before, now = _by_key(before), _by_key(now)
+    for key in sorted((before.keys() | now.keys()) - set(ignored)):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _by_key(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their full key: "training.epochs"."""
+    sections = {name: values if isinstance(values, dict) else {"": values} for name, values in run.items()}
+    return {
+        f"{section}.{name}".rstrip("."): value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
