@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
 
-from msa_online.batching import in_order
+from msa_online.batching import BucketBatchSampler, in_order
 from msa_online.evaluation.attribution import modality_shares
 from msa_online.evaluation.conditions import evaluate_conditions, selection_score, validate
 from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
@@ -47,6 +47,7 @@ class Run:
         schedule: Stages and the best epoch so far.
         loop: Trains one epoch.
         loaders: Loader of each split, prepared by Accelerate. Nothing is masked in them.
+        sampler: Order of the training split. On several processes a prepared loader holds only a shard of it.
         masks: Mask of each split of a run at missing rates; else empty.
         for_teacher: Training split in a fixed order, as a teacher sees it.
         for_validation: Validation split, as epochs are judged on it.
@@ -60,6 +61,7 @@ class Run:
     schedule: StageSchedule
     loop: TrainingLoop
     loaders: Mapping[str, DataLoader]
+    sampler: BucketBatchSampler
     masks: Mapping[str, SplitMask]
     for_teacher: MaskedBatches
     for_validation: MaskedBatches
@@ -132,9 +134,10 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         text_learning_rate=training.text_learning_rate,
         weight_decay=training.weight_decay,
     )
+    sampler = loaders["train"].batch_sampler
     scheduler = make_scheduler(
         optimizer,
-        steps=loaders["train"].batch_sampler.steps * schedule.total_epochs,
+        steps=sampler.steps * schedule.total_epochs,
         warmup=training.warmup,
         decay=training.decay,
     )
@@ -161,6 +164,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         schedule=schedule,
         loop=loop,
         loaders=loaders,
+        sampler=sampler,
         masks=masks,
         for_teacher=input_masks["teacher"].over(every_train_sample),
         for_validation=input_masks["valid"].over(loaders["valid"]),
@@ -188,7 +192,7 @@ def fit(run: Run) -> None:
                 condition = training.condition
                 loop.input_mask = FixedCondition(CONDITIONS[condition])
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
-        run.loaders["train"].batch_sampler.start_epoch(epoch)
+        run.sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(run.loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, run.for_validation, accelerator, condition)
