@@ -73,7 +73,9 @@ def test_launch_commands_name_files_and_keys_that_exist(words):
     read_arguments(REPOSITORY / words[script + 1], words[script + 2 :])
 
 
-@pytest.mark.parametrize("words", commands("msa-online"), ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words in commands("msa-online") if words[1] not in ("train", "study")], ids=" ".join
+)
 def test_msa_online_commands_run(
     words, checkpoint, tiny_corpus, tiny_text_encoder, mmsa_pickle, cache_dir, tmp_path
 ):
@@ -96,7 +98,9 @@ def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
     assert (tmp_path / "faces.png").exists()
 
 
-@pytest.mark.parametrize("words", commands("python scripts/run_study.py"), ids=" ".join)
+@pytest.mark.parametrize(
+    "words", commands("python scripts/run_study.py") + commands("msa-online study"), ids=" ".join
+)
 def test_study_commands_name_files_and_keys_that_exist(words, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert read_study(Path(words[2]), words[3:]).runs()
