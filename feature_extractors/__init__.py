@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed signal work, from raw media to arrays: no parameters, no gradients, no torch.
+"""Fixed signal processing, from raw media to arrays: no parameters, no gradients, no torch.
 
-Use it to turn a recording of somebody talking into a log-mel spectrogram, aligned face crops and expression
-scores (`extract`), to keep these on disk (`FeatureCache`), and to bring the pretrained files they need
-(`get_asset`). PyAV, OpenCV and MediaPipe are imported when first used, so that importing this package costs
-next to nothing.
+`extract` turns a recording of a person talking into a log-mel spectrogram, aligned face crops and blendshape
+scores. `FeatureCache` stores them on disk. `get_asset` downloads the pretrained files they need. PyAV, OpenCV
+and MediaPipe are imported on first use, so importing this package is cheap.
 """
 
 from feature_extractors.assets import asset_path, cache_root, get_asset

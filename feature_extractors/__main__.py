@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m feature_extractors clip.mp4`: shows what a model would see and hear of a clip."""
+"""`python -m feature_extractors clip.mp4`: show what a model sees and hears of a clip."""
 
 import argparse
 import logging
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from feature_extractors.clip import ClipFeatures, RawClip
 
 STRONGEST = 6
-"""Blendshapes named in the table."""
+"""Number of blendshapes shown in the table."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 1 with one line on stderr if the clip is broken."""
+    """Run the command; the exit status is 0, or 1 with one line on stderr if the clip cannot be used."""
     options = _parser().parse_args(arguments)
     from rich.console import Console
 
@@ -47,13 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         "--save-contact-sheet",
         type=Path,
         metavar="PNG",
-        help="write a picture of the sampled frames beside their face crops",
+        help="write a picture of the sampled frames next to their face crops",
     )
     return parser
 
 
 def _show(options: argparse.Namespace, model: Path, console: "Console") -> None:
-    """Extracts, prints the table and writes the sheet if asked to."""
+    """Extract the features, print the table, and write the sheet on request."""
     from feature_extractors.clip import Clip, ExtractionSettings
     from feature_extractors.contact_sheet import save_contact_sheet
     from feature_extractors.decoding import decode
@@ -106,7 +106,7 @@ def _faces(features: "ClipFeatures") -> str:
 
 
 def _strongest(features: "ClipFeatures") -> str:
-    """Names and mean scores over the frames with a face, the most pronounced first."""
+    """Names and mean scores over the frames with a face, the highest first."""
     from feature_extractors.face import BLENDSHAPE_NAMES
 
     if not features.has_face:
@@ -117,7 +117,7 @@ def _strongest(features: "ClipFeatures") -> str:
 
 
 def _level(raw: "RawClip") -> str:
-    """Loudness of the whole and of the loudest sample, relative to full scale."""
+    """Mean and peak level relative to full scale."""
     import numpy as np
 
     if len(raw.waveform) == 0 or not raw.waveform.any():

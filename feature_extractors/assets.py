@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained files on this machine: where they are kept, and that they are the right ones.
+"""The local cache of pretrained files, and the verification of these files.
 
-`get_asset` brings a file or folder into the cache from the first source that answers; `asset_path` only
-looks. Weights are checked against pinned SHA-256 sums, so that it does not matter which source they came
-from.
+`get_asset` downloads a file or folder into the cache from the first source that has it; `asset_path` only
+looks into the cache. Weights are checked against pinned SHA-256 sums, so the source does not matter.
 
-Whoever has other weights sets `MSA_MODEL_<NAME>` (for instance `MSA_MODEL_FACE_LANDMARKER=/data/face.task`);
-these are used as they are. `MSA_CACHE` moves the cache.
+To use other weights, set `MSA_MODEL_<NAME>` (for instance `MSA_MODEL_FACE_LANDMARKER=/data/face.task`); they
+are not checked. `MSA_CACHE` sets the folder of the cache.
 """
 
 import hashlib
@@ -25,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """The folder of all that may be deleted and made again: `MSA_CACHE`, else `~/.cache/msa_online`."""
+    """Folder of the cache, which can be deleted at any time: `MSA_CACHE`, else `~/.cache/msa_online`."""
     return Path(os.environ.get("MSA_CACHE") or "~/.cache/msa_online").expanduser().absolute()
 
 
 def asset_path(name: str) -> Path | None:
-    """Where a model is on this machine, or None; never touches the network.
+    """Path of a model on this machine, or None; never uses the network.
 
     Args:
         name: A key of `ASSETS`.
@@ -39,8 +38,8 @@ def asset_path(name: str) -> Path | None:
         A file if the asset has one file, else a folder.
 
     Raises:
-        AssetError: Unknown name, the user's file does not exist, or files in the cache are not the right
-            ones.
+        AssetError: The name is unknown, the user's file does not exist, or files in the cache have a wrong
+            checksum.
     """
     asset = _asset(name)
     if override := os.environ.get(asset.variable):
@@ -56,17 +55,17 @@ def asset_path(name: str) -> Path | None:
 
 
 def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
-    """Where a model is, after bringing it if need be.
+    """Path of a model, which is downloaded if necessary.
 
     Args:
         name: A key of `ASSETS`.
-        progress: Told in one line each what is tried, which source failed and why, and what succeeded.
+        progress: Called with one line for each source that is tried, that failed, or that succeeded.
 
     Returns:
         A file if the asset has one file, else a folder.
 
     Raises:
-        AssetError: Unknown name, no source has the right files, or there is too little disk; names every
+        AssetError: The name is unknown, no source has the right files, or the disk is too small; names every
             source tried and the remedy.
     """
     if path := asset_path(name):
@@ -85,18 +84,18 @@ def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
                 verify(asset, fetched)
             except (AssetError, OSError) as error:
                 failures.append(f"{label}: {error}")
-                progress(f"{name}: nothing from {failures[-1]}")
+                progress(f"{name}: failed: {failures[-1]}")
                 shutil.rmtree(fetched)
                 continue
             _publish(asset, fetched, folder)
-            progress(f"{name}: fetched from {label}, sha256 correct, now in {_result(asset)}")
+            progress(f"{name}: downloaded from {label}, sha256 correct, stored in {_result(asset)}")
             return _result(asset)
-    raise AssetError(_nothing_found(asset, failures))
+    raise AssetError(_unavailable(asset, failures))
 
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise AssetError(f"no pretrained model is called {name!r}; there are {', '.join(ASSETS)}")
+        raise AssetError(f"unknown pretrained model {name!r}; known are {', '.join(ASSETS)}")
     return ASSETS[name]
 
 
@@ -105,29 +104,29 @@ def _folder(asset: Asset) -> Path:
 
 
 def _result(asset: Asset) -> Path:
-    """What callers are given: the only file, or the folder."""
+    """The path for callers: the only file, or the folder."""
     return _folder(asset) / asset.files[0] if len(asset.files) == 1 else _folder(asset)
 
 
-def _nothing_found(asset: Asset, failures: list[str]) -> str:
+def _unavailable(asset: Asset, failures: list[str]) -> str:
     tried = "\n".join(f"  - {failure}" for failure in failures)
     return (
-        f"{asset.name} ({asset.description}) is not to be had; tried\n{tried}\n"
+        f"{asset.name} ({asset.description}) is unavailable; tried\n{tried}\n"
         f"Connect to one of these, or put {', '.join(asset.files)} into {_folder(asset)},"
-        f" or set {asset.variable} to where you have it"
+        f" or set {asset.variable} to your copy"
     )
 
 
 def _workspace(asset: Asset, parent: Path) -> "tempfile.TemporaryDirectory[str]":
-    """A temporary folder on the cache's own disk, so that moving out of it is atomic; checks the space."""
+    """A temporary folder on the disk of the cache, so that moving files is atomic; checks the free space."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free / 1e6
-        needed = 2.5 * asset.megabytes + 10  # the wheels or their archive lie beside the files for a while
+        needed = 2.5 * asset.megabytes + 10  # the wheels or their archive, and the files
         if free < needed:
             raise AssetError(
-                f"{asset.name} needs {needed:.0f} MB for a while in {parent}, where {free:.0f} MB are free;"
-                " make room or point MSA_CACHE to another disk"
+                f"{asset.name} temporarily needs {needed:.0f} MB in {parent}, where {free:.0f} MB are free;"
+                " free disk space, or set MSA_CACHE to a folder on another disk"
             )
         return tempfile.TemporaryDirectory(dir=parent, prefix=".fetching-")
     except OSError as error:
@@ -135,7 +134,7 @@ def _workspace(asset: Asset, parent: Path) -> "tempfile.TemporaryDirectory[str]"
 
 
 def _publish(asset: Asset, fetched: Path, folder: Path) -> None:
-    """Moves verified files into place; another process may have been faster, with the same files."""
+    """Move verified files into place; another process may have done so already, with the same files."""
     folder.mkdir(exist_ok=True)
     for file in asset.files:
         os.replace(fetched / file, folder / file)
@@ -143,10 +142,10 @@ def _publish(asset: Asset, fetched: Path, folder: Path) -> None:
 
 
 def verify(asset: Asset, folder: Path) -> None:
-    """Checks that all files are there and weights hash to the pinned sums.
+    """Check that all files exist and that weights have the pinned checksums.
 
     Raises:
-        AssetError: Naming the file, and both sums where they differ.
+        AssetError: A file is missing or its checksum differs; names the file and both checksums.
     """
     for file in asset.files:
         if not (folder / file).is_file():
@@ -159,7 +158,7 @@ def verify(asset: Asset, folder: Path) -> None:
 
 
 def _verify_once(asset: Asset, folder: Path) -> None:
-    """Verifies files that are new or have changed; hashing 440 MB at every start would be felt."""
+    """Verify files that are new or have changed; hashing 440 MB at every start would take too long."""
     stamp, stamp_file = _stamp(asset, folder), _stamp_file(folder)
     if stamp_file.is_file() and stamp_file.read_text() == json.dumps(stamp):
         return
@@ -167,7 +166,7 @@ def _verify_once(asset: Asset, folder: Path) -> None:
         verify(asset, folder)
     except AssetError as error:
         raise AssetError(
-            f"{folder}: {error}; remove this folder to fetch it again,"
+            f"{folder}: {error}; remove this folder to download it again,"
             f" or set {asset.variable} to use other weights"
         ) from error
     if os.access(folder, os.W_OK):  # a shared read-only cache is verified every time
@@ -175,7 +174,7 @@ def _verify_once(asset: Asset, folder: Path) -> None:
 
 
 def _stamp(asset: Asset, folder: Path) -> dict[str, list[int]]:
-    """Size and time of the files that hold weights."""
+    """Size and modification time of the files with weights."""
     stats = {file: (folder / file).stat() for file in asset.sha256}
     return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waveform to log-mel spectrogram, and whether there is anything to hear.
+"""Log-mel spectrograms, and the detection of silence.
 
-The numbers are librosa's `melspectrogram` (power 2, Hann window, zero-padded centres, Slaney bands), which
-the tests compare against. Only its filter bank is called here: its STFT compiles code at the first call, 17 s
-on a fresh machine and 1.4 s in every later process, where NumPy's FFT needs 3 ms.
+The result equals librosa's `melspectrogram` (power 2, Hann window, zero-padded centres, Slaney bands); tests
+compare the two. Only the filter bank of librosa is used here: its STFT compiles code at the first call, 17 s
+on a new machine and 1.4 s in every later process, while NumPy's FFT needs 3 ms.
 """
 
 from functools import lru_cache
@@ -13,13 +13,13 @@ import numpy as np
 from feature_extractors.clip import SAMPLE_RATE
 
 POWER_FLOOR = 1e-10
-"""Power below this counts as this much, so that digital silence has a finite logarithm."""
+"""Lower bound of the power, so that digital silence has a finite logarithm."""
 
 SILENCE_PEAK = 1e-3
-"""A waveform that never leaves +-0.001 of full scale (-60 dB) holds no audible speech."""
+"""A waveform that stays within +-0.001 of full scale (-60 dB) contains no audible speech."""
 
 MAX_SAMPLE = 1e3
-"""Samples beyond this many times full scale (+60 dB) come from damage or a wrong scale, not from sound."""
+"""Samples beyond this many times full scale (+60 dB) stem from damage or a wrong scale."""
 
 
 def log_mel(
@@ -67,11 +67,11 @@ def _filters(window: int, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_bad_sample(waveform: np.ndarray) -> int | None:
-    """Index of the first sample that is not finite or exceeds `MAX_SAMPLE`; None if all are sound."""
-    bad = ~(np.abs(waveform) <= MAX_SAMPLE)  # also true for NaN, which compares with nothing
+    """Index of the first sample that is not finite or exceeds `MAX_SAMPLE`; None if there is none."""
+    bad = ~(np.abs(waveform) <= MAX_SAMPLE)  # also True for NaN: its comparisons are False
     return int(bad.argmax()) if bad.any() else None
 
 
 def is_silent(waveform: np.ndarray) -> bool:
-    """Whether nobody could hear anything in this waveform (samples,), for masking the audio modality."""
+    """Whether a waveform (samples,) is inaudible, so that the audio modality has to be masked."""
     return len(waveform) == 0 or float(np.abs(waveform).max()) < SILENCE_PEAK

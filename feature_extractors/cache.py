@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Content-addressed store of extracted features: a clip is decoded once, however often it is read.
+"""Content-addressed cache of extracted features: a clip is decoded only once.
 
-An entry's name is a hash of the file's bytes, the window and the settings, so a renamed or copied clip is
-found again and a changed one is not mistaken. Entries appear whole (written aside, then renamed), so any
-number of processes may fill one cache, and a run that was killed goes on where it stopped. Damaged entries
-are made again.
+The key of an entry is a hash of the file's bytes, the window and the settings. So a renamed or copied clip
+keeps its entry, and a changed clip gets a new one. Entries are written atomically (to a temporary file, then
+renamed): any number of processes can fill one cache, and an interrupted run continues where it stopped.
+Damaged entries are created again.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
 FORMAT_VERSION = 3
-"""Part of every key; raise it when settings come to give other features, or the files change."""
+"""Part of every key; increase it when equal settings give other features, or when the file format changes."""
 
 SETTLED = 2.0
-"""A file changed less than this many seconds ago may change again within one tick of its clock."""
+"""Seconds since its last change after which a file's time stamp identifies its content. A file may change
+twice within one tick of the file system's clock."""
 
 _ARRAYS = tuple(field.name for field in fields(ClipFeatures) if field.type is np.ndarray)
 
@@ -38,21 +39,21 @@ class CacheError(OSError):
 
 
 class FeatureCache:
-    """Features on disk, for `prepare` to fill and for training to read.
+    """Features on disk; `prepare` fills them and training reads them.
 
     Attributes:
-        folder: Where entries lie, spread over 256 subfolders.
+        folder: Folder of the entries, in 256 subfolders.
     """
 
     def __init__(self, folder: Path | str | None = None):
-        """Opens or begins a cache in `folder`, by default `features` in `cache_root()`."""
+        """Open or create a cache in `folder`, by default `features` in `cache_root()`."""
         self.folder = cache_root() / "features" if folder is None else Path(folder)
 
     def key(self, clip: Clip, settings: ExtractionSettings) -> str:
-        """The name of a clip's entry: 64 hexadecimal digits.
+        """The key of a clip's entry, 64 hexadecimal digits.
 
         Raises:
-            ClipError: The file is missing, no file, empty or not readable.
+            ClipError: The file is missing, not a file, empty or not readable.
         """
         content = {
             "format": FORMAT_VERSION,
@@ -63,7 +64,7 @@ class FeatureCache:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self, key: str) -> ClipFeatures | None:
-        """The features stored under a key; None if there are none or the entry is damaged."""
+        """The features stored under a key; None if there is no entry or it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self._entry(key)
@@ -81,7 +82,7 @@ class FeatureCache:
         return ClipFeatures(**arrays, findings=tuple(about["findings"]), duration=about["duration"])
 
     def store(self, key: str, features: ClipFeatures) -> None:
-        """Stores features under a key, replacing what is there.
+        """Store features under a key; replaces an existing entry.
 
         Raises:
             CacheError: The disk is full or the folder cannot be written.
@@ -97,17 +98,17 @@ class FeatureCache:
     def get(
         self, clip: Clip, settings: ExtractionSettings, face_extractor: FaceExtractor | None = None
     ) -> ClipFeatures:
-        """A clip's features, from the cache or extracted now and stored.
+        """A clip's features, from the cache, or else extracted and stored.
 
         Args:
             clip: The recording.
-            settings: What to measure.
-            face_extractor: An open extractor; without one it is opened for this clip if it is needed.
+            settings: What to extract.
+            face_extractor: An open extractor; by default one is opened for this clip if needed.
 
         Raises:
             ClipError: The clip cannot be used.
             CacheError: The cache cannot be written.
-            AssetError: The face model is needed and not to be had.
+            AssetError: The face model is needed and unavailable.
         """
         key = self.key(clip, settings)
         features = self.load(key)
@@ -124,7 +125,7 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _file_digest(self, path: Path) -> str:
-        """SHA-256 of a file's bytes, remembered on disk so that large corpora are not read at every start."""
+        """SHA-256 of a file's bytes, itself cached on disk so that corpora are not read at every start."""
         check_file(path)
         status = path.stat()
         identity = f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}"
@@ -143,9 +144,9 @@ class FeatureCache:
         return digest
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Makes a file appear whole or not at all, with the permissions that the umask gives.
+        """Write a file atomically, with the permissions of the umask.
 
-        Several processes may write the same file: each writes its own draft, and the last rename counts.
+        Several processes may write the same file: each writes its own temporary file; the last rename wins.
         """
         draft = path.with_name(f".writing-{uuid.uuid4().hex}")
         try:
@@ -158,13 +159,13 @@ class FeatureCache:
         except OSError as error:
             raise CacheError(
                 error.errno,
-                f"cannot write the feature cache in {self.folder} ({error.strerror}); make room, or point"
-                " MSA_CACHE to a disk that has some. What is stored already is kept",
+                f"cannot write the feature cache in {self.folder} ({error.strerror}); free disk space, or set"
+                " MSA_CACHE to a folder on another disk. Stored entries are kept",
             ) from error
 
 
 def _checksum(arrays: dict[str, np.ndarray], about: str) -> int:
-    """CRC of everything that `load` returns: findings and duration as stored, shapes, types and values."""
+    """CRC over all that `load` returns: findings and duration as stored, shapes, types and values."""
     header = [about, *((name, arrays[name].dtype.str, arrays[name].shape) for name in _ARRAYS)]
     checksum = zlib.crc32(json.dumps(header).encode())
     for name in _ARRAYS:

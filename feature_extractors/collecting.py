@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept while a file is decoded: a few frames by their times, and one waveform.
+"""Collect what is needed while a file is decoded: frames at given times, and one waveform.
 
-Both collectors are fed frames in order, tell when they have seen enough (`done`), and know the first and last
-second they saw, from which truncation and a missed seek are recognised.
+Both collectors receive frames in order and set `done` when they need no more. Their `first` and `last` times
+show whether the file is truncated or a seek missed its target.
 """
 
 from fractions import Fraction
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class FrameSampler:
-    """Keeps the frame on show at each midpoint of `num_frames` equal intervals of a window.
+    """Keeps the frames that are displayed at the midpoints of `num_frames` equal intervals of a window.
 
-    A frame is on show from its own time until the next frame's; the first frame also stands for the time
-    before it. Only two frames are held back at a time, so long clips need no more memory than short ones.
+    A frame is displayed from its own time until that of the next frame; the first frame also covers the time
+    before it. Only two pending frames are held, so long clips need no more memory than short ones.
 
     Attributes:
-        first: Time of the first frame seen, None before it; seconds from the beginning of the file.
-        last: End of the last frame seen, -1 before it.
-        done: Whether later frames cannot be wanted.
-        count: Number of frames seen.
+        first: Time of the first frame received, None before it; seconds from the start of the file.
+        last: End of the last frame received, -1 before it.
+        done: Whether no later frame is needed.
+        count: Number of frames received.
     """
 
     def __init__(self, start: float, end: float, num_frames: int, converter: PictureConverter | None):
-        """Prepares for one window, in seconds from the beginning of the file; no video needs no converter."""
+        """Create a sampler for one window, in seconds from the start of the file; no video, no converter."""
         self.start, self.end = start, end
         self.count = 0
         self.targets = start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames
@@ -45,7 +45,7 @@ class FrameSampler:
         self._kept: list[tuple[float, np.ndarray]] = []
 
     def add(self, frame: "av.VideoFrame", origin: float) -> None:
-        """Takes the next frame; a frame without a timestamp follows its predecessor."""
+        """Receive the next frame; a frame without a timestamp directly follows the one before it."""
         time = max(self.last, 0.0) if frame.time is None else frame.time - origin
         if self.first is None:
             self.first = time
@@ -67,11 +67,11 @@ class FrameSampler:
         return together(pictures), np.array(times, np.float64) - self.start
 
     def _settle(self, time: float, following: DecodedFrame | None) -> None:
-        """Keeps the held frame if a target falls before `time`, when the following one takes its place."""
+        """Keep the held frame if a target lies before `time`, the time of the following frame."""
         waiting = self._next
         while self._next < len(self.targets) and self.targets[self._next] < time:
             self._next += 1
-        if self._held is None:  # the first frame is not here yet; it will stand for these targets
+        if self._held is None:  # there is no frame yet; the first one will cover these targets
             self._next = waiting
         elif self._next > waiting and self._held[0] <= self.end:
             picture = self._converter.convert(self._held[1], self._before_held, following)
@@ -79,31 +79,31 @@ class FrameSampler:
 
 
 class WaveformCollector:
-    """Resamples audio frames to mono `SAMPLE_RATE` and cuts the window out of them.
+    """Resamples audio frames to mono `SAMPLE_RATE` and cuts out the window.
 
-    The first frame's timestamp says where the sound begins; sound that begins after the window does is
-    preceded by zeros, so that sample 0 is always the window's start and picture and sound stay together.
+    The timestamp of the first frame gives the start of the sound. If it starts after the window, zeros are
+    put before it, so that sample 0 is always at the window's start and sound and frames are synchronous.
 
     Attributes:
-        first: Time of the first sound, None before it; seconds from the beginning of the file.
-        last: End of the sound seen so far, -1 before it.
-        done: Whether later sound cannot be wanted.
+        first: Start of the sound, None before the first frame; seconds from the start of the file.
+        last: End of the sound received so far, -1 before the first frame.
+        done: Whether no later sound is needed.
     """
 
     def __init__(self, start: float, end: float):
-        """Prepares for one window, in seconds from the beginning of the file."""
+        """Create a collector for one window, in seconds from the start of the file."""
         self.start, self.end = start, end
         self.first: float | None = None
         self.last = -1.0
         self.done = False
         self._resampler: av.AudioResampler | None = None
         self._format: tuple[str, str, int] | None = None
-        self._channels = 1  # that come out of the resampler
-        self._dropped = 0  # samples before the window, which are not kept
+        self._channels = 1  # of the resampler's output
+        self._dropped = 0  # samples before the window
         self._pieces: list[np.ndarray] = []
 
     def add(self, frame: "av.AudioFrame", origin: float) -> None:
-        """Takes the next stretch of sound, of any format, which may change on the way."""
+        """Receive the next audio frame, of any format; the format may change between frames."""
         import av
 
         if self.first is None:
@@ -115,10 +115,10 @@ class WaveformCollector:
             self._flush()
             self._format = sound_format
             self._channels, self._resampler = 1, av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        frame.pts = None  # gaps in the times must not change the count of samples
+        frame.pts = None  # gaps in the timestamps must not change the number of samples
         try:
             self._resample(frame)
-        except av.error.ArgumentError:  # FFmpeg has no downmix for this number of channels: take their mean
+        except av.error.ArgumentError:  # FFmpeg has no downmix for this number of channels: use their mean
             self._channels = frame.layout.nb_channels
             self._resampler = av.AudioResampler("flt", frame.layout, SAMPLE_RATE)
             self._resample(frame)
@@ -136,13 +136,13 @@ class WaveformCollector:
         return sound[:length]
 
     def _flush(self) -> None:
-        """Draws the last samples out of the resampler; it cannot be fed again."""
+        """Read the last samples from the resampler and drop it."""
         if self._resampler is not None:
             self._resample(None)
             self._resampler = None
 
     def _resample(self, frame: "av.AudioFrame | None") -> None:
-        """Keeps what comes out of the resampler for a frame, or at the end of the sound (None)."""
+        """Resample a frame, or flush the resampler (None), and keep its output."""
         for piece in self._resampler.resample(frame):
             samples = piece.to_ndarray()[0]
             mono = samples if self._channels == 1 else samples.reshape(-1, self._channels).mean(axis=1)
@@ -152,5 +152,5 @@ class WaveformCollector:
                 self._pieces.append(mono)
 
     def _before_window(self) -> int:
-        """Samples from the first sound to the window's start; negative if the sound begins later."""
+        """Number of samples between the start of the sound and that of the window; may be negative."""
         return round((self.start - self.first) * SAMPLE_RATE)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of what was extracted: every sampled frame beside the face crop that was made of it.
+"""A picture of all sampled frames next to their face crops.
 
-Looking at one sheet tells more about a corpus than any number: wrong faces, bad crops and video lying on
-its side all show.
+It shows problems that numbers hide: wrong faces, bad crops and rotated video.
 """
 
 from pathlib import Path
@@ -29,13 +28,13 @@ PAPER, INK, FAINT, GOOD, BAD = (
 
 
 def save_contact_sheet(path: Path, frames: np.ndarray, features: ClipFeatures, title: str) -> None:
-    """Writes the sheet as an image file.
+    """Write the sheet as an image file.
 
     Args:
-        path: Where to; the suffix (.png, .jpg) gives the format. Parent folders are made.
-        frames: The sampled RGB pictures (frames, height, width, 3), uint8.
-        features: What was extracted from these frames.
-        title: The line at the top.
+        path: The file; its suffix (.png, .jpg) sets the format. Parent folders are created.
+        frames: The sampled RGB frames (frames, height, width, 3), uint8.
+        features: The features extracted from these frames.
+        title: Title of the sheet.
 
     Raises:
         ValueError: There is no frame to show.
@@ -54,7 +53,7 @@ def save_contact_sheet(path: Path, frames: np.ndarray, features: ClipFeatures, t
 
 
 def _tile(frame: np.ndarray, features: ClipFeatures, index: int) -> np.ndarray:
-    """One frame with its crop to the right and a caption below."""
+    """One frame with its crop on the right and a caption below."""
     import cv2
 
     width = max(1, round(frame.shape[1] * PICTURE / frame.shape[0]))
@@ -75,7 +74,7 @@ def _tile(frame: np.ndarray, features: ClipFeatures, index: int) -> np.ndarray:
 
 
 def _arrange(tiles: list[np.ndarray], title: str) -> np.ndarray:
-    """Tiles in rows under a title, rows as even as the width allows."""
+    """Arrange tiles in rows of about equal length under a title."""
     height, width = tiles[0].shape[:2]
     fitting = max(1, min(len(tiles), (MAX_WIDTH - GAP) // (width + GAP)))
     rows = -(-len(tiles) // fitting)
@@ -93,7 +92,7 @@ def _arrange(tiles: list[np.ndarray], title: str) -> np.ndarray:
 def _write(
     picture: np.ndarray, text: str, at: tuple[int, int], color: tuple[int, int, int], size: int
 ) -> None:
-    """Draws text into the picture, baseline starting at `at` (x, y)."""
+    """Draw text into the picture; its baseline starts at `at` (x, y)."""
     import cv2
 
     cv2.putText(picture, text, at, color, cv2.FontFace("sans"), size, 400)

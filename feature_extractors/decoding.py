@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any container PyAV opens to a few RGB frames with timestamps and a 16 kHz mono waveform.
+"""Decode a media file with PyAV to a few RGB frames with timestamps and a 16 kHz mono waveform.
 
-Everything goes by timestamps: frame counts and frame rates in headers are often missing or wrong. One pass
-over the file feeds both streams; only frames that are kept are converted and scaled. Decoders run on one
-thread, which is faster than several for short clips (5.4 against 7.4 ms a clip) and leaves the cores to other
-processes.
+Decoding relies on timestamps, because frame counts and frame rates in headers are often missing or wrong. One
+pass over the file serves both streams. Only frames that are kept are converted and scaled. Decoders run on
+one thread: for short clips this is faster than several (5.4 against 7.4 ms a clip), and it leaves the cores
+to other processes.
 """
 
 from collections.abc import Iterator
@@ -26,44 +26,44 @@ if TYPE_CHECKING:
     import av
 
 TOLERANCE = 0.25
-"""Seconds by which a window may pass the clip's end, and media may fall short of the declared duration."""
+"""Seconds by which a window may exceed the clip, and by which media may be shorter than declared."""
 
 TOLERANCE_SHARE = 0.02
-"""The same as a share of the declared duration: the larger of the two counts."""
+"""The same tolerance as a share of the declared duration; the larger of the two applies."""
 
 SEEK_FROM = 2.0
-"""A window that begins later than this many seconds is reached by seeking."""
+"""Windows that start later than this many seconds are reached by seeking."""
 
 PRE_ROLL = 0.5
-"""Seconds decoded before a window, so that decoders and the resampler have settled when it begins."""
+"""Seconds decoded before a window, so that decoders and resampler are in a steady state at its start."""
 
 LATEST_SOUND = 600.0
-"""Sound that begins later than this many seconds into a window means damaged timestamps."""
+"""Sound that starts later than this many seconds into a window indicates damaged timestamps."""
 
 HEADERLESS = {"mp3", "aac", "mpeg", "mpegvideo", "mpegts", "ac3", "h264", "hevc"}
-"""Formats whose header declares no duration: what FFmpeg reports is a guess, from the bit rate at worst."""
+"""Formats without a duration in the header; FFmpeg estimates it, for example from the bit rate."""
 
 
 def decode(
     clip: Clip, num_frames: int = 8, max_height: int = 480, deadline: Deadline | None = None
 ) -> RawClip:
-    """Frames and sound of a clip.
+    """Decode frames and sound of a clip.
 
     Args:
-        clip: The file and, optionally, the window in it.
-        num_frames: Frames wanted. The window is cut into as many equal intervals and the frame on show at
-            each midpoint is taken; a clip with fewer frames gives fewer, none twice.
-        max_height: Pictures whose shorter side is longer than this are scaled down, keeping their shape.
-        deadline: The time allowed, from now on by default. It is set to what the clip's length allows once
-            this is known.
+        clip: The file and, optionally, a time window.
+        num_frames: Number of frames. The window is divided into as many equal intervals, and the frame
+            displayed at each midpoint is taken. A clip with fewer frames gives fewer; none is repeated.
+        max_height: Frames whose shorter side is longer than this are scaled down, keeping their aspect ratio.
+        deadline: Time limit; by default one that starts now. It is adjusted to the clip's length once that is
+            known.
 
     Returns:
-        The decoded clip. An audio-only file or a video without sound is legal: its other half is empty.
+        The decoded clip. Audio-only files and videos without sound are valid: the missing part is empty.
 
     Raises:
         ClipError: The file is missing, not a file, empty, a playlist, not decodable, truncated, without
-            streams, beyond a limit (size, length, channels, time) or holds samples that are not finite or far
-            beyond full scale; or the window is impossible or outside the file.
+            streams, beyond a limit (size, length, channels, time), or has samples that are not finite or far
+            beyond full scale; or the window is invalid or outside the file.
     """
     import av
 
@@ -75,7 +75,7 @@ def decode(
     try:
         with open_media(clip.path, deadline) as container:
             raw = _decode_window(container, task, seek=(clip.start or 0) > SEEK_FROM)
-        if raw is None:  # seeking landed too late, as it does in files without an index
+        if raw is None:  # seeking landed too late, which happens in files without an index
             with open_media(clip.path, deadline) as container:
                 raw = _decode_window(container, task, seek=False)
     except (av.error.FFmpegError, OSError, OverflowError) as error:  # OverflowError: times beyond 64 bits
@@ -85,15 +85,15 @@ def decode(
 
 
 def _reason(error: Exception) -> str:
-    """FFmpeg's words without number and path, which the message has already."""
+    """FFmpeg's message without error number and path."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is no readable file with something in it, without opening it as media.
+    """Check that a path is a readable file that is not empty, without opening it as media.
 
     Raises:
-        ClipError: The path leads nowhere or to something else, or the file is empty or not readable.
+        ClipError: The path does not exist or is not a file, or the file is empty or not readable.
     """
     try:
         if not path.exists():
@@ -110,7 +110,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_window(clip: Clip) -> None:
-    """Refuses windows that no file could satisfy."""
+    """Refuse windows that are invalid for every file."""
     for name, value in (("start", clip.start), ("end", clip.end)):
         if value is not None and not (np.isfinite(value) and value >= 0):
             raise ClipError(clip.path, "bad window", f"{name} is {value} s")
@@ -122,7 +122,7 @@ def _check_window(clip: Clip) -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """What `decode` was asked for."""
+    """The arguments of `decode`."""
 
     clip: Clip
     num_frames: int
@@ -132,7 +132,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Window:
-    """Times in seconds from the file's beginning; `declared` is the header's duration, if trustworthy."""
+    """Times in seconds from the start of the file; `declared` is the header's duration, if reliable."""
 
     start: float
     end: float
@@ -140,7 +140,7 @@ class _Window:
 
 
 def _decode_window(container: "av.container.InputContainer", task: _Task, *, seek: bool) -> RawClip | None:
-    """One pass over the file, or None if seeking missed the window's beginning."""
+    """One pass over the file; None if seeking missed the window's start."""
     clip = task.clip
     video, audio = _streams(container, clip.path)
     origin = (container.start_time or 0) / 1_000_000
@@ -181,7 +181,7 @@ def _decode_window(container: "av.container.InputContainer", task: _Task, *, see
 def _streams(
     container: "av.container.InputContainer", path: Path
 ) -> tuple["av.VideoStream | None", "av.AudioStream | None"]:
-    """The best decodable video and audio streams; a cover picture in a music file is no video."""
+    """The best decodable video and audio streams; a cover picture in a music file does not count."""
     import av
 
     cover = av.stream.Disposition.attached_pic
@@ -197,14 +197,14 @@ def _streams(
     limits.check_streams(path, len(container.streams), best["video"], best["audio"])
     for stream in filter(None, best.values()):
         stream.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}  # pictures may grow on the way
+        stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}  # sizes may change in a stream
     return best["video"], best["audio"]
 
 
 def _window(
     container: "av.container.InputContainer", clip: Clip, streams: list["av.stream.Stream"], origin: float
 ) -> _Window:
-    """The window to decode, from clip and container; packets are scanned if no duration is declared."""
+    """The window to decode; packets are scanned if the container declares no duration."""
     declared = container.duration / 1_000_000 if (container.duration or 0) > 0 else None
     file_end = declared or _scan_duration(container, streams, origin)
     slack = _slack(file_end)
@@ -227,7 +227,7 @@ def _slack(duration: float) -> float:
 def _scan_duration(
     container: "av.container.InputContainer", streams: list["av.stream.Stream"], origin: float
 ) -> float:
-    """Where the last packet ends, in seconds; reads the file once without decoding."""
+    """End of the last packet in seconds; reads the file once without decoding."""
     end = 0.0
     for packet in _packets(container, streams):
         if packet.pts is not None:
@@ -239,7 +239,7 @@ def _scan_duration(
 def _packets(
     container: "av.container.InputContainer", streams: list["av.stream.Stream"]
 ) -> Iterator["av.Packet"]:
-    """Packets up to the file's end or to damage that cannot be passed; what is missing shows in the times."""
+    """Packets up to the end of the file or to fatal damage; missing media show in the timestamps."""
     import av
 
     packets = container.demux(streams)
@@ -254,7 +254,7 @@ def _packets(
 def _decoded_frames(
     container: "av.container.InputContainer", collectors: dict[int, FrameSampler | WaveformCollector]
 ) -> Iterator[tuple["av.stream.Stream", "av.VideoFrame | av.AudioFrame"]]:
-    """Stream and frame, until every collector is done; packets of a finished stream are not decoded."""
+    """Pairs of stream and frame until all collectors are done; skips packets of finished streams."""
     import av
 
     for packet in _packets(container, [container.streams[index] for index in collectors]):
@@ -265,21 +265,21 @@ def _decoded_frames(
             continue
         try:
             frames = packet.decode()
-        except av.error.FFmpegError:  # one damaged packet: go on as players do
+        except av.error.FFmpegError:  # skip a damaged packet, as players do
             continue
         for frame in frames:
             yield packet.stream, frame
 
 
 def _check_times(clip: Clip, window: _Window, sound: WaveformCollector) -> None:
-    """Refuses timestamps so wrong that bringing picture and sound together would take hours of silence."""
+    """Refuse damaged timestamps that would pad the sound with hours of silence."""
     if sound.first is not None and min(sound.first, window.end) - window.start > LATEST_SOUND:
         late = f"the sound begins {sound.first - window.start:.0f} s after the window"
         raise ClipError(clip.path, "undecodable", f"cannot be decoded (damaged timestamps: {late})")
 
 
 def _check_samples(clip: Clip, waveform: np.ndarray, start: float) -> None:
-    """Refuses sound with values that are not finite or far beyond full scale, which no model can use."""
+    """Refuse sound with values that are not finite or far beyond full scale."""
     index = first_bad_sample(waveform)
     if index is not None:
         value, seconds = waveform[index], start + index / SAMPLE_RATE
@@ -288,12 +288,12 @@ def _check_samples(clip: Clip, waveform: np.ndarray, start: float) -> None:
 
 
 def _check_complete(clip: Clip, window: _Window, decoded_end: float) -> None:
-    """Refuses a clip whose media stop well before the window's or the declared end."""
+    """Refuse a clip whose media end well before the window or the declared duration."""
     if decoded_end < 0:
         raise ClipError(clip.path, "undecodable", "cannot be decoded (no frame and no sound comes out)")
     if window.declared is not None and decoded_end < window.end - _slack(window.end):
         raise ClipError(
             clip.path,
             "truncated",
-            f"is cut off: decoding stops at {decoded_end:.2f} s of the declared {window.declared:.2f} s",
+            f"is truncated: decoding stops at {decoded_end:.2f} s of the declared {window.declared:.2f} s",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where decoding, sound and face come together."""
+"""Extract all features of a clip: decoding, log-mel spectrogram and faces."""
 
 import numpy as np
 
@@ -25,27 +25,27 @@ def extract(
     face_extractor: FaceExtractor,
     deadline: Deadline | None = None,
 ) -> ClipFeatures:
-    """Everything a model sees of a clip besides its words.
+    """Extract all inputs of a model but the text.
 
     Args:
         clip: The recording.
-        settings: What to measure.
-        face_extractor: An open `FaceExtractor`; one serves any number of clips, in any order.
-        deadline: The time allowed for decoding, as in `decode`.
+        settings: What to extract.
+        face_extractor: An open `FaceExtractor`; it can be reused for any number of clips, in any order.
+        deadline: Time limit of decoding, as in `decode`.
 
     Returns:
-        The features; what is missing is named in `findings` and is no error.
+        The features. What the clip lacks is listed in `findings`; it is not an error.
 
     Raises:
         ClipError: The clip cannot be used.
-        ValueError: `face_extractor` was made for another crop size than `settings` asks for.
+        ValueError: `face_extractor` has another crop size than `settings`.
     """
     raw = decode(clip, settings.num_frames, settings.max_height, deadline)
     return measure(raw, settings, face_extractor)
 
 
 def measure(raw: RawClip, settings: ExtractionSettings, face_extractor: FaceExtractor) -> ClipFeatures:
-    """The second half of `extract`, for callers that want to see the decoded frames too."""
+    """The second half of `extract`, for callers that need the decoded frames too."""
     if face_extractor.size != settings.face_size:
         raise ValueError(
             f"face_extractor makes crops of {face_extractor.size} pixels but settings.face_size is"
@@ -64,7 +64,7 @@ def measure(raw: RawClip, settings: ExtractionSettings, face_extractor: FaceExtr
 
 
 def _findings(raw: RawClip, any_face: bool) -> tuple[str, ...]:
-    """At most one finding on the picture and one on the sound."""
+    """At most one finding about the video and one about the audio."""
     findings = []
     if not raw.has_video:
         findings.append(NO_VIDEO)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video frames to aligned face crops and expression scores, following one face through the clip.
+"""Extract aligned face crops and blendshape scores from frames, tracking one face through the clip.
 
-MediaPipe's Face Landmarker runs in IMAGE mode and the tracking is ours: its VIDEO mode carries state from one
-clip to the next, so that features would depend on the order in which clips are read.
+MediaPipe's Face Landmarker runs in IMAGE mode, with our own tracking. Its VIDEO mode carries state from one
+clip to the next, so features would depend on the order of the clips.
 """
 
 import os
@@ -34,29 +34,29 @@ BLENDSHAPE_NAMES = (
     "noseSneerLeft", "noseSneerRight",
 )
 # fmt: on
-"""What each of the 52 blendshape scores says, in the order of the last axis."""
+"""Names of the 52 blendshape scores, in the order of the last axis."""
 
 TEMPLATE = np.array([[0.33, 0.40], [0.67, 0.40], [0.50, 0.75]])
-"""Where the left eye (as seen), the right eye and the mouth lie in a crop, as shares of its size."""
+"""Positions in a crop, as shares of its size, of the left eye (as seen), the right eye and the mouth."""
 
 ANCHORS = ((33, 133), (362, 263), (61, 291))
-"""Landmarks whose mean is one point of `TEMPLATE`: corners of either eye, corners of the mouth."""
+"""Landmarks whose mean is a point of `TEMPLATE`: corners of each eye, corners of the mouth."""
 
 MAX_FACES = 4
-"""Faces looked at in one frame; more cost nothing where they are not there."""
+"""Largest number of faces detected in a frame; the limit costs nothing if there are fewer."""
 
 BORDER = 0.25
-"""Width of the border, as a share of the frame, with which faces that fill the frame are found at last."""
+"""Width of the border, as a share of the frame, that is added to detect faces that fill the frame."""
 
 WIDE = 1.1
-"""Frames wider than this many heights are also searched square by square: the detector looks at 128 x 128
-pixels, in which a face narrower than an eighth of the frame goes unseen."""
+"""Frames with a larger aspect ratio are also searched in squares: the detector works on 128 x 128 pixels and
+misses faces narrower than an eighth of the frame."""
 
 MAX_SQUARES = 32
-"""Squares searched in one frame; enough for frames of `limits.MAX_ASPECT`, wider ones are left with gaps."""
+"""Largest number of squares searched in a frame; enough for `limits.MAX_ASPECT`. Wider frames have gaps."""
 
 CONTINUES = 1.0
-"""A face continues the tracked one if the centres lie within this many face widths."""
+"""A face continues the track if its centre is at most this many face widths from the tracked one."""
 
 _LOADING = threading.RLock()
 _NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|[IWE]\d{4} \d\d:\d\d:")
@@ -64,12 +64,12 @@ _NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|[I
 
 @dataclass(frozen=True)
 class Faces:
-    """One face followed through a clip.
+    """One face tracked through a clip.
 
     Attributes:
-        crops: Aligned crops (frames, size, size, 3), uint8 RGB; zeros where not found.
-        blendshapes: Expression scores in [0, 1] (frames, 52), float32, named by `BLENDSHAPE_NAMES`; zeros
-            likewise.
+        crops: Aligned crops (frames, size, size, 3), uint8 RGB; zeros where no face was found.
+        blendshapes: Scores in [0, 1] (frames, 52), float32, in the order of `BLENDSHAPE_NAMES`; zeros where
+            no face was found.
         found: Whether the frame shows the face (frames,), bool.
     """
 
@@ -80,7 +80,7 @@ class Faces:
 
 @dataclass(frozen=True)
 class _Face:
-    """A face in one frame: landmarks (478, 2) in the frame's pixels and its scores (52,)."""
+    """A face in one frame: landmarks (478, 2) in pixels of the frame, and blendshape scores (52,)."""
 
     landmarks: np.ndarray
     blendshapes: np.ndarray
@@ -96,27 +96,28 @@ class _Face:
 
 
 class FaceExtractor:
-    """MediaPipe Face Landmarker with tracking and alignment; open one, use it for any number of clips.
+    """MediaPipe Face Landmarker with tracking and alignment.
 
-    Use it in a `with` block, one per process:
+    Use one extractor per process, in a `with` block, for any number of clips:
 
         with FaceExtractor() as face_extractor:
             faces = face_extractor.extract(frames)
 
-    What is extracted from a clip depends on this clip alone. One that is never closed makes MediaPipe print a
-    traceback when the interpreter ends; processes of `multiprocessing` end without that.
+    The result for a clip depends on this clip only. If an extractor is not closed, MediaPipe prints a
+    traceback at the end of the interpreter (not in processes of `multiprocessing`).
     """
 
     def __init__(self, settings: ExtractionSettings | None = None, model_path: Path | str | None = None):
-        """Loads the landmark model.
+        """Load the landmark model.
 
         Args:
-            settings: Say how large the crops are; the defaults of `ExtractionSettings` if left out.
-            model_path: A `face_landmarker.task` file; by default the asset of this name, fetched if need be.
+            settings: Sets the size of the crops; by default `ExtractionSettings()`.
+            model_path: A `face_landmarker.task` file; by default the asset of this name, which is downloaded
+                if necessary.
 
         Raises:
-            AssetError: The model is not here and no source has it.
-            ValueError: The file at `model_path` is no landmark model.
+            AssetError: The model is neither on this machine nor at any source.
+            ValueError: The file at `model_path` is not a landmark model.
         """
         self.size = (settings or ExtractionSettings()).face_size
         self._landmarker = _open_landmarker(Path(model_path or get_asset("face_landmarker")))
@@ -130,17 +131,18 @@ class FaceExtractor:
         self.close()
 
     def close(self) -> None:
-        """Frees MediaPipe's memory and threads; the extractor cannot be used afterwards."""
+        """Free MediaPipe's memory and threads; the extractor cannot be used afterwards."""
         self._landmarker.close()
 
     def extract(self, frames: np.ndarray) -> Faces:
-        """Follows one face through a clip.
+        """Track one face through a clip.
 
-        The largest face of the first frame that has one is chosen. In later frames it is the nearest face, if
-        it is near enough to be the same; if not, the track is lost and the largest face is taken again.
+        It starts with the largest face of the first frame that has one. In later frames the nearest face
+        continues the track if it is close enough. Otherwise the track is lost, and the largest face starts a
+        new one.
 
         Args:
-            frames: RGB pictures (frames, height, width, 3), uint8, in order; there may be none.
+            frames: RGB frames (frames, height, width, 3), uint8, in order; may be empty.
 
         Returns:
             Crops, scores and found mask, one row per frame.
@@ -159,7 +161,7 @@ class FaceExtractor:
         return Faces(crops, blendshapes, found)
 
     def _detect(self, frame: np.ndarray) -> list[_Face]:
-        """Faces in the first view of the frame that shows any; the views of squares count as one."""
+        """Faces in the first view of the frame that shows any; all squares together are one view."""
         for views in (((frame, 0, 0),), _bordered(frame), _squares(frame)):
             faces = [face for view, x, y in views for face in self._detect_in(view, x, y)]
             if faces:
@@ -167,7 +169,7 @@ class FaceExtractor:
         return []
 
     def _detect_in(self, view: np.ndarray, x: int, y: int) -> list[_Face]:
-        """Faces in a view whose corner lies at (x, y) of the frame."""
+        """Faces in a view whose upper left corner is at (x, y) of the frame."""
         import mediapipe
 
         image = mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(view))
@@ -183,7 +185,7 @@ class FaceExtractor:
 
 
 def _bordered(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-    """The frame with a black border, for faces that fill it; finds a third of those missed in tight crops."""
+    """The frame with a black border, for faces that fill it: finds a third of those missed otherwise."""
     import cv2
 
     border = round(BORDER * min(frame.shape[:2]))
@@ -191,7 +193,7 @@ def _bordered(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
 
 
 def _squares(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Overlapping squares across a wide frame, for faces small in it (down to an eighth of the height)."""
+    """Overlapping squares of a wide frame, to detect small faces (down to an eighth of the height)."""
     height, width = frame.shape[:2]
     if width > WIDE * height:
         count = min(int(np.ceil(width / height / 0.6)), MAX_SQUARES)
@@ -210,34 +212,35 @@ def _choose(faces: list[_Face], tracked: _Face | None) -> _Face:
 
 
 def anchor_points(landmarks: np.ndarray) -> np.ndarray:
-    """Both eyes and the mouth (3, 2), (x, y) in pixels, out of the 478 landmarks (478, 2)."""
+    """Both eyes and the mouth (3, 2), (x, y) in pixels, from the landmarks (478, 2)."""
     return np.stack([landmarks[list(indices)].mean(0) for indices in ANCHORS])
 
 
 def align(frame: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
-    """Cuts a face out so that eyes and mouth lie at `TEMPLATE`, by rotation, scale and shift only.
+    """Crop a face so that eyes and mouth are at `TEMPLATE`, by rotation, scaling and translation only.
 
     Args:
-        frame: RGB picture (height, width, 3), uint8.
+        frame: RGB frame (height, width, 3), uint8.
         points: Both eyes and the mouth (3, 2) in pixels of the frame.
         size: Height and width of the crop.
 
     Returns:
-        The crop (size, size, 3), uint8 RGB; pixels from outside the frame are black.
+        The crop (size, size, 3), uint8 RGB; pixels outside the frame are black.
     """
     import cv2
 
     scale = np.hypot(*_similarity(points, TEMPLATE * size)[:, 0])
-    oversize = size * max(1, round(1 / scale))  # first at about full resolution, so that shrinking is smooth
+    oversize = size * max(1, round(1 / scale))  # warp at about full resolution, then shrink with averaging
     matrix = _similarity(points, TEMPLATE * oversize)
     crop = cv2.warpAffine(frame, matrix, (oversize, oversize), flags=cv2.INTER_LINEAR)
     return crop if oversize == size else cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
 
 
 def _similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The matrix (2, 3) of the similarity that takes source to target points (n, 2) with least squared error.
+    """Matrix (2, 3) of the least-squares similarity transform from source to target points (n, 2).
 
-    Linear in (scale cos, scale sin, shift x, shift y), hence exact; OpenCV's estimator picks random subsets.
+    The problem is linear in (scale cos, scale sin, shift x, shift y), so the solution is exact. OpenCV's
+    estimator samples random subsets.
     """
     x, y = source.T
     one, zero = np.ones_like(x), np.zeros_like(x)
@@ -247,10 +250,10 @@ def _similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _open_landmarker(model_path: Path) -> "vision.FaceLandmarker":  # noqa: F821
-    """A Face Landmarker for single images.
+    """Open a Face Landmarker for single images.
 
     Raises:
-        ValueError: The file is no landmark model.
+        ValueError: The file is not a landmark model.
     """
     from mediapipe.tasks.python import BaseOptions, vision
 
@@ -266,22 +269,22 @@ def _open_landmarker(model_path: Path) -> "vision.FaceLandmarker":  # noqa: F821
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{model_path}: not a MediaPipe face landmark model; give a face_landmarker.task file"
-            " or remove this one to have it fetched again"
+            " or remove this one to download it again"
         ) from error
 
 
 @contextmanager
 def _native_log_silenced() -> Iterator[None]:
-    """Keeps MediaPipe's C++ notices off the terminal while a model is loaded; no setting turns them off.
+    """Suppress MediaPipe's C++ log while a model is loaded; no setting turns it off.
 
-    They go to file descriptor 2, which belongs to the whole process. Models are therefore loaded one after
-    the other, and lines that other threads write meanwhile are passed on afterwards. Errors of MediaPipe
-    arrive as exceptions.
+    The log goes to file descriptor 2, which the whole process shares. So only one model is loaded at a time,
+    and lines that other threads write meanwhile are written afterwards. Errors of MediaPipe are exceptions
+    and not affected.
     """
     with _LOADING:
         try:
             saved = os.dup(2)
-        except OSError:  # no standard error, as in a daemon: there is nothing to silence
+        except OSError:  # no standard error, as in a daemon: nothing to suppress
             yield
             return
         with os.fdopen(saved, "wb") as stderr, tempfile.TemporaryFile() as sink:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clip may cost: limits on size, length, channels and time, far above real recordings.
+"""Limits on size, length, channels and decoding time of a clip, far above real recordings.
 
-A few bytes of header can demand gigabytes of memory or days of work. Everything is checked from the header
-before anything is decoded, and again for each decoded frame, since streams may change on the way.
+A few bytes of header can demand gigabytes of memory or days of work. Limits are checked in the header before
+decoding, and again for each decoded frame, because streams can change.
 """
 
 import time
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import av
 
 MAX_PIXELS = 8192 * 8192
-"""Pixels of a picture; 8K video has half as many."""
+"""Pixels of a frame; 8K video has half as many."""
 
 MAX_ASPECT = 16
-"""Ratio of a picture's longer side to the shorter one; the widest screens have 3.6."""
+"""Ratio of a frame's longer side to the shorter one; the widest screens have 3.6."""
 
 MAX_SECONDS = 3600
 """Length of a clip or of its window; files may be longer if a window is given."""
 
 MAX_FRAMES = 20_000_000
-"""Pictures that a header may declare: four days at 60 a second."""
+"""Frames that a header may declare: four days at 60 a second."""
 
 MAX_STREAMS = 256
 """Streams in a file; a recorded television multiplex has about a hundred."""
@@ -36,32 +36,32 @@ MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000
 """Samples per second of a sound stream."""
 
 OPENING_SECONDS = 120.0
-"""Time allowed for a clip, besides what its length allows."""
+"""Time limit of a clip, in addition to `SECONDS_PER_SECOND` for its length."""
 
 SECONDS_PER_SECOND = 10.0
-"""Time allowed for each second of media; one core decodes 4K video in about one."""
+"""Time limit for each second of media; one core decodes a second of 4K video in about one second."""
 
 
 class Deadline:
-    """The time allowed for one clip, counted from creation; checked wherever decoding reads or goes on.
+    """Time limit of one clip, counted from creation; checked at each read and each decoded frame.
 
     Attributes:
         path: The clip's file.
-        seconds: Time allowed in all, in seconds.
+        seconds: Total time allowed.
     """
 
     def __init__(self, path: Path):
-        """Starts counting, with the time that opening a file may take."""
+        """Start the clock with the time limit for opening a file."""
         self.path = path
         self.seconds = OPENING_SECONDS
         self._began = time.monotonic()
 
     def allow(self, media_seconds: float) -> None:
-        """Sets the time allowed for a clip of which this many seconds are decoded."""
+        """Set the time limit for a clip of which this many seconds are decoded."""
         self.seconds = OPENING_SECONDS + SECONDS_PER_SECOND * media_seconds
 
     def check(self) -> None:
-        """Refuses the clip once its time is over.
+        """Check the time limit.
 
         Raises:
             ClipError: More than `seconds` have passed.
@@ -80,10 +80,10 @@ def too_slow(path: Path, seconds: float) -> ClipError:
 def check_streams(
     path: Path, count: int, video: "av.VideoStream | None", audio: "av.AudioStream | None"
 ) -> None:
-    """Refuses a file for what its header declares: streams in all, the chosen video and audio stream.
+    """Check the number of streams, and what the header declares of the selected video and audio stream.
 
     Raises:
-        ClipError: Naming the value and the limit.
+        ClipError: A limit is exceeded; names the value and the limit.
     """
     if count > MAX_STREAMS:
         raise ClipError(path, "too many streams", f"has {count:,} streams, more than {MAX_STREAMS}")
@@ -92,15 +92,15 @@ def check_streams(
         if video.frames > MAX_FRAMES:
             detail = f"declares {video.frames:,} frames, more than {MAX_FRAMES:,}"
             raise ClipError(path, "too many frames", detail)
-    if audio is not None and audio.codec_context.sample_rate:  # zero stands for unknown
+    if audio is not None and audio.codec_context.sample_rate:  # zero means unknown
         check_sound(path, audio.codec_context.layout.nb_channels, audio.codec_context.sample_rate)
 
 
 def check_picture(path: Path, width: int, height: int) -> None:
-    """Refuses pictures of too many pixels or of an extreme shape; zero stands for unknown.
+    """Check the size and the aspect ratio of a frame; zero means unknown.
 
     Raises:
-        ClipError: Naming the value and the limit.
+        ClipError: A limit is exceeded; names the value and the limit.
     """
     if width * height > MAX_PIXELS:
         detail = f"has pictures of {width} x {height} pixels, more than {MAX_PIXELS:,} in all"
@@ -111,12 +111,12 @@ def check_picture(path: Path, width: int, height: int) -> None:
 
 
 def check_size_known(path: Path, width: int) -> None:
-    """Refuses pictures whose width is zero although the decoder has seen them.
+    """Refuse frames whose width is still zero after decoding.
 
-    A decoder that meets a picture of more than `MAX_PIXELS` stops before decoding and reports no size.
+    A decoder stops at a frame of more than `MAX_PIXELS` before decoding it and reports no size.
 
     Raises:
-        ClipError: Naming the limit.
+        ClipError: The width is zero; names the limit.
     """
     if not width:
         detail = f"has pictures of more than {MAX_PIXELS:,} pixels in all, or of damaged size"
@@ -124,10 +124,10 @@ def check_size_known(path: Path, width: int) -> None:
 
 
 def check_sound(path: Path, channels: int, sample_rate: int) -> None:
-    """Refuses sound that cannot be resampled at a bearable cost.
+    """Check the number of channels and the sample rate.
 
     Raises:
-        ClipError: Naming the value and the limit.
+        ClipError: A limit is exceeded; names the value and the limit.
     """
     if channels > MAX_CHANNELS:
         raise ClipError(path, "unusual sound", f"has {channels} sound channels, more than {MAX_CHANNELS}")
@@ -138,10 +138,10 @@ def check_sound(path: Path, channels: int, sample_rate: int) -> None:
 
 
 def check_length(path: Path, seconds: float, windowed: bool) -> None:
-    """Refuses clips and windows that are too long to be decoded at once.
+    """Check the length of a clip or window.
 
     Raises:
-        ClipError: Naming the length and the limit.
+        ClipError: It is too long; names the length and the limit.
     """
     if seconds > MAX_SECONDS:
         subject = "the window" if windowed else "the clip"

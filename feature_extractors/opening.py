@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens one media file with FFmpeg, whatever its name is, and nothing besides this file.
+"""Open one media file with FFmpeg, and no other file or address.
 
-To FFmpeg, names and contents can mean more than a file: "http:talk.mp4" is an address, "img%03d.png" a
-series of pictures, and a playlist opens whatever it lists. Here FFmpeg never sees the name; it reads through
-a Python file object, which is as fast. Only formats that hold their own media are accepted, and a format that
-still asks for another file is refused.
+FFmpeg interprets names and contents: "http:talk.mp4" is an address, "img%03d.png" a series of images, and a
+playlist opens all that it lists. Here FFmpeg does not see the name; it reads from a Python file object, which
+is as fast. Only formats that contain their own media are accepted. A file that refers to another file is
+refused.
 """
 
 import os
@@ -41,10 +41,10 @@ PICTURE_FORMATS = (
     "png_pipe", "apng", "jpeg_pipe", "jpegls_pipe", "jpegxl_pipe", "jpegxl_anim", "j2k_pipe", "bmp_pipe",
     "webp_pipe", "gif", "gif_pipe", "tiff_pipe", "ppm_pipe", "pgm_pipe", "pbm_pipe", "pam_pipe", "qoi_pipe",
 )
-SUBTITLE_FORMATS = ("srt", "ass", "webvtt")  # such a file is then refused for having no sound or picture
+SUBTITLE_FORMATS = ("srt", "ass", "webvtt")  # opened, then refused for having neither audio nor video
 # fmt: on
 FORMATS = VIDEO_FORMATS + AUDIO_FORMATS + PICTURE_FORMATS + SUBTITLE_FORMATS
-"""FFmpeg's names of the formats that are accepted: each holds its media in the one file."""
+"""FFmpeg's names of the accepted formats, which contain all their media in one file."""
 
 PLAYLISTS = {
     "an M3U or HLS playlist": r"#EXTM3U",
@@ -63,23 +63,24 @@ PLAYLISTS = {
     "an internet shortcut": r"\[InternetShortcut\]",
     "a list of addresses": r"(#.*\n\s*)*(RTSPtext\s*)?[a-z][a-z0-9+.-]+://",
 }
-"""What names media instead of holding them, and how its text begins."""
+"""Files that refer to media instead of containing them, with a pattern of the start of their text."""
 
 SNIFFED = 4096
-"""Bytes of a file's beginning in which a playlist is recognised."""
+"""Number of bytes at the start of a file in which playlists are recognised."""
 
 
 @contextmanager
 def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputContainer"]:
-    """The container in a file, for a `with` block.
+    """Open the container in a file, in a `with` block.
 
     Args:
         path: An existing file.
-        deadline: Checked at each read, so that no file keeps FFmpeg busy for ever.
+        deadline: Time limit, checked at each read.
 
     Raises:
-        ClipError: The file is a playlist or names other files, is in no accepted format, or took too long.
-        OSError: The file cannot be read, or FFmpeg cannot make sense of it.
+        ClipError: The file is a playlist or refers to other files, is not in an accepted format, or exceeds
+            the time limit.
+        OSError: The file cannot be read, or FFmpeg cannot open it.
     """
     import av
 
@@ -94,23 +95,23 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
             container = av.open(
                 _MediaFile(file, _hint(path), deadline),
                 container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
-                options={"max_pixels": str(MAX_PIXELS)},  # opening a file decodes its first pictures
+                options={"max_pixels": str(MAX_PIXELS)},  # opening a file decodes its first frames
                 metadata_errors="replace",
                 io_open=refuse_further_files,
             )
-        except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
-            detail = "cannot be read: it is damaged, or in no accepted audio or video format"
+        except av.error.ArgumentError as error:  # FFmpeg's error for a format that is not accepted
+            detail = "cannot be read: it is damaged, or not in an accepted audio or video format"
             raise ClipError(path, "format", detail) from error
         with container:
             yield container
 
 
 def _names_others(path: Path, kind: str) -> ClipError:
-    return ClipError(path, "playlist", f"is {kind}, which names media instead of holding them")
+    return ClipError(path, "playlist", f"is {kind}, which refers to media instead of containing them")
 
 
 class _MediaFile:
-    """A file as FFmpeg reads it: under a neutral name, and only while there is time."""
+    """File object for FFmpeg with a neutral name and a time limit."""
 
     def __init__(self, file: FileIO, name: str, deadline: Deadline):
         self.name = name
@@ -124,7 +125,7 @@ class _MediaFile:
         self._deadline.check()
         try:
             return self._file.seek(offset, whence)
-        except OSError as error:  # damaged files point anywhere: FFmpeg handles the refusal itself
+        except OSError as error:  # damaged files contain invalid offsets: FFmpeg handles the error
             return -(error.errno or 1)
 
     def tell(self) -> int:
@@ -132,9 +133,9 @@ class _MediaFile:
 
 
 def _hint(path: Path) -> str:
-    """A name that keeps the suffix, by which FFmpeg recognises headerless sound (.g722) and long ID3 tags.
+    """Neutral name with the file's suffix, which FFmpeg needs for headerless audio (.g722) and long ID3 tags.
 
-    Suffixes of still pictures are dropped: with them FFmpeg would look for numbered series of files.
+    Suffixes of still images are dropped: FFmpeg would look for numbered series of files.
     """
     suffix = path.suffix[1:].lower()
     plain = suffix.isascii() and suffix.isalnum()
@@ -143,14 +144,14 @@ def _hint(path: Path) -> str:
 
 @cache
 def _picture_suffixes() -> set[str]:
-    """Suffixes that FFmpeg takes for series of pictures."""
+    """Suffixes that FFmpeg treats as series of images."""
     from av import ContainerFormat
 
     return ContainerFormat("image2", "w").extensions
 
 
 def _playlist_kind(file: FileIO) -> str | None:
-    """Which playlist the file is, by how its text begins; None for media."""
+    """Kind of playlist, recognised from the start of the text; None for media."""
     file.seek(0)
     head = file.read(SNIFFED)
     encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
@@ -161,11 +162,11 @@ def _playlist_kind(file: FileIO) -> str | None:
 
 
 def _reference_movie(file: FileIO, deadline: Deadline) -> str | None:
-    """Whether a QuickTime or MP4 file keeps its media in other files; None for all others."""
+    """Description of a QuickTime or MP4 file that refers to other files; None for all others."""
     size = file.seek(0, os.SEEK_END)
     for name, begin, end in _boxes(file, 0, size, deadline):
         if not (name.isascii() and name.replace(b" ", b"a").isalnum()):
-            return None  # no QuickTime file, or a damaged one
+            return None  # not a QuickTime file, or damaged
         if name == b"moov":
             movie = list(_boxes(file, begin, end, deadline))
             references = [box for box in movie if box[0] == b"rmra"]
@@ -177,7 +178,7 @@ def _reference_movie(file: FileIO, deadline: Deadline) -> str | None:
 
 
 def _is_external(file: FileIO, begin: int, end: int, deadline: Deadline) -> bool:
-    """Whether a track's data references point out of the file."""
+    """Whether a track's data references point to another file."""
     for wanted in (b"mdia", b"minf", b"dinf", b"dref"):
         boxes = _boxes(file, begin, end, deadline)
         found = next((box for name, *box in boxes if name == wanted), None)
@@ -193,7 +194,7 @@ def _is_external(file: FileIO, begin: int, end: int, deadline: Deadline) -> bool
 
 
 def _boxes(file: FileIO, begin: int, end: int, deadline: Deadline) -> Iterator[tuple[bytes, int, int]]:
-    """Name, beginning and end of the content of each box of an MP4 file between two positions."""
+    """Name, start and end of the content of each MP4 box between two positions."""
     while begin + 8 <= end:
         deadline.check()
         file.seek(begin)

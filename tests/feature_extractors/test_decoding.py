@@ -211,7 +211,7 @@ def test_a_truncated_file_is_refused(tmp_path, make_clip, suffix):
     if suffix == ".mp4":
         path = index_first(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ClipError, match="cut off: decoding stops at .* of the declared") as caught:
+    with pytest.raises(ClipError, match="truncated: decoding stops at .* of the declared") as caught:
         decode(Clip(path))
     assert caught.value.problem == "truncated"
 

@@ -116,7 +116,7 @@ def test_a_playlist_is_refused_by_kind_and_what_it_names_is_not_read(tmp_path, g
         path = tmp_path / f"list{suffix}"
         path.write_text(PLAYLIST_TEXTS[kind].format(target))
         with pytest.raises(
-            ClipError, match="which names media instead of holding them; give the media"
+            ClipError, match="which refers to media instead of containing them; give the media"
         ) as caught:
             decode(Clip(path))
         assert caught.value.problem == "playlist" and f"is {kind}" in caught.value.detail
