@@ -165,7 +165,7 @@ def test_a_users_own_file_takes_precedence(tmp_path, place, monkeypatch):
 
 def test_too_little_disk_is_said_before_anything_is_fetched(place):
     place(dataclasses.replace(ONE, megabytes=10**9))
-    with pytest.raises(AssetError, match=r"tiny needs \d+ MB .* free disk space"):
+    with pytest.raises(AssetError, match=r"tiny temporarily needs \d+ MB .* free disk space"):
         get_asset("tiny")
 
 
