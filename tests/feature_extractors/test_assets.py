@@ -170,7 +170,7 @@ def test_too_little_disk_is_said_before_anything_is_fetched(place):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AssetError, match="'nonsense'; there are face_landmarker, all-MiniLM-L6-v2"):
+    with pytest.raises(AssetError, match="'nonsense'; known are face_landmarker, all-MiniLM-L6-v2"):
         asset_path("nonsense")
 
 
