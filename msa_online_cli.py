@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of `msa-online`, and what `train.py --help` prints.
+"""The command line of `msa-online`; `train.py` is its command `train`.
 
 It stands outside the package because importing `msa_online` imports torch and transformers (several seconds),
 and asking for help should not. For the same reason the keys of a configuration are read from the source of
@@ -8,8 +8,10 @@ the dataclasses that declare them.
 
 import argparse
 import ast
+import importlib
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -19,10 +21,26 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).with_name("msa_online")
-TRAINING_USAGE = (
-    "usage: accelerate launch --quiet train.py CONFIG.yaml [key=value ...]",
-    "       python train.py CONFIG.yaml [key=value ...]      the same in one process",
-)
+TRAINING_USAGE = """\
+usage: msa-online train CONFIG [key=value ...]
+       accelerate launch --quiet -m msa_online_cli train CONFIG [key=value ...]    on several processes"""
+STUDY_HELP = """\
+A study is a YAML file:
+
+    config: ebmc_offline                      what all variants start from: a file or a shipped configuration
+    output_dir: runs/studies/ebmc             a folder for each run, table.md, results.json
+    seeds: [1111, 1112, 1113]
+    changes: {training.batch_size: 64}        to the configuration, in all variants
+    variants:
+      EBMC: {}                                changes of each variant; they win over those of all
+      without MSD: {model.loss_weights.msd: 0}
+    settings:                                 if there are any, every variant runs in each; curves.png
+      rate 0.3: {data.missing.rates: 0.3}
+    keep_checkpoints: false                   weights are deleted once a run is scored
+    plugins: [my_package]                     your own modules, imported first
+
+key=value changes all variants (data.path=features); without a dot it changes the study itself (seeds=[1111],
+output_dir=runs/mine). A study that was stopped continues where it stopped."""
 NUM_FRAMES = "frames sampled from each clip (default 8)"
 SKIP_BROKEN = "go on without rows that cannot be used"
 
@@ -92,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--nested", action="store_true", help="with --frame-rates: a higher rate drops what a lower one does"
     )
     _add_extraction(evaluate)
+    _add_plugin(evaluate)
     evaluate.set_defaults(refuse=evaluate.error)
 
     predict = commands.add_parser("predict", help="predict from raw clips, sound files, or text alone")
@@ -104,11 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on after a clip that cannot be used; the output holds its error, the exit status is 1",
     )
+    _add_plugin(predict)
     predict.set_defaults(refuse=predict.error)
 
     describe = commands.add_parser("describe", help="show the parts of a model and their parameters")
     describe.add_argument("source", metavar="CONFIG_OR_CHECKPOINT")
     describe.add_argument("--json", action="store_true", help="print JSON")
+    _add_plugin(describe)
 
     models = commands.add_parser("get-models", help="bring pretrained files into the cache")
     models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
@@ -120,10 +141,50 @@ def build_parser() -> argparse.ArgumentParser:
     for name, strength in (("text", 1.0), ("audio", 0.6), ("vision", 0.8)):
         synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of its cue, 0 to 1")
     synthesize.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
+    synthesize.set_defaults(refuse=synthesize.error)
 
     _add_convert_features(commands)
     _add_extract_features(commands)
+    _add_train(commands)
+    _add_study(commands)
+    configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
+    configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
     return parser
+
+
+class _TrainingHelp(argparse.Action):
+    """Print the keys of a configuration, which are read only when they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(training_help())
+        parser.exit()
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a model from a configuration",
+        usage=f"{TRAINING_USAGE.removeprefix('usage: ')}\n       msa-online train --help    lists the keys",
+        add_help=False,
+    )
+    train.add_argument("-h", "--help", nargs=0, action=_TrainingHelp)
+    train.add_argument("config", metavar="CONFIG")
+    train.add_argument("changes", metavar="key=value", nargs="*", default=[])
+
+
+def _add_study(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser(
+        "study",
+        help="run variants of a configuration with several seeds, and compare them in a table",
+        description=STUDY_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    study.add_argument("study", metavar="STUDY", help="a file, or a shipped study like ablations/ebmc")
+    study.add_argument("changes", metavar="key=value", nargs="*", default=[])
+    study.add_argument(
+        "--only", metavar="VARIANT", action="append", default=[], help="run this variant; repeatable"
+    )
+    study.add_argument("--table", action="store_true", help="train nothing, only make the table again")
 
 
 def _add_convert_features(commands: argparse._SubParsersAction) -> None:
@@ -162,6 +223,16 @@ def _add_extract_features(commands: argparse._SubParsersAction) -> None:
 def _add_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level", default="sequence", choices=("sequence", "utterance"), help="keep steps, or pool them"
+    )
+
+
+def _add_plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import this module of yours first, if the checkpoint needs it; repeatable",
     )
 
 
@@ -214,27 +285,14 @@ class Key:
     meaning: str
 
 
-def answer_training_help(words: list[str]) -> int | None:
-    """Answer a call of `train.py` that asks for help or names no configuration; returns its exit status.
-
-    None for any other call, which is then to be carried out.
-    """
-    if {"-h", "--help"} & set(words):
-        print(training_help())
-        return 0
-    if not words:
-        print(*TRAINING_USAGE, "train.py --help lists the keys", sep="\n", file=sys.stderr)
-        return 2
-    return None
-
-
 def training_help() -> str:
-    """Every key of a configuration of `train.py`: type, default and meaning, by section."""
+    """Every key of a configuration: type, default and meaning, by section."""
     lines = [
-        *TRAINING_USAGE,
+        TRAINING_USAGE,
         "",
-        "Train a model as CONFIG.yaml says; key=value changes or adds a key, and the value is read as YAML:",
-        "training.epochs=3 'model.head_kwargs={hidden_size: 64}'. The keys, with types and defaults:",
+        "Train a model. CONFIG is a YAML file or the name of a shipped configuration (`msa-online configs`).",
+        "key=value changes or adds a key; the value is read as YAML: training.epochs=3",
+        "'model.head_kwargs={hidden_size: 64}'. The keys, with types and defaults:",
     ]
     section = ""
     for key in training_keys():
@@ -328,12 +386,45 @@ def _attributes(docstring: str) -> dict[str, str]:
     return {name: " ".join(meaning.split()) for name, colon, meaning in pairs if colon}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read the command line and carry it out; returns the exit status."""
-    options = build_parser().parse_args(argv)
-    from msa_online.commands import run  # after parsing: the import takes seconds
+def main(argv: list[str] | None = None, program: str | None = None) -> int:
+    """Read the command line and carry it out; returns the exit status.
 
-    return run(options)
+    Args:
+        argv: Words of the command line; by default those of this process.
+        program: How a training run was called, for its record; by default as `msa-online train`.
+    """
+    try:
+        try:
+            return _run(_parse(argv, program))
+        finally:
+            sys.stdout.flush()  # an error here is caught; an error at exit is not
+    except BrokenPipeError:  # the reader has ended, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parse(argv: list[str] | None, program: str | None) -> argparse.Namespace:
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if "changes" in options and not any(word.startswith("-") for word in rest):
+        options.changes = [*options.changes, *rest]  # argparse takes no key=value behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.program = program
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    # before torch and tqdm: DDP warns of a flag that stages need; a study shows its own progress
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if options.command == "study":
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # after parsing: these imports take seconds
+    command = importlib.import_module(f"msa_online.commands.{options.command.replace('-', '_')}")
+    from msa_online.evaluation.tables import open_console
+    from msa_online.user_errors import run_command
+
+    return run_command(lambda: command.run(options, open_console()))
 
 
 if __name__ == "__main__":

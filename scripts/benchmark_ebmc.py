@@ -28,11 +28,11 @@ from timing import CONFIGS, TYPES, Clock, Step, name_of_machine, random_clips, t
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders.text import load_text_config
-from msa_online.errors import run_command
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.optimizer import make_optimizer
+from msa_online.user_errors import run_command
 
 
 def compare_online(options: argparse.Namespace, console: Console) -> None:

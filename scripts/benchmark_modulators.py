@@ -32,13 +32,13 @@ from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders.text import load_text_config
-from msa_online.errors import run_command
 from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.user_errors import run_command
 
 
 def compare(options: argparse.Namespace, console: Console) -> None:

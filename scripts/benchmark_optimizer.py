@@ -23,9 +23,9 @@ from torch.optim import AdamW
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders.text import load_text_config
-from msa_online.errors import run_command
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.optimizer import make_optimizer
+from msa_online.user_errors import run_command
 
 KERNELS = {
     "one loop over tensors": {"fused": False, "foreach": False},

@@ -30,13 +30,13 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import Parameter
 
-from msa_online.errors import run_command
 from msa_online.methods import MODULATORS, GradientModulator, Modulation, ModulationContext
 from msa_online.methods.gradients import apply_coefficients
 from msa_online.modalities import COMPLETE, MODALITIES
 from msa_online.studies.study import as_options
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.run import train
+from msa_online.user_errors import run_command
 
 CONFIG = REPOSITORY / "configs" / "late_fusion.yaml"
 WAYS = {"none": 1.0, "gradient": None, "lr": None}  # None: the coefficient asked for

@@ -7,9 +7,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from msa_online import MSAModel
+from msa_online.shipped_configs import description, find_configuration, shipped
 from msa_online.studies.study import read_study
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
+from msa_online.training.yaml_reader import ConfigurationError
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "configs"
@@ -53,17 +55,16 @@ def test_a_configuration_builds_its_model(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name_of)
-def test_a_study_says_how_to_run_it_and_can_be_run_so(path, monkeypatch):
-    _, script, study, *changes = command_of(path, "python")
-    assert (REPOSITORY / script).is_file() and REPOSITORY / study == path
-    monkeypatch.chdir(REPOSITORY)  # a study names its configuration as seen from there
+def test_a_study_says_how_to_run_it_and_can_be_run_so_anywhere(path, monkeypatch, tmp_path):
+    _, _, study, *changes = command_of(path, "msa-online study")
+    assert REPOSITORY / study == path == find_configuration(study, "ablations/")
+    monkeypatch.chdir(tmp_path)
     assert read_study(path, changes).runs()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name_of)
 def test_every_variant_of_a_study_builds_its_model_and_differs_from_the_others(path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(REPOSITORY)
     runs = read_study(path, ["seeds=[1]"]).runs()
     for run in runs:
         with torch.device("meta"):
@@ -78,3 +79,30 @@ def test_accelerate_reads_its_configurations(path):
     assert REPOSITORY / words[words.index("--config_file") + 1] == path and "train.py" in words
     config = load_config_from_file(str(path))
     assert config.num_machines == 1 and config.mixed_precision in ("no", "fp16", "bf16")
+
+
+def test_every_shipped_configuration_has_a_name_and_a_description():
+    names = shipped()
+    assert set(names.values()) == {*RUNS, *STUDIES, *LAUNCHERS}
+    assert names["ebmc"] == FOLDER / "ebmc.yaml" and "ablations/ebmc" in names
+    assert all(len(description(path)) > 4 for path in names.values())
+
+
+def test_a_configuration_is_found_by_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_configuration("ebmc") == find_configuration("configs/ebmc.yaml") == FOLDER / "ebmc.yaml"
+    assert find_configuration("ebmc", "ablations/") == FOLDER / "ablations" / "ebmc.yaml"
+    (tmp_path / "ebmc").mkdir()  # a folder is no configuration
+    assert find_configuration("ebmc") == FOLDER / "ebmc.yaml"
+    (tmp_path / "ebmc.yaml").touch()
+    assert find_configuration("ebmc.yaml") == Path("ebmc.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("ebcm", "did you mean 'ebmc'"), ("zzz", "lists them"), ("my/run.yaml", "neither a file")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_and_the_command_that_lists_them(name, hint):
+    with pytest.raises(ConfigurationError, match=rf"{name}: .*{hint}.*") as caught:
+        find_configuration(name)
+    assert "`msa-online configs` lists them" in str(caught.value) and "\n" not in str(caught.value)

@@ -30,9 +30,10 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.hub": 4.0,
     "msa_online.training": 4.0,
     "msa_online.pipeline": 4.0,
+    "msa_online.shipped_configs": 4.2,
     "msa_online.studies": 4.5,
     "msa_online.describe": 4.5,  # joins what checkpoints and configurations say
-    "msa_online.errors": 4.5,  # lists the errors of all others
+    "msa_online.user_errors": 4.5,  # lists the errors of all others
     "msa_online": 4.5,  # the front door re-exports
     "msa_online.commands": 5.0,
     "msa_online_cli": 5.0,

@@ -13,6 +13,7 @@ import msa_online
 import msa_online_cli
 from feature_extractors.__main__ import main as feature_extractors_main
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
+from msa_online.shipped_configs import find_configuration
 from msa_online.studies.study import read_study
 from msa_online.training.config_reader import read_arguments
 
@@ -35,6 +36,10 @@ def commands(start: str) -> list[list[str]]:
     lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     found = {" ".join(words): words for words in lines if words[: len(start.split())] == start.split()}
     return list(found.values())
+
+
+LONG = ("train", "study")  # commands that are checked, but not run
+SHORT = [words for words in commands("msa-online") if words[1] not in LONG]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +78,7 @@ def test_launch_commands_name_files_and_keys_that_exist(words):
     read_arguments(REPOSITORY / words[script + 1], words[script + 2 :])
 
 
-@pytest.mark.parametrize(
-    "words", [words for words in commands("msa-online") if words[1] not in ("train", "study")], ids=" ".join
-)
+@pytest.mark.parametrize("words", SHORT, ids=" ".join)
 def test_msa_online_commands_run(
     words, checkpoint, tiny_corpus, tiny_text_encoder, mmsa_pickle, cache_dir, tmp_path
 ):
@@ -98,12 +101,14 @@ def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
     assert (tmp_path / "faces.png").exists()
 
 
-@pytest.mark.parametrize(
-    "words", commands("python scripts/run_study.py") + commands("msa-online study"), ids=" ".join
-)
-def test_study_commands_name_files_and_keys_that_exist(words, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    assert read_study(Path(words[2]), words[3:]).runs()
+@pytest.mark.parametrize("words", commands("msa-online study"), ids=" ".join)
+def test_study_commands_name_files_and_keys_that_exist(words):
+    assert read_study(find_configuration(words[2], "ablations/"), words[3:]).runs()
+
+
+def test_train_commands_name_configurations_and_keys_that_exist():
+    for words in commands("msa-online train"):
+        assert read_arguments(find_configuration(words[2]), words[3:])
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks("python", page)])

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.batching import BucketBatchSampler, FeatureDataset, make_loader
-from msa_online.errors import INPUT_ERRORS
 from msa_online.evaluation.conditions import evaluate_frame_rates
 from msa_online.hub import load_checkpoint
 from msa_online.methods import MODULATORS, GradientModulator
@@ -28,6 +27,7 @@ from msa_online.precomputed.reading import read_features
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.run import train as train_run
 from msa_online.training.yaml_reader import ConfigurationError
+from msa_online.user_errors import INPUT_ERRORS
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 8}
 LIMIT = 240  # seconds a launch may take on a busy machine

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from msa_online.methods import HEADS
+from msa_online.shipped_configs import find_configuration
 from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
 from msa_online.training.config import RunArguments, first_difference
 from msa_online.training.config_reader import read_arguments
@@ -27,7 +28,7 @@ class Study:
     """What a study file says.
 
     Attributes:
-        config: Configuration all variants start from.
+        config: Configuration that all variants start from: a path, or the name of a shipped one.
         output_dir: Folder of the runs and the tables.
         seeds: Seeds every variant runs with.
         variants: Changes of each variant by key, by the variant's name; they win over `changes`.
@@ -72,7 +73,7 @@ class Study:
         plugins = {"plugins": self.plugins} if self.plugins else {}
         changes = as_options({**plugins, **self.changes, **self.combinations[variant], **own})
         try:
-            arguments = read_arguments(self.config, changes)
+            arguments = read_arguments(find_configuration(self.config), changes)
             if head := arguments.model.get("head"):
                 make_schedule(arguments.training, HEADS[head].stages)
         except ConfigurationError as error:
@@ -190,7 +191,7 @@ def folder_name(variant: str) -> str:
 
 
 def as_options(changes: Mapping[str, Any]) -> list[str]:
-    """Changes by key as the items `key=value` that `train.py` takes."""
+    """Changes by key as the items `key=value` that `msa-online train` takes."""
     return [f"{key}={_on_one_line(value)}" for key, value in changes.items()]
 
 

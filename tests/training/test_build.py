@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from msa_online import MSAModel
-from msa_online.errors import INPUT_ERRORS
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.config import TrainingArguments
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.model import build_model
 from msa_online.training.yaml_reader import ConfigurationError
+from msa_online.user_errors import INPUT_ERRORS
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from rich.console import Console
 from torch import distributed
-from msa_online.errors import run_command
+from msa_online.user_errors import run_command
 from msa_online.processing_msa import InputLimits
 from msa_online.training import data as data_of_run
 from msa_online.training.accelerator import start_accelerator

@@ -242,9 +242,9 @@ def test_the_gradient_of_every_loss_is_measured_when_asked_for_and_changes_nothi
 
 RANK = """
 import os, sys
+import msa_online_cli
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from train import main
 
 seen = {}
 
@@ -254,7 +254,7 @@ def keep(optimizer, *_):
     seen["steps"] = seen.get("steps", parameters[0].new_zeros(1)) + 1
 
 register_optimizer_step_post_hook(keep)
-status = main(sys.argv[2:])
+status = msa_online_cli.main(["train", *sys.argv[2:]])
 save_file(seen, f"{sys.argv[1]}/rank{os.environ['RANK']}.safetensors")
 sys.exit(status)
 """

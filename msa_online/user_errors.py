@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of the input: printed as one message without a traceback, with exit status 1."""
+"""Print user errors in one line and exit with status 1."""
 
 import json
 import os
@@ -26,10 +26,10 @@ OTHERS_WAIT = 5.0  # seconds
 
 
 class UnfinishedError(RuntimeError):
-    """A command did a part of its work and printed that; the message names the rest."""
+    """A command finished a part of its work and printed it; the message names the rest."""
 
 
-INPUT_ERRORS = (
+INPUT_ERRORS = (  # what a command raises for input that it cannot use
     AssetError,
     CacheError,
     CheckpointError,
@@ -45,7 +45,7 @@ INPUT_ERRORS = (
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Carry out a command of the command line; returns the exit status, 1 after an error of the input."""
+    """Run a command; returns the exit status, 1 after a user error."""
     logging.set_verbosity_error()  # transformers reports a pooler left out on purpose as if it were a fault
     logging.disable_progress_bar()
     warnings.formatwarning = _as_line

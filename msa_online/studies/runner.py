@@ -1,29 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Run a study: every variant of a configuration with every seed, and one table of them all.
+"""Carry out a study in this process, and report on it: a table, the figures, curves over its settings."""
 
-A study is a YAML file:
-
-    config: configs/ebmc_offline.yaml         what all variants start from
-    output_dir: runs/studies/ebmc             a folder for each run, table.md, results.json
-    seeds: [1111, 1112, 1113]
-    changes: {training.batch_size: 64}        to the configuration, in all variants
-    variants:
-      EBMC: {}                                changes of each variant; they win over those of all
-      without MSD: {model.loss_weights.msd: 0}
-    settings:                                 where there are any, every variant runs in each; curves.png
-      rate 0.3: {data.missing.rates: 0.3}
-    keep_checkpoints: false                   weights are deleted once a run has been scored
-
-`key=value` on the command line changes all variants (data.path=features), or, without a dot, the study itself
-(seeds=[1111], output_dir=runs/mine). Called again, a study that was stopped goes on where it stopped.
-"""
-
-import argparse
 import json
-import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,43 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("TQDM_DISABLE", "1")  # a study shows its own progress
-
-import matplotlib
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import clear_device_cache
-from matplotlib import pyplot as plt
 from rich.console import Console
 
-from msa_online.errors import INPUT_ERRORS, run_command
-from msa_online.evaluation.tables import HEADLINES, UNLIMITED, show
-from msa_online.studies.comparison import (
-    RunScore,
-    compare,
-    comparison_page,
-    comparison_table,
-)
-from msa_online.studies.study import Study, StudyRun, name_in, read_study
+from msa_online.evaluation.tables import HEADLINES, show
+from msa_online.studies.comparison import RunScore, compare, comparison_page, comparison_table
+from msa_online.studies.study import Study, StudyRun, name_in
 from msa_online.training.run import train
 from msa_online.training.yaml_reader import ConfigurationError
-
-matplotlib.use("Agg")
-
-
-def run_study(options: argparse.Namespace, console: Console) -> None:
-    """Carry out what is left of a study and report on all that is finished."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError("a study runs in one process: start it with python, not accelerate launch")
-    study = read_study(options.study, options.changes)
-    runs = study.runs()
-    if strange := set(options.only) - set(study.combinations):
-        raise ConfigurationError(
-            f"--only {strange.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
-        )
-    if not options.table:
-        carry_out([run for run in runs if not options.only or run.variant in options.only], study, console)
-    report(runs, study, Path(options.study).stem, console)
+from msa_online.user_errors import INPUT_ERRORS
 
 
 def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
@@ -80,8 +32,8 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     for run in runs:
         if run.record and run.difference:
             raise ConfigurationError(
-                f"{run.folder} holds a finished run with other settings ({run.difference}): repeat what was "
-                "said then, or give another output_dir"
+                f"{run.folder} holds a finished run with other settings ({run.difference}): restore "
+                "them, or give another output_dir"
             )
         tidy(run, study)
     todo = [run for run in runs if not run.record]
@@ -102,7 +54,7 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
 
 
 def train_quietly(run: StudyRun, study: Study) -> None:
-    """Train as train.py does, in this process; what it prints goes to a file beside the run's folder.
+    """Train as `msa-online train` does, in this process; its output goes to a file beside the run's folder.
 
     Raises:
         ConfigurationError: With an error of the input, and the variant's name before it.
@@ -110,7 +62,7 @@ def train_quietly(run: StudyRun, study: Study) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # else the next run cannot choose its precision
     GradientState._reset_state()
     clear_device_cache(garbage_collection=True)
-    command = shlex.join(["accelerate", "launch", "--quiet", "train.py", study.config, *run.changes])
+    command = shlex.join(["msa-online", "train", study.config, *run.changes])
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
     try:
@@ -159,7 +111,10 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     figures = {"study": name, "split": split, "tier": tier, "variants": compared, "runs": details}
     (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if study.settings:
-        draw_curves(compared, study, split, folder / "curves.png")
+        try:
+            draw_curves(compared, study, split, folder / "curves.png")
+        except ModuleNotFoundError:
+            notes.append("curves.png is not drawn: pip install 'msa_online[plots]'.")
     show(comparison_table(compared, title), console)
     console.print(*notes)
     console.print(f"written to {folder / 'table.md'} and {folder / 'results.json'}", soft_wrap=True)
@@ -168,10 +123,13 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
 def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: str, target: Path) -> None:
     """Draw what each variant scored in each setting, with its deviation over the seeds.
 
-    At missing rates the score is that under the mask, else that with everything to be seen.
+    At missing rates it is the score under the mask, else the score with all modalities.
     """
+    from matplotlib.figure import Figure  # comes with an extra
+
     metric = next(name for name in ("mae", "f1_weighted") if name in _scored(next(iter(compared.values()))))
-    figure, axis = plt.subplots(figsize=(2 + 0.7 * len(study.settings), 4.2), layout="constrained")
+    figure = Figure(figsize=(2 + 0.7 * len(study.settings), 4.2), layout="constrained")
+    axis = figure.subplots()
     for variant in study.variants:
         points = {
             setting: _scored(compared[name])[metric]
@@ -185,7 +143,6 @@ def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: 
     axis.tick_params(axis="x", rotation=45)
     axis.legend(fontsize="x-small")
     figure.savefig(target, dpi=110)
-    plt.close(figure)
 
 
 def _scored(figures: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -194,27 +151,3 @@ def _scored(figures: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def main(argv: list[str]) -> int:
-    """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", metavar="STUDY.yaml")
-    parser.add_argument("changes", metavar="key=value", nargs="*")
-    parser.add_argument(
-        "--only", metavar="VARIANT", action="append", default=[], help="run this variant; repeatable"
-    )
-    parser.add_argument("--table", action="store_true", help="train nothing, only make the table again")
-    options = parser.parse_intermixed_args(argv)
-    console = Console(
-        file=sys.stdout, markup=False, highlight=False
-    )  # the terminal, while a run's output is redirected
-    if not console.is_terminal:
-        console.width = UNLIMITED
-    return run_command(lambda: run_study(options, console))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

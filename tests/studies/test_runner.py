@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies as a user runs them: `python scripts/run_study.py`, killed, gone on with, with a faulty variant."""
+"""Studies as a user runs them with `msa-online study`: killed, continued, with a faulty variant."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def start(repository: Path, tiny_corpus: Path, tiny_text_encoder: Path, tmp_path
         }
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
         return subprocess.Popen(
-            [sys.executable, "scripts/run_study.py", str(tmp_path / "tiny.yaml"), *options],
+            [sys.executable, "-m", "msa_online_cli", "study", str(tmp_path / "tiny.yaml"), *options],
             cwd=repository,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

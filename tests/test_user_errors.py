@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 
-from msa_online import errors
+from msa_online import user_errors
 from msa_online.corpora.corpus import CorpusError
-from msa_online.errors import run_command
+from msa_online.user_errors import run_command
 
 
 def fail() -> None:
@@ -22,7 +22,7 @@ def second_process(tmp_path, monkeypatch):
         (tmp_path / number).mkdir()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
-    monkeypatch.setattr(errors, "OTHERS_WAIT", 0.2)
+    monkeypatch.setattr(user_errors, "OTHERS_WAIT", 0.2)
     return tmp_path / "0" / "error.json"
 
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msa-online convert-features`: convert precomputed features to a corpus."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from msa_online.evaluation.tables import show
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed.conversion import convert_features
+from msa_online.precomputed.corpus import features_table
+from msa_online.precomputed.reading import read_features
+
+
+def run(options: Namespace, console: Console) -> None:
+    """Make a corpus of features out of a file of others."""
+    with Console(stderr=True).status(f"reading {options.source}"):
+        convert_features(
+            Path(options.source),
+            Path(options.folder),
+            metadata=Path(options.metadata) if options.metadata else None,
+            label_column=options.label_column,
+            split_column=options.split_column,
+            level=options.level,
+            non_finite=options.non_finite,
+            valid_share=options.valid_share,
+            skip_broken=options.skip_broken,
+        )
+    show_features(options.folder, console)
+
+
+def show_features(folder: str, console: Console) -> None:
+    """Show what is in a folder of features, and the words that train on them."""
+    corpus = read_features(folder)
+    show(features_table(corpus), console)
+    known = {name: steps.width for name, steps in corpus.steps.items()}
+    # where a modality is not in the data, any width will do
+    widths = ", ".join(f"{name}: {known.get(name, 1)}" for name in MODALITIES)
+    console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msa-online describe`: the parts of a model and the record of a checkpoint."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from msa_online.commands.json_output import write_json
+from msa_online.describe import describe, description_tables, record_lines
+from msa_online.evaluation.tables import conditions_table, shares_table, show
+from msa_online.training.config_reader import import_plugins
+
+
+def run(options: Namespace, console: Console) -> None:
+    """Show the parts of a model, their parameters, the shapes inside, and how a checkpoint scored."""
+    import_plugins(options.plugin, "--plugin")
+    description = describe(options.source)
+    if options.json:
+        write_json(asdict(description), "-", console)
+        return
+    for table in description_tables(description, options.source):
+        show(table, console)
+    for line in record_lines(description):
+        console.print(Text(line), soft_wrap=True)
+    for split, results in description.trained_on.get("results", {}).items():
+        show(conditions_table(results, f"scores on {split}"), console)
+    for split, shares in description.trained_on.get("shares", {}).items():
+        show(shares_table(shares, f"what predictions on {split} come from"), console)
+    for line in description.trained_on.get("comparison", ()):
+        console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msa-online evaluate`: score a checkpoint."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from feature_extractors import FeatureCache
+from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
+from msa_online.commands.json_output import write_json
+from msa_online.configuration_msa import MSAConfig
+from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
+from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
+from msa_online.corpora.reading import read_corpus
+from msa_online.corpora.validation import why_not_writable
+from msa_online.evaluation.conditions import evaluate_conditions, evaluate_frame_rates
+from msa_online.evaluation.tables import conditions_table, frame_rates_table, show
+from msa_online.hub import load_checkpoint
+from msa_online.missing.frames import FrameDrop, stand_ins_of
+from msa_online.precomputed.corpus import FeatureCorpus
+from msa_online.precomputed.files import is_precomputed_path
+from msa_online.precomputed.reading import read_features
+from msa_online.processing_msa import MSAProcessor
+from msa_online.training.config_reader import import_plugins
+from msa_online.training.precision import choose_precision
+
+
+def run(options: Namespace, console: Console) -> None:
+    """Score a checkpoint on a split under the seven modality conditions, or at rates of missing frames."""
+    import_plugins(options.plugin, "--plugin")
+    if options.json not in (None, "-"):
+        target = Path(options.json)
+        if reason := "it is a folder" if target.is_dir() else why_not_writable(target):
+            options.refuse(f"--json {target} cannot be written: {reason}")
+    try:
+        precision = choose_precision(options.mixed_precision, "--mixed-precision")
+    except ValueError as error:
+        options.refuse(str(error))
+    if precision.warning:
+        Console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
+    accelerator = Accelerator(mixed_precision=precision.name)
+    model, processor = load_checkpoint(options.checkpoint)
+    prepared = None
+    if model.config.feature_widths is None:
+        data = prepared = _clips_to_score(options, model.config, processor)
+    else:
+        data = _features_to_score(options, model.config)
+    dataset = make_dataset(data, options.split, processor, model.config)
+    sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
+    loader = accelerator.prepare(make_loader(dataset, sampler))
+    model.to(accelerator.device)
+    report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
+    report |= {"samples": len(dataset), "mixed_precision": precision.name}
+    title = f"{options.checkpoint} on {options.split} ({len(dataset)} samples)"
+    if level := options.frame_rates:
+        stand_ins = stand_ins_of(model, processor) if level == "input" else {}
+        ids = [sample.id for sample in dataset.samples]
+        choices = {"seed": options.frame_seed, "nested": options.nested}
+        drop = FrameDrop(ids, stand_ins, split=options.split, **choices)
+        results = evaluate_frame_rates(model, loader, accelerator, drop, level=level)
+        report |= {"level": level, **choices, "frame_rates": results}
+        table = frame_rates_table(results, f"{title}, at {level} level")
+    else:
+        results = evaluate_conditions(model, loader, accelerator)
+        report["conditions"] = results
+        table = conditions_table(results, title)
+    if options.json:
+        if prepared:
+            report |= findings_record(prepared, processor.limits)
+        write_json(report, options.json, console)
+    if options.json != "-":
+        if prepared:
+            show(findings_table(prepared, processor.limits), console)
+        show(table, console)
+
+
+def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> PreparedCorpus:
+    if is_precomputed_path(options.data):
+        raise CorpusError(
+            f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
+            "such clips"
+        )
+    corpus = read_corpus(options.data, **_labels_to_read(options, config), skip_broken=options.skip_broken)
+    require_splits(corpus, (options.split,))
+    corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted
+    _require_known_labels(corpus, config)
+    return prepare(corpus, FeatureCache(), processor.settings, options.workers, options.skip_broken)
+
+
+def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureCorpus:
+    corpus = read_features(
+        options.data,
+        **_labels_to_read(options, config),
+        split_column=options.split_column or (config.trained_on or {}).get("split_column", "split"),
+        skip_broken=options.skip_broken,
+    )
+    require_splits(corpus, (options.split,))
+    corpus = replace(corpus, samples=corpus.split(options.split))
+    _require_known_labels(corpus, config)
+    return corpus
+
+
+def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:
+    return {
+        "label_column": options.label_column or (config.trained_on or {}).get("label_column", "label"),
+        "label_range": config.label_range if config.is_regression else None,
+    }
+
+
+def _require_known_labels(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
+    known = label2id_of(config)
+    if known is not None and (unknown := sorted({sample.label for sample in corpus.samples} - known.keys())):
+        raise CorpusError(
+            f"{corpus.source}: label {unknown[0]!r} is not among the checkpoint's: {', '.join(known)}"
+        )

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON as commands print or write it."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+
+def write_json(content: object, target: str, console: Console) -> None:
+    """Write `content` as JSON to the file `target`, or print it for "-"."""
+    text = json.dumps(content, indent=2)
+    if target == "-":
+        console.out(text, highlight=False)
+    else:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text + "\n", encoding="utf-8")

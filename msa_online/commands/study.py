@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msa-online study`: run every variant of a study with every seed, and compare them in one table."""
+
+import os
+import sys
+from argparse import Namespace
+
+from rich.console import Console
+
+from msa_online.evaluation.tables import UNLIMITED
+from msa_online.shipped_configs import find_configuration
+from msa_online.studies.runner import carry_out, report
+from msa_online.studies.study import read_study
+from msa_online.training.yaml_reader import ConfigurationError
+
+
+def run(options: Namespace, console: Console) -> None:
+    """Finish a study and report on all runs that are finished."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("a study runs in one process: start it without accelerate launch")
+    path = find_configuration(options.study, "ablations/")
+    study = read_study(path, options.changes)
+    runs = study.runs()
+    if unknown := set(options.only) - set(study.combinations):
+        raise ConfigurationError(
+            f"--only {unknown.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
+        )
+    # bound to the terminal, because the output of each run is redirected to a file
+    console = Console(file=sys.stdout, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    if not options.table:
+        carry_out([run for run in runs if not options.only or run.variant in options.only], study, console)
+    report(runs, study, path.stem, console)
