@@ -23,7 +23,7 @@ from typing import Any
 PACKAGE = Path(__file__).with_name("msa_online")
 TRAINING_USAGE = """\
 usage: msa-online train CONFIG [key=value ...]
-       accelerate launch --quiet -m msa_online_cli train CONFIG [key=value ...]    on several processes"""
+       accelerate launch --quiet -m msa_online_cli train CONFIG [key=value ...]  (several processes)"""
 STUDY_HELP = """\
 A study is a YAML file:
 

@@ -101,7 +101,7 @@ def test_help_of_training_lists_the_keys_without_loading_torch():
     assert max(map(len, printed.splitlines())) <= 100
     status, printed, errors, imported = run_train()
     assert status == 2 and printed == "" and imported == set()
-    assert errors.startswith("usage: ") and "--help lists the keys" in errors
+    assert errors.startswith("usage: ") and "lists the keys" in errors
 
 
 def test_every_key_of_training_is_listed_with_its_default_and_a_meaning():
@@ -111,7 +111,7 @@ def test_every_key_of_training_is_listed_with_its_default_and_a_meaning():
 
     listed = {key.name: key for key in training_keys()}
     assert all(len(key.meaning) > 5 and key.kind for key in listed.values())
-    defaults = {"model.head": "late_fusion"}
+    defaults = {"model.head": "late_fusion", "plugins": []}
     model = {f"model.{name}" for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML}
     for section, kind in (("data", DataArguments), ("training", TrainingArguments)):
         for name, value in asdict(kind()).items():
@@ -517,3 +517,48 @@ def test_get_models_says_where_a_model_is(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MSA_MODEL_FACE_LANDMARKER", str(mine))
     assert main(["get-models", "face_landmarker"]) == 0
     assert str(mine) in capsys.readouterr().out
+
+
+# --- configs, train and study ---
+
+
+def test_configs_lists_what_is_shipped_and_prints_one(capsys):
+    assert main(["configs"]) == 0
+    printed = capsys.readouterr().out
+    assert "ablations/ebmc" in printed and "The baseline that every balancing method has to beat" in printed
+    assert main(["configs", "late_fusion"]) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "configs" / "late_fusion.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train ebcm", "did you mean 'ebmc'? `msa-online configs` lists them"),
+        ("study ebcm", "`msa-online configs` lists them"),
+        ("train ebmc training.epochs=abc", "training.epochs is 'abc', but must be int"),
+        ("train ebmc training=3", "training must be a section of keys, not 3"),
+        ("train ebmc model.head=foo", "or import your own with plugins: [package]"),
+        ("train ebmc data.missing.rates={text:~x}", "data.missing.rates.text is 'x', but must be float"),
+        ("train ebmc training.stages=[{nam:~a}]", "'training.stages[0].nam'; did you mean 'name'"),
+        ("train ebmc training.learning_rate=.nan", "is nan, but must be float and finite"),
+        ("train ebmc epochs=3", "unknown key 'epochs'; did you mean 'training.epochs'?"),
+        ("train ebmc foo=1", "unknown key 'foo'; known are model, data, training, plugins"),
+        ("train ebmc data.path=", "'data.path=' has no value: write data.path=VALUE"),
+        ("train ebmc data.path=${HOME}", "${...} is not supported"),
+        ("train ebmc plugins=[no_such_package]", "cannot import 'no_such_package'"),
+        ("train ebmc plugins=mine", "plugins is 'mine', but must be list[str]"),
+        ("study ebmc plugins=[no_such_package]", "cannot import 'no_such_package'"),
+        ("study ebmc --only nobody data.path=x", "--only 'nobody' is no variant"),
+        ("predict --text a --model x --plugin no_such_package", "--plugin: cannot import"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_one_line_with_the_remedy(capsys, words, named):
+    assert named in refusal(capsys, *(word.replace("~", " ") for word in words.split()))
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["configs"]], ids=" ".join)
+def test_a_reader_that_ends_early_is_no_error(words):
+    command = [sys.executable, "-m", "msa_online_cli", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1

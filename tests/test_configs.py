@@ -57,8 +57,8 @@ def test_a_configuration_builds_its_model(path, monkeypatch):
 @pytest.mark.parametrize("path", STUDIES, ids=name_of)
 def test_a_study_says_how_to_run_it_and_can_be_run_so_anywhere(path, monkeypatch, tmp_path):
     _, _, study, *changes = command_of(path, "msa-online study")
-    assert REPOSITORY / study == path == find_configuration(study, "ablations/")
     monkeypatch.chdir(tmp_path)
+    assert REPOSITORY / study == path == find_configuration(study, "ablations/")
     assert read_study(path, changes).runs()
 
 
