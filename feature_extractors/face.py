@@ -5,10 +5,12 @@ MediaPipe's Face Landmarker runs in IMAGE mode, with our own tracking. Its VIDEO
 clip to the next, so features would depend on the order of the clips.
 """
 
+import io
 import os
 import re
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,16 @@ import numpy as np
 
 from feature_extractors.assets import get_asset
 from feature_extractors.clip import NUM_BLENDSHAPES, ExtractionSettings
+from feature_extractors.following import (
+    EYES,
+    SAME,
+    Face,
+    View,
+    most_speaking,
+    nearest_or_largest,
+    people,
+    shows_several,
+)
 
 # fmt: off
 BLENDSHAPE_NAMES = (
@@ -39,7 +51,7 @@ BLENDSHAPE_NAMES = (
 TEMPLATE = np.array([[0.33, 0.40], [0.67, 0.40], [0.50, 0.75]])
 """Positions in a crop, as shares of its size, of the left eye (as seen), the right eye and the mouth."""
 
-ANCHORS = ((33, 133), (362, 263), (61, 291))
+ANCHORS = (*EYES, (61, 291))
 """Landmarks whose mean is a point of `TEMPLATE`: corners of each eye, corners of the mouth."""
 
 MAX_FACES = 4
@@ -48,18 +60,21 @@ MAX_FACES = 4
 BORDER = 0.25
 """Width of the border, as a share of the frame, that is added to detect faces that fill the frame."""
 
-WIDE = 1.1
-"""Frames with a larger aspect ratio are also searched in squares: the detector works on 128 x 128 pixels and
-misses faces narrower than an eighth of the frame."""
+LONG = 1.1
+"""Frames whose longer side is more than this many shorter sides are also searched in squares: the detector
+works on 128 x 128 pixels and misses faces narrower than an eighth of the frame."""
 
 MAX_SQUARES = 32
 """Largest number of squares searched in a frame; enough for `limits.MAX_ASPECT`. Wider frames have gaps."""
 
-CONTINUES = 1.0
-"""A face continues the track if its centre is at most this many face widths from the tracked one."""
+CENSUS = 2
+"""Number of frames searched for other people, if the search stopped early at the tracked face."""
+
+MIN_REGION = 16
+"""Smallest side in pixels of a searched region; smaller regions are enlarged."""
 
 _LOADING = threading.RLock()
-_NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|[IWE]\d{4} \d\d:\d\d:")
+_NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|INFO: \[|[IWE]\d{4} \d\d:\d\d:")
 
 
 @dataclass(frozen=True)
@@ -71,28 +86,13 @@ class Faces:
         blendshapes: Scores in [0, 1] (frames, 52), float32, in the order of `BLENDSHAPE_NAMES`; zeros where
             no face was found.
         found: Whether the frame shows the face (frames,), bool.
+        several: Whether the clip shows other faces of comparable size.
     """
 
     crops: np.ndarray
     blendshapes: np.ndarray
     found: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Face:
-    """A face in one frame: landmarks (478, 2) in pixels of the frame, and blendshape scores (52,)."""
-
-    landmarks: np.ndarray
-    blendshapes: np.ndarray
-
-    @property
-    def center(self) -> np.ndarray:
-        return (self.landmarks.min(0) + self.landmarks.max(0)) / 2
-
-    @property
-    def size(self) -> float:
-        """Geometric mean of width and height in pixels."""
-        return float(np.sqrt(np.prod(np.ptp(self.landmarks, axis=0))))
+    several: bool = False
 
 
 class FaceExtractor:
@@ -120,7 +120,7 @@ class FaceExtractor:
             ValueError: The file at `model_path` is not a landmark model.
         """
         self.size = (settings or ExtractionSettings()).face_size
-        self._landmarker = _open_landmarker(Path(model_path or get_asset("face_landmarker")))
+        self._landmarker, self._detector = _open_models(Path(model_path or get_asset("face_landmarker")))
 
     def __enter__(self) -> "FaceExtractor":
         return self
@@ -132,17 +132,26 @@ class FaceExtractor:
 
     def close(self) -> None:
         """Free MediaPipe's memory and threads; the extractor cannot be used afterwards."""
-        self._landmarker.close()
+        with _native_log_silenced():
+            self._landmarker.close()
+            self._detector.close()
 
-    def extract(self, frames: np.ndarray) -> Faces:
+    def extract(
+        self,
+        frames: np.ndarray,
+        region: tuple[float, float, float, float] | None = None,
+        loudness: np.ndarray | None = None,
+    ) -> Faces:
         """Track one face through a clip.
 
         It starts with the largest face of the first frame that has one. In later frames the nearest face
         continues the track if it is close enough. Otherwise the track is lost, and the largest face starts a
-        new one.
+        new one. If `loudness` is given, only the face that speaks is tracked (see `most_speaking`).
 
         Args:
             frames: RGB frames (frames, height, width, 3), uint8, in order; may be empty.
+            region: Part of the frame to search, as in `Clip`; None for the whole frame.
+            loudness: Sound level around each frame (frames,); needed to choose the face that speaks.
 
         Returns:
             Crops, scores and found mask, one row per frame.
@@ -150,25 +159,86 @@ class FaceExtractor:
         crops = np.zeros((len(frames), self.size, self.size, 3), np.uint8)
         blendshapes = np.zeros((len(frames), NUM_BLENDSHAPES), np.float32)
         found = np.zeros(len(frames), bool)
-        tracked: _Face | None = None
+        area = _area(frames.shape[2], frames.shape[1], region)
+        if loudness is None:
+            complete, followed = self._follow(frames, area)
+        else:
+            complete = [self._detect_all(frame, area) for frame in frames]
+            followed = most_speaking(complete, loudness)
+        for index, face in followed.items():
+            crops[index] = align(frames[index], anchor_points(face.landmarks), self.size)
+            blendshapes[index] = face.blendshapes
+            found[index] = True
+        return Faces(crops, blendshapes, found, shows_several(complete, followed))
+
+    def _follow(self, frames: np.ndarray, area: View) -> tuple[list[list[Face]], dict[int, Face]]:
+        """All faces of the completely searched frames, and the tracked face by frame.
+
+        If the only face was found in a square, the next frame is first searched in this square: a complete
+        search needs five detections. A few of the frames that were not searched completely are then searched
+        for other people.
+        """
+        complete: list[list[Face]] = []
+        followed: dict[int, Face] = {}
+        partly: list[int] = []
+        tracked: Face | None = None
+        alone = False
         for index, frame in enumerate(frames):
-            faces = self._detect(frame)
-            if faces:
-                tracked = _choose(faces, tracked)
-                crops[index] = align(frame, anchor_points(tracked.landmarks), self.size)
-                blendshapes[index] = tracked.blendshapes
-                found[index] = True
-        return Faces(crops, blendshapes, found)
+            again = self._found_again(frame, tracked, tracked.square) if tracked and alone else None
+            faces = [again] if again else self._detect(frame, area)
+            if not faces:
+                continue
+            followed[index] = tracked = nearest_or_largest(faces, tracked)
+            if not again:
+                alone = tracked.square is not None and len(people(faces)) == 1
+            if again or (tracked.square is None and _is_long(area)):
+                partly.append(index)
+            else:
+                complete.append(faces)
+        for index in partly[len(partly) // 4 :: max(2, len(partly) // 2)][:CENSUS]:
+            complete.append([followed[index], *self._others(frames[index], area, followed[index])])
+        return complete, followed
 
-    def _detect(self, frame: np.ndarray) -> list[_Face]:
-        """Faces in the first view of the frame that shows any; all squares together are one view."""
-        for views in (((frame, 0, 0),), _bordered(frame), _squares(frame)):
-            faces = [face for view, x, y in views for face in self._detect_in(view, x, y)]
-            if faces:
-                return faces
-        return []
+    def _found_again(self, frame: np.ndarray, tracked: Face, square: View) -> Face | None:
+        """The tracked face, if the square shows all of it and no other face."""
+        faces = self._detect_in(square.of(frame), square.x, square.y, square)
+        alone = len(faces) == 1 and faces[0].continues(tracked) and faces[0].lies_inside(square)
+        return faces[0] if alone else None
 
-    def _detect_in(self, view: np.ndarray, x: int, y: int) -> list[_Face]:
+    def _detect(self, frame: np.ndarray, area: View) -> list[Face]:
+        """Faces in the first view of an area that shows any; all squares together are one view."""
+        whole = area.of(frame)
+        if faces := self._detect_in(whole, area.x, area.y):
+            return faces
+        border = round(BORDER * min(area.width, area.height))
+        if faces := self._detect_in(_bordered(whole, border), area.x - border, area.y - border):
+            return faces
+        return self._detect_in_squares(frame, area)
+
+    def _detect_all(self, frame: np.ndarray, area: View) -> list[Face]:
+        """Faces in all views of an area; a face may occur several times."""
+        return [*self._detect(frame, area), *self._detect_in_squares(frame, area)]
+
+    def _detect_in_squares(self, frame: np.ndarray, area: View) -> list[Face]:
+        squares = ((square.of(frame), square.x, square.y, square) for square in _squares(area))
+        return [face for square in squares for face in self._detect_in(*square)]
+
+    def _others(self, frame: np.ndarray, area: View, followed: Face) -> list[Face]:
+        """Faces in the squares of an area in which the fast detector sees a face besides the tracked one."""
+        import mediapipe
+
+        faces = []
+        for square in _squares(area, overlap=0.1):
+            view = np.ascontiguousarray(square.of(frame))
+            found = self._detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, view))
+            boxes = (detection.bounding_box for detection in found.detections)
+            centers = [(box.origin_x + box.width / 2, box.origin_y + box.height / 2) for box in boxes]
+            offsets = np.array(centers).reshape(-1, 2) + square[:2] - followed.center
+            if (np.linalg.norm(offsets, axis=1) > SAME * followed.size).any():
+                faces.extend(self._detect_in(view, square.x, square.y, square))
+        return faces
+
+    def _detect_in(self, view: np.ndarray, x: int, y: int, square: View | None = None) -> list[Face]:
         """Faces in a view whose upper left corner is at (x, y) of the frame."""
         import mediapipe
 
@@ -176,39 +246,49 @@ class FaceExtractor:
         result = self._landmarker.detect(image)
         height, width = view.shape[:2]
         return [
-            _Face(
+            Face(
                 landmarks=np.array([(point.x * width + x, point.y * height + y) for point in points]),
                 blendshapes=np.array([category.score for category in scores], np.float32),
+                square=square,
             )
             for points, scores in zip(result.face_landmarks, result.face_blendshapes, strict=True)
         ]
 
 
-def _bordered(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-    """The frame with a black border, for faces that fill it: finds a third of those missed otherwise."""
+def _area(width: int, height: int, region: tuple[float, float, float, float] | None) -> View:
+    """The part of a frame to search, in pixels."""
+    if region is None:
+        return View(0, 0, width, height)
+    left, top = round(region[0] * width), round(region[1] * height)
+    right, bottom = round((region[0] + region[2]) * width), round((region[1] + region[3]) * height)
+    left, top = max(0, min(left, width - MIN_REGION)), max(0, min(top, height - MIN_REGION))
+    right, bottom = max(right, left + MIN_REGION), max(bottom, top + MIN_REGION)
+    return View(left, top, min(right, width) - left, min(bottom, height) - top)
+
+
+def _bordered(view: np.ndarray, border: int) -> np.ndarray:
+    """The view with a black border, for faces that fill it: finds a third of those missed otherwise."""
     import cv2
 
-    border = round(BORDER * min(frame.shape[:2]))
-    yield cv2.copyMakeBorder(frame, *[border] * 4, cv2.BORDER_CONSTANT), -border, -border
+    return cv2.copyMakeBorder(view, *[border] * 4, cv2.BORDER_CONSTANT)
 
 
-def _squares(frame: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Overlapping squares of a wide frame, to detect small faces (down to an eighth of the height)."""
-    height, width = frame.shape[:2]
-    if width > WIDE * height:
-        count = min(int(np.ceil(width / height / 0.6)), MAX_SQUARES)
-        for x in np.linspace(0, width - height, count).astype(int):
-            yield frame[:, x : x + height], int(x), 0
+def _is_long(area: View) -> bool:
+    return max(area.width, area.height) > LONG * min(area.width, area.height)
 
 
-def _choose(faces: list[_Face], tracked: _Face | None) -> _Face:
-    """The face that continues the tracked one, else the largest."""
-    if tracked is not None:
-        distances = [float(np.linalg.norm(face.center - tracked.center)) for face in faces]
-        nearest = int(np.argmin(distances))
-        if distances[nearest] <= CONTINUES * tracked.size:
-            return faces[nearest]
-    return max(faces, key=lambda face: face.size)
+def _squares(area: View, overlap: float = 0.4) -> Iterator[View]:
+    """Overlapping squares of a long area, to detect small faces (down to an eighth of the shorter side)."""
+    if not _is_long(area):
+        return
+    side, length = sorted((area.width, area.height))
+    count = min(int(np.ceil(length / side / (1 - overlap))), MAX_SQUARES)
+    for offset in np.linspace(0, length - side, count).astype(int):
+        along = int(offset)
+        if area.width > area.height:
+            yield View(area.x + along, area.y, side, side)
+        else:
+            yield View(area.x, area.y + along, side, side)
 
 
 def anchor_points(landmarks: np.ndarray) -> np.ndarray:
@@ -249,24 +329,33 @@ def _similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[a, -b, shift_x], [b, a, shift_y]])
 
 
-def _open_landmarker(model_path: Path) -> "vision.FaceLandmarker":  # noqa: F821
-    """Open a Face Landmarker for single images.
+def _open_models(model_path: Path) -> "tuple[vision.FaceLandmarker, vision.FaceDetector]":  # noqa: F821
+    """Open a Face Landmarker for single images, and the face detector that its file contains.
 
     Raises:
         ValueError: The file is not a landmark model.
     """
     from mediapipe.tasks.python import BaseOptions, vision
 
-    options = vision.FaceLandmarkerOptions(
-        base_options=BaseOptions(model_asset_buffer=model_path.read_bytes()),
-        running_mode=vision.RunningMode.IMAGE,
-        output_face_blendshapes=True,
-        num_faces=MAX_FACES,
-    )
     try:
+        content = model_path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as bundle:
+            detector = bundle.read("face_detector.tflite")
         with _native_log_silenced():
-            return vision.FaceLandmarker.create_from_options(options)
-    except (RuntimeError, ValueError) as error:
+            return (
+                vision.FaceLandmarker.create_from_options(
+                    vision.FaceLandmarkerOptions(
+                        base_options=BaseOptions(model_asset_buffer=content),
+                        running_mode=vision.RunningMode.IMAGE,
+                        output_face_blendshapes=True,
+                        num_faces=MAX_FACES,
+                    )
+                ),
+                vision.FaceDetector.create_from_options(
+                    vision.FaceDetectorOptions(base_options=BaseOptions(model_asset_buffer=detector))
+                ),
+            )
+    except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{model_path}: not a MediaPipe face landmark model; give a face_landmarker.task file"
             " or remove this one to download it again"
@@ -275,7 +364,7 @@ def _open_landmarker(model_path: Path) -> "vision.FaceLandmarker":  # noqa: F821
 
 @contextmanager
 def _native_log_silenced() -> Iterator[None]:
-    """Suppress MediaPipe's C++ log while a model is loaded; no setting turns it off.
+    """Keeps MediaPipe's C++ notices off the terminal while models are loaded or freed; no setting does.
 
     The log goes to file descriptor 2, which the whole process shares. So only one model is loaded at a time,
     and lines that other threads write meanwhile are written afterwards. Errors of MediaPipe are exceptions

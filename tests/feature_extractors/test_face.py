@@ -10,6 +10,7 @@ import pytest
 
 from feature_extractors import BLENDSHAPE_NAMES, ExtractionSettings, FaceExtractor
 from feature_extractors.face import MAX_SQUARES, TEMPLATE, align, anchor_points
+from feature_extractors.following import View
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def test_eyes_and_mouth_lie_at_the_template_after_rotation_and_scaling(
     matrix = cv2.getRotationMatrix2D((80, 80), angle, scale)
     matrix[:, 2] += 80
     turned = cv2.warpAffine(face_image, matrix, (320, 320))
-    (face,) = face_extractor._detect(turned)
+    (face,) = face_extractor._detect(turned, View(0, 0, 320, 320))
     crop = align(turned, anchor_points(face.landmarks), 192)
-    (again,) = face_extractor._detect(crop)
+    (again,) = face_extractor._detect(crop, View(0, 0, 192, 192))
     np.testing.assert_allclose(anchor_points(again.landmarks) / 192, TEMPLATE, atol=0.035)
 
 
@@ -115,13 +116,91 @@ def test_a_small_face_in_a_wide_frame_is_found(face_extractor, face_image, x):
     assert face_extractor.extract(scene((face_image, 128, x, 100))[None]).found.all()
 
 
+@pytest.mark.parametrize("y", [20, 400, 670])
+def test_a_small_face_in_a_tall_frame_is_found(face_extractor, face_image, y):
+    """A face of 17 % of the width; the picture pasted also shows hair and background."""
+    faces = face_extractor.extract(scene((face_image, 174, 200, y), size=(853, 480))[None])
+    assert faces.found.all()
+
+
+def count_detections(face_extractor, monkeypatch) -> list[int]:
+    """A list that grows by one entry with each view searched."""
+    seen: list[int] = []
+    detect = face_extractor._detect_in
+    monkeypatch.setattr(face_extractor, "_detect_in", lambda *view: seen.append(1) or detect(*view))
+    return seen
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_the_search_for_a_small_face_starts_where_it_last_succeeded(
+    face_extractor, face_image, monkeypatch, step
+):
+    frames = np.stack(
+        [scene((face_image, 174, 300 + step * number, 100), size=(480, 853)) for number in range(6)]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(face_extractor, "_found_again", lambda *_: None)
+        thorough = face_extractor.extract(frames)
+    seen = count_detections(face_extractor, monkeypatch)
+    faces = face_extractor.extract(frames)
+    assert faces.found.all() and len(seen) == 5 + 5 * 1
+    if step == 0:
+        np.testing.assert_array_equal(faces.crops, thorough.crops)
+    else:  # squares differ by as much as a face that moves two pixels does
+        moved = np.abs(np.diff(thorough.blendshapes, axis=0)).sum(1).max()
+        assert np.abs(faces.blendshapes - thorough.blendshapes).sum(1).max() < 1.5 * moved
+
+
+def test_a_small_face_that_leaves_its_square_is_searched_everywhere(face_extractor, face_image):
+    frames = np.stack([scene((face_image, 174, x, 100), size=(480, 853)) for x in (20, 30, 670, 40)])
+    faces = face_extractor.extract(frames)
+    assert faces.found.all()
+
+
+def test_with_two_small_faces_both_are_seen_and_one_is_followed(face_extractor, face_image):
+    red, blue = face_image // np.array([1, 2, 2], np.uint8), face_image // np.array([2, 2, 1], np.uint8)
+    frames = np.stack([scene((red, 220, 20, 100), (blue, 180, 660, 90), size=(480, 853))] * 3)
+    faces = face_extractor.extract(frames)
+    assert faces.several and faces.found.all()
+    assert all(crop[..., 0].mean() > 1.3 * crop[..., 2].mean() for crop in faces.crops)
+
+
+def test_two_people_are_told_from_one_seen_twice_and_from_the_background(face_extractor, face_image):
+    def several(*placed):
+        return face_extractor.extract(np.stack([scene(*placed)] * 4)).several
+
+    assert several((face_image, 220, 20, 50), (face_image, 180, 400, 50))
+    assert not several((face_image, 220, 20, 50))
+    assert not several((face_image, 128, 270, 100))  # found in two overlapping squares
+    assert not several((face_image, 340, 20, 10), (face_image, 80, 480, 100))
+
+
+def test_a_passer_by_in_one_frame_is_no_second_person(face_extractor, face_image):
+    alone = scene((face_image, 220, 20, 50))
+    frames = np.stack([alone] * 7 + [scene((face_image, 220, 20, 50), (face_image, 180, 400, 50))])
+    assert not face_extractor.extract(frames).several
+
+
+def test_a_region_chooses_between_people_side_by_side(face_extractor, face_image):
+    red, blue = face_image // np.array([1, 4, 4], np.uint8), face_image // np.array([4, 4, 1], np.uint8)
+    frames = np.stack([scene((red, 240, 20, 50), (blue, 180, 400, 50))] * 2)
+    whole = face_extractor.extract(frames)
+    left = face_extractor.extract(frames, region=(0, 0, 0.5, 1))
+    right = face_extractor.extract(frames, region=(0.5, 0, 0.5, 1))
+    assert whole.several and not left.several and not right.several
+    assert left.found.all() and right.found.all()
+    assert (left.crops[..., 0].mean((1, 2)) > 1.5 * left.crops[..., 2].mean((1, 2))).all()
+    assert (right.crops[..., 2].mean((1, 2)) > 1.5 * right.crops[..., 0].mean((1, 2))).all()
+    assert np.abs(left.blendshapes - whole.blendshapes).sum(1).max() < 2
+    assert not face_extractor.extract(frames, region=(0.4, 0, 0.1, 1)).found.any()
+    assert not face_extractor.extract(frames, region=(1, 1, 0, 0)).found.any()
+
+
 @pytest.mark.parametrize(("width", "views"), [(160, 2), (16 * 100, 2 + 27), (30_000, 2 + MAX_SQUARES)])
 def test_an_extremely_wide_frame_costs_a_limited_number_of_detections(
     face_extractor, monkeypatch, width, views
 ):
-    seen = []
-    detect = face_extractor._detect_in
-    monkeypatch.setattr(face_extractor, "_detect_in", lambda view, x, y: seen.append(x) or detect(view, x, y))
+    seen = count_detections(face_extractor, monkeypatch)
     face_extractor.extract(np.zeros((1, 160 if width == 160 else 100, width, 3), np.uint8))
     assert len(seen) == views
 
