@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor, MPNetConfig, Trainer, Trainin
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
-from msa_online.methods import HEADS
+from msa_online.methods import CALIBRATORS, HEADS
 from msa_online.training.callback import RunningStateCallback
 
 SENTENCES = ["i loved the film", "a bad ending", "it was not really good but great", "", "awful", "the movie"]
@@ -94,6 +94,7 @@ def test_a_trainer_trains_a_classifier(make_model, tiny_processor, samples, tmp_
     assert trainer.predict(trainer.train_dataset).predictions.shape == (6, 2)
 
 
+@pytest.mark.needs("pase")
 def test_prototypes_move_in_a_trainer_that_is_told_of_them(make_model, tiny_processor, samples, tmp_path):
     model = make_model("pase")
     trainer = Trainer(
@@ -203,7 +204,7 @@ def features_batch(size: int, steps: int) -> dict[str, torch.Tensor]:
 
 @every_head
 def test_an_exported_model_predicts_the_same_for_batches_of_any_size(head, make_model, make_batch, tmp_path):
-    model = make_model(head, calibrator="fcm", head_kwargs=SMALL_HEADS[head]).eval()
+    model = make_model(head, calibrator=[*CALIBRATORS][-1], head_kwargs=SMALL_HEADS[head]).eval()
 
     def inputs(size: int) -> dict[str, torch.Tensor]:
         return {k: v for k, v in make_batch(size).items() if k not in ("labels", "index")}

@@ -19,6 +19,7 @@ from msa_online.hub import (
     load_config,
     load_for_fine_tuning,
 )
+from msa_online.methods import HEADS
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +140,11 @@ def change_weights(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+OTHER_HEAD = next((name for name in HEADS if name != "late_fusion"), "late_fusion")
+
+
 def fine_tune_with_another_head(folder: Path) -> FineTuning:
-    return load_for_fine_tuning(folder, changed(load_config(folder), head="pase"))
+    return load_for_fine_tuning(folder, changed(load_config(folder), head=OTHER_HEAD))
 
 
 def changed(config: MSAConfig, **changes) -> MSAConfig:
@@ -188,6 +192,7 @@ def test_weights_saved_from_a_compiled_model_are_named_as_such(opener, checkpoin
     assert "from a compiled model" in refused(checkpoint, OPENERS[opener])
 
 
+@pytest.mark.needs("fcm")
 def test_fine_tuning_says_what_it_takes_over(checkpoint):
     same = load_for_fine_tuning(checkpoint, load_config(checkpoint))
     assert "new" not in str(same) and "->" not in str(same)
@@ -205,7 +210,7 @@ def test_fine_tuning_says_what_it_takes_over(checkpoint):
     outputs = [name for name in weights if "head." in name and weights[name].shape != model[name].shape]
     kept = sum(name.startswith("head.") for name in weights) - len(outputs)
     assert lines["head"] == f"{kept} tensors loaded, {len(outputs)} new"
-    assert "(late_fusion -> pase)" in str(fine_tune_with_another_head(checkpoint))
+    assert f"(late_fusion -> {OTHER_HEAD})" in str(fine_tune_with_another_head(checkpoint))
 
 
 def test_fine_tuning_that_would_use_nothing_of_an_encoder_is_refused(checkpoint):

@@ -143,7 +143,7 @@ def test_a_run_at_missing_rates_is_judged_and_scored_on_incomplete_splits(docume
     assert chosen["valid"]["mae"] == pytest.approx(record["results"]["valid"]["imr"]["mae"], rel=1e-5)
 
 
-@pytest.mark.parametrize("head", ["late_fusion", "ebmc"])
+@pytest.mark.parametrize("head", ["late_fusion", pytest.param("ebmc", marks=pytest.mark.needs("ebmc"))])
 def test_what_a_mask_hides_reaches_neither_training_nor_a_teacher_nor_the_scaling(
     head, document, train, archive, tmp_path
 ):

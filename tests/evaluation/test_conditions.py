@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from msa_online.evaluation.conditions import (
     selection_score,
     validate,
 )
+from msa_online.methods import HEADS
+from msa_online.methods.late_fusion import LateFusionHead
 from msa_online.missing.frames import FrameDrop
 
 INPUTS = {
@@ -195,29 +199,44 @@ def test_a_sweep_that_cannot_be_is_refused_naming_the_value(
         evaluate_frame_rates(model, [make_batch(6)], accelerator, drop, **choice)
 
 
+class TwoStageHead(LateFusionHead):
+    """A head that does not train its fused prediction in its first stage."""
+
+    stages = ("alone", "fused")
+    stage = "fused"
+
+    def forward(self, sequences, labels=None, teacher=None):
+        return replace(super().forward(sequences, labels, teacher), fused_valid=self.stage == "fused")
+
+    def start_stage(self, name):
+        self.stage = name
+
+
 @pytest.fixture
-def ebmc(tiny_config) -> MSAModel:
+def staged(tiny_config, monkeypatch) -> MSAModel:
+    """A model whose head has two stages, in the last of them."""
+    monkeypatch.setitem(HEADS, "two_stages", TwoStageHead)
     torch.manual_seed(0)
-    head = {"head": "ebmc", "head_kwargs": {"hidden_size": 8, "depth": 1}}
+    head = {"head": "two_stages", "head_kwargs": {"hidden_size": 8}}
     return MSAModel(MSAConfig(**{**tiny_config.to_dict(), **head})).eval()
 
 
 @pytest.mark.parametrize("condition", SEVEN)
-def test_epochs_are_judged_by_what_the_run_is_for(condition, ebmc, make_batch, accelerator):
+def test_epochs_are_judged_by_what_the_run_is_for(condition, staged, make_batch, accelerator):
     batches = in_batches(make_batch(6), [[0, 1, 2, 3], [4, 5]])
-    wanted = evaluate_conditions(ebmc, batches, accelerator, (condition,))[condition]
-    assert validate(ebmc, batches, accelerator, condition) == wanted
-    complete = evaluate_conditions(ebmc, batches, accelerator)["text+audio+vision"]
-    assert validate(ebmc, batches, accelerator) == complete
+    wanted = evaluate_conditions(staged, batches, accelerator, (condition,))[condition]
+    assert validate(staged, batches, accelerator, condition) == wanted
+    complete = evaluate_conditions(staged, batches, accelerator)["text+audio+vision"]
+    assert validate(staged, batches, accelerator) == complete
 
 
-def test_a_stage_without_a_fused_prediction_is_judged_by_each_modality_alone(ebmc, make_batch, accelerator):
-    ebmc.head.start_stage("enhance")
+def test_a_stage_without_a_fused_prediction_is_judged_by_each_modality_alone(staged, make_batch, accelerator):
+    staged.head.start_stage("alone")
     batch = make_batch(6)
     batch["modality_present"][1:3, 0] = False  # samples without text are no part of what text is judged by
-    found = validate(ebmc, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
+    found = validate(staged, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
     with torch.no_grad():
-        output = ebmc(**batch)
+        output = staged(**batch)
     errors = []
     for column, name in enumerate(INPUTS):
         seen = batch["modality_present"][:, column]
@@ -226,33 +245,33 @@ def test_a_stage_without_a_fused_prediction_is_judged_by_each_modality_alone(ebm
     assert found["mae"] == pytest.approx(np.mean(errors), rel=1e-5)
 
 
-def test_a_modality_that_no_sample_of_a_split_has_is_not_judged(ebmc, make_batch, accelerator):
-    ebmc.head.start_stage("enhance")
+def test_a_modality_that_no_sample_of_a_split_has_is_not_judged(staged, make_batch, accelerator):
+    staged.head.start_stage("alone")
     batch = make_batch(4, present=(True, False, False))
     with torch.no_grad():
-        scores = ebmc(**batch).modality_logits["text"][:, 0].clamp(-3, 3)
+        scores = staged(**batch).modality_logits["text"][:, 0].clamp(-3, 3)
     expected = (scores - batch["labels"]).abs().mean().item()
-    assert validate(ebmc, [batch], accelerator)["mae"] == pytest.approx(expected, rel=1e-5)
+    assert validate(staged, [batch], accelerator)["mae"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["enhance", "balance"])
-def test_a_score_is_never_computed_from_a_part_of_the_split(stage, ebmc, make_batch, accelerator):
+@pytest.mark.parametrize("stage", ["alone", "fused"])
+def test_a_score_is_never_computed_from_a_part_of_the_split(stage, staged, make_batch, accelerator):
     """Predictions that are not numbers were left out, and the rest chose the best epoch."""
-    ebmc.head.start_stage(stage)
+    staged.head.start_stage(stage)
     batch = make_batch(6)
     batch["audio_values"][[1, 4]] = float("nan")
     with pytest.raises(UndefinedScoreError, match="2 of 6 samples.*not finite.*lower training.learning_rate"):
-        validate(ebmc, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
+        validate(staged, in_batches(batch, [[0, 1, 2, 3], [4, 5]]), accelerator)
 
 
-def test_a_checkpoint_whose_predictions_are_not_numbers_gets_no_score(ebmc, make_batch, accelerator):
+def test_a_checkpoint_whose_predictions_are_not_numbers_gets_no_score(staged, make_batch, accelerator):
     with torch.no_grad():
-        next(ebmc.encoders["text"].parameters()).fill_(float("inf"))
+        next(staged.encoders["text"].parameters()).fill_(float("inf"))
     with pytest.raises(UndefinedScoreError, match="4 of 4 samples"):
-        evaluate_conditions(ebmc, [make_batch(4)], accelerator)
+        evaluate_conditions(staged, [make_batch(4)], accelerator)
 
 
-def test_a_split_that_shows_nothing_at_all_cannot_judge_single_modalities(ebmc, make_batch, accelerator):
-    ebmc.head.start_stage("enhance")
+def test_a_split_that_shows_nothing_at_all_cannot_judge_single_modalities(staged, make_batch, accelerator):
+    staged.head.start_stage("alone")
     with pytest.raises(UndefinedScoreError, match="no validation sample has text, sound or a face"):
-        validate(ebmc, [make_batch(4, present=(False, False, False))], accelerator)
+        validate(staged, [make_batch(4, present=(False, False, False))], accelerator)

@@ -108,10 +108,6 @@ def test_only_gradients_of_its_own_modalities_are_touched(name, step):
     assert changed == set(modulator.modalities) - spared
 
 
-def test_the_conflict_penalty_leaves_the_text_alone():
-    assert set(make("conflict").modalities) == {"audio", "vision"}
-
-
 @every_modulator
 def test_parameters_without_a_gradient_are_passed_over(name, step):
     modulator = make(name, step)

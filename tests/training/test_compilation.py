@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from msa_online.hub import load_checkpoint
-from msa_online.methods import MODULATORS, RebalancingModulator
+from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.modalities import COMPLETE
+
+pytestmark = pytest.mark.needs("ebmc", "rebalance")
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 STAGES = [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 2}]
 
 
-class Stopping(RebalancingModulator):
+class Stopping(MODULATORS.get("rebalance", GradientModulator)):
     """Interrupts a run before a step; it brings probes along."""
 
     stop_before: int | None = None

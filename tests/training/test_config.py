@@ -4,6 +4,7 @@ import re
 import pytest
 import yaml
 
+from msa_online.methods import HEADS
 from msa_online.training.config import StageArguments
 from msa_online.training.config_reader import parse_arguments, read_arguments
 from msa_online.training.yaml_reader import ConfigurationError
@@ -267,7 +268,7 @@ def test_keywords_no_method_takes_are_refused_before_hours_of_extraction(read, t
         read(text)
 
 
-@pytest.mark.parametrize("head", ["late_fusion", "ebmc", "cpsl", "pase"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("size", [-3, 0, 10**11])
 def test_sizes_of_heads_that_cannot_be_built_are_refused(read, head, size):
     with pytest.raises(ConfigurationError, match=r"run\.yaml: model\.head_kwargs: "):
@@ -347,6 +348,7 @@ def test_the_task_decides_the_outputs_of_the_model():
     assert parse_arguments(document).data.legal_range is None
 
 
+@pytest.mark.needs("shapley")
 def test_yaml_words_that_used_to_mean_false_are_words(read):
     """`training.mixed_precision=no` is what messages tell users to write."""
     arguments = read(MODEL + "training: {mixed_precision: no, resume: false}", "training.overwrite=True")

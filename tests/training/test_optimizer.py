@@ -103,6 +103,7 @@ def test_a_constant_learning_rate_rises_and_stays(tiny_model):
     assert history == pytest.approx([0.0, 5e-4] + [1e-3] * 18)
 
 
+@pytest.mark.needs("ebmc")
 def test_biases_side_by_side_and_learned_scalars_are_not_decayed_either(tiny_config):
     switches = {"hidden_size": 8, "depth": 1, "learned_scalars": True, "missing_tokens": True}
     model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "head": "ebmc", "head_kwargs": switches}))
@@ -124,6 +125,7 @@ def test_a_group_holds_parameters_of_one_modality_or_shared_ones(head, tiny_conf
     assert {group["modality"] for group in groups} == {"text", "audio", "vision", None}
 
 
+@pytest.mark.needs("rebalance")
 def test_probes_of_a_modulator_are_trained_too_in_groups_of_their_own(tiny_model):
     """At the rate of what is new, and at no modality's: `apply: lr` would slow what judges a modality."""
     plain = settings_by_name(tiny_model, make_optimizer(tiny_model, **RATES))

@@ -19,6 +19,8 @@ from msa_online.training.stages import StageSchedule
 from msa_online.training.teacher import Teacher, appoint_teacher
 from msa_online.training.yaml_reader import ConfigurationError
 
+pytestmark = pytest.mark.needs("ebmc")  # the head that is taught
+
 SAMPLES = 10
 
 

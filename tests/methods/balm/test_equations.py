@@ -12,7 +12,6 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.describe import count_parameters
 from msa_online.methods import CALIBRATORS, MODULATORS, ModulationContext
 from msa_online.methods.balm import kl_from_fused, rebalance, squared_distance
-from msa_online.methods.cpsl import route_through
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAOutput
 from msa_online.training.config_reader import parse_arguments
@@ -481,14 +480,3 @@ def test_probes_are_two_layers_as_wide_as_what_the_prediction_reads_and_no_part_
     assert (hidden.in_features, hidden.out_features) == (16, 16)
     assert output.weight.shape == tiny_model.head.classifier.weight.shape  # "of equal shape"
     assert count_parameters(tiny_model) == before
-
-
-def test_a_pooled_state_of_its_own_changes_no_state_and_no_gradient():
-    torch.manual_seed(0)
-    states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn_like(states)
-    pooled, same = route_through(states.mean(dim=1), states)
-    torch.testing.assert_close(same, states)
-    (gradient, of_pooled) = torch.autograd.grad((same.square() * weights).sum(), (states, pooled))
-    torch.testing.assert_close(gradient, 2 * weights * states)
-    torch.testing.assert_close(of_pooled, gradient.sum(dim=1))  # where all tokens together are wanted

@@ -119,8 +119,8 @@ def test_accumulated_parts_are_rebalanced_as_one_batch(
 # under autocast a CPU computes it so, a GPU in fp32.
 IN_HALF_PRECISION = [
     ("late_fusion", "latent", 1024.0),
-    ("cpsl", "latent", 64.0),
-    ("ebmc", "off", 64.0),
+    pytest.param("cpsl", "latent", 64.0, marks=pytest.mark.needs("cpsl")),
+    pytest.param("ebmc", "off", 64.0, marks=pytest.mark.needs("ebmc")),
 ]
 
 
@@ -167,6 +167,7 @@ def test_a_probe_alone_whose_gradient_is_not_finite_skips_the_step_and_keeps_the
     assert trial.loop.progress.skipped == 3 and trial.modulator.steps == list(range(6))
 
 
+@pytest.mark.needs("ebmc")
 def test_before_ebmc_fuses_only_probes_are_trained_and_then_coefficients_begin(
     features_config, feature_rows, make_trial
 ):

@@ -19,6 +19,7 @@ from msa_online.methods.cpsl import (
     diversity_loss,
     reconstruction_loss,
     resample,
+    route_through,
     statistical_loss,
     token_grid,
 )
@@ -567,3 +568,14 @@ def test_on_ordinary_inputs_half_precision_is_near_fp32(
         for values in (exact_gradients, rough_gradients)
     )
     assert (other - one).norm() < 2 * tolerance * one.norm()
+
+
+def test_a_pooled_state_of_its_own_changes_no_state_and_no_gradient():
+    torch.manual_seed(0)
+    states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(states)
+    pooled, same = route_through(states.mean(dim=1), states)
+    torch.testing.assert_close(same, states)
+    (gradient, of_pooled) = torch.autograd.grad((same.square() * weights).sum(), (states, pooled))
+    torch.testing.assert_close(gradient, 2 * weights * states)
+    torch.testing.assert_close(of_pooled, gradient.sum(dim=1))  # where all tokens together are wanted

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.methods import ConflictModulator, ModulationContext, OGMModulator
+from msa_online.methods import MODULATORS, ConflictModulator, ModulationContext
 from msa_online.methods.cpsl import find_conflicts
 from msa_online.modalities import MODALITIES
 
@@ -174,6 +174,11 @@ def test_the_norms_are_those_of_each_modalitys_encoder(norm, tiny_config, make_b
         )
 
 
+def test_the_text_is_left_alone():
+    assert set(ConflictModulator().modalities) == {"audio", "vision"}
+
+
+@pytest.mark.needs("ogm")
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("epoch", [0, 30])
 def test_without_penalty_it_is_plain_gradient_modulation(noise, epoch):
@@ -181,7 +186,7 @@ def test_without_penalty_it_is_plain_gradient_modulation(noise, epoch):
     here, there = make_context(**context, epoch=epoch), make_context(**context, epoch=epoch)
     settings = {"noise": noise, "epochs": [0, 25]}
     one = ConflictModulator(penalty=1.0, **settings).modulate(here)
-    other = OGMModulator(modalities=PAIR, **settings).modulate(there)
+    other = MODULATORS["ogm"](modalities=PAIR, **settings).modulate(there)
     assert {name: one.log[name] for name in other.log} == other.log
     for name in MODALITIES:
         pairs = zip(here.modality_parameters[name], there.modality_parameters[name], strict=True)
