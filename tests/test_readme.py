@@ -72,10 +72,11 @@ def test_the_two_commands_are_scripts_of_this_repository():
 
 @pytest.mark.parametrize("words", commands("accelerate launch"), ids=" ".join)
 def test_launch_commands_name_files_and_keys_that_exist(words):
-    script = words.index("train.py")
     if "--config_file" in words:
         assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
-    read_arguments(REPOSITORY / words[script + 1], words[script + 2 :])
+    program = words.index("-m")
+    assert words[program : program + 3] == ["-m", "msa_online_cli", "train"]
+    assert read_arguments(find_configuration(words[program + 3]), words[program + 4 :])
 
 
 @pytest.mark.parametrize("words", SHORT, ids=" ".join)
@@ -106,9 +107,9 @@ def test_study_commands_name_files_and_keys_that_exist(words):
     assert read_study(find_configuration(words[2], "ablations/"), words[3:]).runs()
 
 
-def test_train_commands_name_configurations_and_keys_that_exist():
-    for words in commands("msa-online train"):
-        assert read_arguments(find_configuration(words[2]), words[3:])
+@pytest.mark.parametrize("words", commands("msa-online train"), ids=" ".join)
+def test_train_commands_name_configurations_and_keys_that_exist(words):
+    assert read_arguments(find_configuration(words[2]), words[3:])
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks("python", page)])
