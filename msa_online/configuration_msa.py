@@ -85,7 +85,6 @@ class MSAConfig(PretrainedConfig):
         self.calibrator_kwargs = self.calibrator_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
         self.loss_weights = self.loss_weights or {}
-        self.plugins = self.plugins or None  # left out of config.json
 
     @property
     def is_regression(self) -> bool:
@@ -114,6 +113,8 @@ class MSAConfig(PretrainedConfig):
             output["text_config"].pop("_name_or_path", None)
         output["text_encoder"] = without_path(output["text_encoder"])
         output["trained_on"] = without_path(output["trained_on"])
+        if not output["plugins"]:
+            del output["plugins"]
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def look_up(table: Mapping[str, type], kind: str, name: str, plugins: Sequence[s
     if name in table:
         return table[name]
     if plugins:
-        needed = f"this checkpoint needs the plug-in {', '.join(plugins)}: import it first"
+        needed = f"this checkpoint needs the plug-in {' '.join(plugins)}: import it first, or give --plugin"
         raise ValueError(f"unknown {kind} {name!r}: {needed}")
     raise ValueError(
         f"unknown {kind} {name!r}; known are {', '.join(sorted(table))}, or import your own with plugins: "

@@ -135,6 +135,20 @@ def test_a_method_added_as_the_page_says_is_in_the_projects_style(followed):
         assert finished.returncode == 0, finished.stdout
 
 
+def test_a_plug_in_made_as_the_page_says_is_found_by_a_configuration(followed, tmp_path):
+    shutil.copy(followed / HEAD, tmp_path / "mean_fusion.py")
+    plugin = re.search(r"^### Or a plug-in.*?```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)[1]
+    (tmp_path / "my_package.py").write_text(plugin)
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "model: {feature_widths: {text: 4, audio: 4, vision: 4}, head: mean_fusion}\nplugins: [my_package]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "msa_online_cli", "describe", str(config)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0 and "head.projections" in finished.stdout, finished.stderr
+
+
 @pytest.fixture(scope="module")
 def broken(followed) -> list[str]:
     """What the contract says of heads with one mistake each, a line for each failure."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balancing methods: three plain tables from the name in the configuration to the class.
 
-To add a method of your own, set `HEADS["mine"] = MyHead` before the model is built.
+A module of your own adds a method with `HEADS["mine"] = MyHead`; a configuration names the module in
+`plugins`.
 """
 
 from msa_online.methods.balm import FeatureCalibration, RebalancingModulator
