@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSAConfig: the whole model as plain data."""
+"""MSAConfig: the configuration of a model as plain data."""
 
 import os
 import re
@@ -13,43 +13,45 @@ from transformers.configuration_utils import SubConfigSpec
 from msa_online.modalities import MODALITIES
 
 LOCAL_PATH = re.compile(r"~|\.{1,2}$|\.{0,2}[\\/]|[A-Za-z]:[\\/]|file:")
-"""Start of a path that cannot be the name of a repository."""
+"""Start of a local path, which cannot be the name of a repository."""
 INNER_PATH = re.compile(r"(?<![\w./:\\~-])(~|\.{1,2}|[A-Za-z]:)?[\\/][^\s,;'\"\])}]*")
-"""Such a path within a longer word, like a list."""
+"""A local path within a longer word, such as a list."""
 
 
 @strict
 class MSAConfig(PretrainedConfig):
-    """Everything needed to build an `MSAModel`: encoders x calibrator x head, and the task.
+    """Everything needed to build an `MSAModel`: encoders, calibrator, head, and the task.
 
-    The text encoder's own configuration is embedded whole (`text_config`), so that a checkpoint can be
-    rebuilt without reaching for the model it was started from.
+    It contains the full configuration of the text encoder (`text_config`), so that a checkpoint can be
+    rebuilt without the model that training started from.
 
     Attributes:
-        text_config: Configuration of the text encoder, as a config object or the dict it saves; None in a
-            model of features.
-        text_encoder: Name or folder of the text encoder that training starts from; in a checkpoint for the
-            record only. A folder's path is not saved, its name is.
-        feature_widths: Width of each modality's features, for a model of precomputed features in
-            place of raw clips; None for raw clips.
-        audio_channels: Widths of the audio front-end's convolutions (METHODS 6.3, A1 and A2).
+        text_config: Configuration of the text encoder, as a config object or its dict; None in a model of
+            precomputed features.
+        text_encoder: Name or folder of the text encoder that training starts from; a checkpoint keeps it as a
+            record only. Of a folder, only the last name is saved.
+        feature_widths: Width of each modality's features, for a model of precomputed features; None for raw
+            clips.
+        audio_channels: Widths A1 and A2 of the audio encoder's convolutions (docs/methods/online_setting.md).
         audio_width: Width of the audio states.
-        face_channels: Width F of the face front-end's first convolution (METHODS 6.3); a multiple of 8.
+        face_channels: Width F of the face encoder's first convolution (docs/methods/online_setting.md); a
+            multiple of 8.
         face_width: Width of the face states.
-        blendshapes: Join MediaPipe's 52 blendshape scores to the face states: the strongest visual stream.
+        blendshapes: Add MediaPipe's 52 blendshape scores to the face states; they are the strongest visual
+            input.
         calibrator: Name in `CALIBRATORS`.
         calibrator_kwargs: Keyword arguments of the calibrator.
         head: Name in `HEADS`.
         head_kwargs: Keyword arguments of the head.
-        loss_weights: Weight of each loss term the head returns by name; a term not named weighs 1.
+        loss_weights: Weight of each loss term of the head, by name; 1 where not named.
         label_range: Lowest and highest legal label of a regression; None for classification.
         plugins: Modules to import before the model is built, because they register its head or calibrator.
-        trained_on: Data, training and scores of a checkpoint, for `describe` and the model card.
-        id2label: Names of the classes by number; or of the one output of a regression, "score" by default.
+        trained_on: Record of data, training and scores of a checkpoint, for `describe` and the model card.
+        id2label: Names of the classes by number; in a regression, of its one output, by default "score".
     """
 
     model_type = "msa_online"
-    keys_to_ignore_at_inference = [  # by transformers.Trainer, so that predictions are logits alone
+    keys_to_ignore_at_inference = [  # for transformers.Trainer, so that predictions are the logits only
         *("modality_logits", "features", "fused", "losses", "diagnostics", "present"),
     ]
     sub_configs_defaults = {
@@ -74,13 +76,13 @@ class MSAConfig(PretrainedConfig):
     trained_on: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what was left out; a model without `id2label` is a regression with one output."""
+        """Set defaults; a model without `id2label` is a regression with one output."""
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.feature_widths is None and self.text_config is None:
             self.text_config = AutoConfig.for_model("bert")
         super().__post_init__(**kwargs)
-        if self.id2label == {0: "LABEL_0"}:  # transformers' name for a class
+        if self.id2label == {0: "LABEL_0"}:  # the default of transformers
             self.id2label, self.label2id = {0: "score"}, {"score": 0}
         self.calibrator_kwargs = self.calibrator_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
@@ -88,26 +90,26 @@ class MSAConfig(PretrainedConfig):
 
     @property
     def is_regression(self) -> bool:
-        """One continuous output, in the units of the labels."""
+        """Whether the model has one continuous output, in the units of the labels."""
         return self.num_labels == 1
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of the states each encoder hands to the head, by modality."""
+        """Width of the states that each encoder returns, by modality."""
         if self.feature_widths is not None:
-            # a saved config has its keys sorted, and heads take the order of the modalities from here
+            # a saved config has sorted keys, but heads take the order of the modalities from here
             return {name: self.feature_widths[name] for name in MODALITIES}
         return {"text": self.text_config.hidden_size, "audio": self.audio_width, "vision": self.face_width}
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
-        """The text encoder's configuration; by name, transformers would take `text_encoder` for one too.
+        """The text encoder's configuration; overridden because transformers would also try `text_encoder`.
 
-        A model without a text encoder answers with its own, as transformers expects of one.
+        A model without a text encoder returns its own configuration, as transformers expects.
         """
         return self.text_config or self
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain data, as it is saved and published: without paths on this machine."""
+        """The configuration as plain data, as saved and published, without local paths."""
         output = super().to_dict()
         if output["text_config"] is not None:
             output["text_config"].pop("_name_or_path", None)
@@ -118,15 +120,16 @@ class MSAConfig(PretrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: classes too where their names are transformers' own, or two would reload as one."""
+        """What is saved, always with class names: two classes with default names would reload as one."""
         return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
 
 
 def without_path(value: Any) -> Any:
-    """`value` with the name alone of each local file or folder in it; names on the Hub stay as they are.
+    """Replace each local path in `value` by its last name; names on the Hub are kept.
 
     Args:
-        value: Plain data. In a dict, the string under "command" is a command line, whose relative paths stay.
+        value: Plain data. In a dict, the string under "command" is a command line; its relative paths are
+            kept.
     """
     if isinstance(value, dict):
         return {
@@ -143,7 +146,7 @@ def without_path(value: Any) -> Any:
 def _command_without_paths(command: str) -> str:
     try:
         words = shlex.split(command)
-    except ValueError:  # quotes that do not end: written by hand
+    except ValueError:  # unbalanced quotes, written by hand
         words = command.split()
     published = [_word_without_path(word) for word in words]
     return command if published == words else shlex.join(published)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking inside a model without its weights: parts, parameter counts, shapes from clip to logits."""
+"""Describe a model without loading its weights: parts, parameter counts, shapes from clip to logits."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,21 +19,20 @@ from msa_online.training.config_reader import read_arguments
 from msa_online.training.yaml_reader import ConfigurationError
 
 EXAMPLE_SECONDS = 4
-EXAMPLE_TOKENS = 20  # and steps of features made elsewhere
+EXAMPLE_TOKENS = 20  # also the number of steps of precomputed features
 EXAMPLE_CLASSES = 2
 SHOWN_APART = ("results", "shares", "constant", "comparison", "missing")
-"""What the table of a training record leaves out; the protocol names the rates of `missing`."""
+"""Keys of a training record that `record_lines` leaves out; its protocol contains the rates of `missing`."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What there is to know of a model.
+    """Description of a model.
 
     Attributes:
-        parameters: Parameter count of each part and their sum as `total`.
-        shapes: Shape of what each step hands on for one clip of four seconds, or for features of 20 steps, by
-            step, in order.
-        trained_on: What a checkpoint was trained on and how it scored; empty for a configuration.
+        parameters: Parameter count of each part, and their sum as `total`.
+        shapes: Output shape of each step, in order, for one clip of four seconds or features of 20 steps.
+        trained_on: Record of training and scores of a checkpoint; empty for a configuration.
     """
 
     parameters: dict[str, int]
@@ -44,11 +43,11 @@ class Description:
 def describe(source: str | Path) -> Description:
     """Describe a configuration file (`.yaml`), a checkpoint folder or a Hub repository.
 
-    Of a repository only the configuration is downloaded, of the weights in a folder only the header is read.
+    Of a repository only the configuration is downloaded; of weights in a folder only the header is read.
 
     Raises:
         ConfigurationError: The configuration file cannot be used.
-        CheckpointError: The folder or repository is no checkpoint, or its weights are those of another model.
+        CheckpointError: The folder or repository is not a checkpoint, or its weights belong to another model.
     """
     config, settings = _read(source)
     with torch.device("meta"):
@@ -67,15 +66,15 @@ def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
     arguments = read_arguments(source)
     if not (arguments.model.get("text_encoder") or arguments.model.get("feature_widths")):
         return load_config(arguments.training.init_from), arguments.data.extraction
-    # how many classes there are is known from the data alone
+    # the number of classes is known from the data only
     classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
     return arguments.model_config(classes), arguments.data.extraction
 
 
 def count_parameters(model: MSAModel) -> dict[str, int]:
-    """Parameters of each encoder, of the calibrator and of each part of the head, and their `total`.
+    """Parameter counts of each encoder, the calibrator and each part of the head, and their `total`.
 
-    Probes, which are trained for a modulator alone, are no part of the model.
+    Probes are not counted: only a modulator uses them, in training.
     """
     counts: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
@@ -90,7 +89,7 @@ def _part_of(name: str) -> str:
 
 
 def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int]]:
-    """Shapes for one example, found by running all but the text encoder on the meta device."""
+    """Shapes for one example, computed by running all but the text encoder on the meta device."""
     of_kind = _clip_shapes if model.config.feature_widths is None else _feature_shapes
     inputs, sequences = of_kind(model, settings)
     output = model.decide(sequences)
@@ -105,7 +104,7 @@ def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int
 def _clip_shapes(
     model: MSAModel, settings: ExtractionSettings
 ) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
-    """Shapes of what one clip becomes, and the states of its modalities."""
+    """Shapes of the inputs of one clip, and the states of its modalities."""
     steps = round(EXAMPLE_SECONDS * 1000 / settings.hop_ms)
     frames, size = settings.num_frames, settings.face_size
     inputs = {
@@ -128,7 +127,7 @@ def _clip_shapes(
 def _feature_shapes(
     model: MSAModel, settings: ExtractionSettings
 ) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
-    """The same of features made elsewhere, to which no settings of extraction apply."""
+    """Shapes and states of precomputed features; the extraction settings do not apply."""
     sequences, shapes = {}, {}
     for name, width in model.config.widths.items():
         shapes[f"{name} features"] = [EXAMPLE_TOKENS, width]
@@ -164,9 +163,9 @@ def description_tables(description: Description, source: str) -> list[Table]:
 
 
 def record_lines(description: Description) -> list[str]:
-    """What a checkpoint was trained on, in lines for the terminal; scores are shown apart.
+    """Training record of a checkpoint as lines for the terminal, without the scores.
 
-    No table: the values are paths and commands, which columns would break.
+    It is not a table, because columns would break its paths and commands.
     """
     record = {name: value for name, value in description.trained_on.items() if name not in SHOWN_APART}
     width = max(map(len, record), default=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening checkpoints, from folders or from the Hub."""
+"""Load checkpoints from folders or from the Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,48 +15,51 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
-COMPILED = "_orig_mod."  # torch.compile puts it before the names of a model's tensors
+COMPILED = "_orig_mod."  # prefix that torch.compile adds to the names of a model's tensors
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises, all over its layers, on files that are missing, damaged or of another version."""
+"""Errors that transformers raises on files that are missing, damaged or of another version."""
 
 
 class CheckpointError(ValueError):
-    """A folder or repository is no checkpoint of this project; the message says what it is instead."""
+    """A folder or repository is not a usable checkpoint of this project; the message says why."""
 
 
 def load_config(source: str | Path) -> MSAConfig:
     """Configuration of a checkpoint.
 
     Raises:
-        CheckpointError: `source` is not there, holds no configuration, or one of another kind of model.
+        CheckpointError: `source` does not exist, or has no configuration, or that of another kind of model.
     """
     folder = Path(source)
     if folder.is_file():
-        raise CheckpointError(f"{folder}: a file; give the folder of the checkpoint")
+        raise CheckpointError(f"{folder} is a file: give the folder of the checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{folder}: no checkpoint, config.json is missing (the folder holds {present})")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: config.json is missing (the folder contains {present})"
+        )
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source))
     except UNREADABLE as error:
         raise CheckpointError(
-            f"{source}: neither a checkpoint folder nor a repository that can be read ({_first_line(error)})"
+            f"{source} is neither a checkpoint folder nor a readable repository ({_first_line(error)})"
         ) from error
     if not isinstance(config, MSAConfig):
         raise CheckpointError(
-            f"{source}: a checkpoint of kind {config.model_type!r}, not {MSAConfig.model_type!r}; a text "
-            "encoder to train from goes into a configuration, as model.text_encoder"
+            f"{source} is a checkpoint of type {config.model_type!r}, not {MSAConfig.model_type!r}; to train "
+            "from a text encoder, name it in a configuration as model.text_encoder"
         )
     return config
 
 
 def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
-    """Model, in fp32 and in evaluation mode, and processor of a checkpoint folder or Hub repository.
+    """Load the model, in fp32 and in evaluation mode, and the processor of a checkpoint.
 
     A model of precomputed features has no processor.
 
     Raises:
-        CheckpointError: As `load_config`; or the weights or the processor are missing, damaged or do not fit.
+        CheckpointError: As in `load_config`; or the weights or the processor are missing or damaged, or do
+            not match the configuration.
     """
     config = load_config(source)
     model, found, processor = _load(source, config)
@@ -71,7 +74,7 @@ class FineTuning:
     Attributes:
         model: The model, in fp32.
         tokenizer: Tokenizer of its text encoder; None for a model of precomputed features.
-        loaded: Tensors of each part that come from the checkpoint, and all its tensors, by part.
+        loaded: For each part, the number of tensors loaded from the checkpoint, and of all its tensors.
         before: Configuration of the checkpoint.
     """
 
@@ -81,7 +84,7 @@ class FineTuning:
     before: MSAConfig
 
     def __str__(self) -> str:
-        """One line for each part: what was loaded, what is new, and why."""
+        """One line for each part: how many tensors were loaded, how many are new, and why."""
         before, now = self.before, self.model.config
         kinds = {"calibrator": (before.calibrator, now.calibrator), "head": (before.head, now.head)}
         lines = []
@@ -95,11 +98,11 @@ class FineTuning:
 
 
 def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> FineTuning:
-    """Model of another configuration with whatever weights of a checkpoint fit it.
+    """Build a model of another configuration, with all weights of a checkpoint that match it.
 
     Raises:
-        CheckpointError: The weights or the processor are missing or damaged, or do not fit the checkpoint's
-            own configuration; or nothing of an encoder can be used under the new one.
+        CheckpointError: The weights or the processor are missing or damaged, or do not match the checkpoint's
+            own configuration; or no layer of an encoder matches the new configuration.
     """
     before = load_config(source)
     model, found, processor = _load(source, config)
@@ -115,21 +118,22 @@ def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> FineTuning:
         matrices = {name for name, value in tensors.items() if value.ndim > 1} or tensors.keys()
         if matrices <= new:
             raise CheckpointError(
-                f"{source}: no layer of the {modality} encoder fits the new configuration; give its settings "
-                "in the `model:` section as the checkpoint has them, or train without training.init_from"
+                f"{source}: no layer of the {modality} encoder matches the new configuration; use the "
+                "checkpoint's settings of this encoder in the `model:` section, or train without "
+                "training.init_from"
             )
     return FineTuning(model, processor and processor.tokenizer, loaded, before)
 
 
 def require_own_weights(folder: Path, model: MSAModel) -> None:
-    """Check names and shapes of the weights in a checkpoint folder, of which only the header is read.
+    """Check names and shapes of the weights in a checkpoint folder; reads only their header.
 
     Args:
         folder: The checkpoint.
         model: A model of its configuration; it may be on the meta device.
 
     Raises:
-        CheckpointError: The weights are damaged or those of another model.
+        CheckpointError: The weights are damaged, or belong to another model.
     """
     found = {}
     for file in sorted(folder.glob("model*.safetensors")):
@@ -144,22 +148,26 @@ def require_own_weights(folder: Path, model: MSAModel) -> None:
 
 
 def _require_fit(source: str | Path, own: MSAConfig, model: MSAModel, found: dict[str, set]) -> None:
-    """Check that what was not loaded into a model is what its configuration and that of the weights explain.
+    """Check that the tensors that were not loaded are exactly those in which the two configurations differ.
 
     Args:
         source: The checkpoint.
-        own: Its configuration.
-        model: The model, of the same configuration or another.
-        found: What transformers reports of loading it.
+        own: Configuration of the checkpoint.
+        model: The model, of the same or another configuration.
+        found: Loading report of transformers.
+
+    Raises:
+        CheckpointError: Other tensors were not loaded; the weights do not match the checkpoint's
+            configuration.
     """
     try:
         with torch.device("meta"):
             weights = _shapes_of(MSAModel(own))
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: no model can be built from it ({_first_line(error)})") from error
-    wanted = _shapes_of(model)
-    missing, unexpected = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
-    other = {name: weights[name] for name in wanted.keys() & weights.keys() if wanted[name] != weights[name]}
+    needed = _shapes_of(model)
+    missing, unexpected = needed.keys() - weights.keys(), weights.keys() - needed.keys()
+    other = {name: weights[name] for name in needed.keys() & weights.keys() if needed[name] != weights[name]}
     reported = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
     differing = (missing ^ found["missing_keys"]) | (unexpected ^ found["unexpected_keys"])
     differing |= {name for name in other.keys() | reported.keys() if other.get(name) != reported.get(name)}
@@ -171,10 +179,10 @@ def _refuse(source: str | Path, names: Sequence[str]) -> None:
     if compiled := [name for name in names if name.startswith(COMPILED)]:
         raise CheckpointError(
             f"{source}: an earlier version saved these weights from a compiled model ({compiled[0]}, ...): "
-            f"take {COMPILED!r} off the names of the tensors, or train again"
+            f"remove {COMPILED!r} from the names of the tensors, or train again"
         )
     raise CheckpointError(
-        f"{source}: the weights do not fit config.json in {len(names)} tensors, for example {min(names)}"
+        f"{source}: the weights do not match config.json in {len(names)} tensors, for example {min(names)}"
     )
 
 
@@ -193,10 +201,10 @@ def _load(source: str | Path, config: MSAConfig) -> tuple[MSAModel, dict[str, se
         model, found = MSAModel.from_pretrained(
             source,
             config=config,
-            use_safetensors=True,  # or nothing: a pickle could execute what it likes
+            use_safetensors=True,  # never a pickle, which could execute code
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it reports them, and its own error names none
-            dtype=torch.float32,  # of a checkpoint saved in half precision too; autocast does the rest
+            ignore_mismatched_sizes=True,  # they are in the report; the error of transformers names none
+            dtype=torch.float32,  # even of a checkpoint saved in half precision; autocast does the rest
             local_files_only=_only_local(source),
         )
         if config.feature_widths is None:

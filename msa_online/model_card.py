@@ -17,7 +17,7 @@ RUN_FILES = "Everything else is in `run.yaml` beside this file, and every epoch 
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 CLIP_USAGE = """\
-Trained with `msa_online`; the checkpoint carries its own processor.
+Trained with `msa_online`; the checkpoint contains its processor.
 
 ```python
 from msa_online import MSAPipeline
@@ -25,11 +25,11 @@ from msa_online import MSAPipeline
 pipeline = MSAPipeline.from_pretrained("{name}")
 prediction = pipeline("clip.mp4", text="what is said in it")
 print(prediction)
-print(prediction.baseline, prediction.contributions)  # the answer with nothing seen; what each modality adds
-print(prediction.cut, prediction.warning)  # what of a long clip was not read; whether all was missing
+print(prediction.baseline, prediction.contributions)  # prediction without input; what each modality adds
+print(prediction.cut, prediction.warning)  # parts of a long clip that were not read; if all was missing
 ```"""
 FEATURE_USAGE = """\
-Trained with `msa_online`; the checkpoint carries the statistics by which it standardises features.
+Trained with `msa_online`; the checkpoint contains the statistics that standardise its features.
 
 ```
 msa-online evaluate {name} FEATURES   # a folder of `msa-online convert-features`, or an .npz file
@@ -85,14 +85,13 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
 def _card_inputs(
     name: str, config: MSAConfig, text_encoder: str | None, limits: Mapping[str, float]
 ) -> dict[str, str]:
-    """Inputs and usage of a model of raw clips, or of one of precomputed features."""
+    """Inputs and usage, of a model of raw clips or of precomputed features."""
     if config.feature_widths is None:
         most = ", ".join(f"{number:g} {unit}" for unit, number in limits.items())
         return {
             "inputs": "a clip of a person talking: text, audio and face",
             "usage": CLIP_USAGE.format(name=name),
-            "front_end": f"text encoder | {text_encoder}"
-            + (f" |\n| reads of a clip at most | {most}" if most else ""),
+            "front_end": f"text encoder | {text_encoder}" + (f" |\n| reads at most | {most}" if most else ""),
         }
     widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
     return {

@@ -20,7 +20,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.model_card import write_model_card
 
 PROBES = "probes."
-"""Prefix of parameters that are trained for a modulator alone and never published."""
+"""Prefix of modulator-only parameters; never published."""
 
 INTERNALS = ("fused_valid", "probe_logits", "sequences", "of_head")
 """Fields of `MSAOutput` that only training loops read."""
@@ -28,25 +28,25 @@ INTERNALS = ("fused_valid", "probe_logits", "sequences", "of_head")
 
 @dataclass
 class MSAOutput(ModelOutput):
-    """Prediction of the model and everything computed on the way to it.
+    """Prediction of the model, losses and intermediate results.
 
-    The fields are tensors or dicts of tensors, but for the last four, which `forward` returns only with
+    The fields are tensors or dicts of tensors. The last four are exceptions; `forward` returns them only with
     `output_internals`.
 
     Attributes:
-        loss: Sum of the named losses under `config.loss_weights`, a scalar; None without labels.
+        loss: Sum of the losses weighted by `config.loss_weights`, a scalar; None without labels.
         logits: Fused prediction, `(batch, outputs)`.
         modality_logits: Prediction of each modality alone, `(batch, outputs)` each.
         features: Pooled state of each modality, `(batch, hidden)` each.
-        fused: State the fused prediction is read from, `(batch, width)`.
-        losses: Loss terms by name, unweighted scalars; empty without labels.
-        diagnostics: Detached tensors worth logging, by name.
-        present: Samples that have each modality, `(batch,)` bool each.
-        fused_valid: False in a stage that does not train the fused prediction yet.
-        probe_logits: Predictions of the probes a modulator trains beside the model, `(batch, outputs)` each.
+        fused: Input of the last layer of the fused prediction, `(batch, width)`.
+        losses: Unweighted loss terms by name, scalars; empty without labels.
+        diagnostics: Detached tensors for the log, by name.
+        present: Which samples have each modality, `(batch,)` bool each.
+        fused_valid: False in a stage that does not train the fused prediction.
+        probe_logits: Predictions of a modulator's probes, `(batch, outputs)` each.
         sequences: Encoded batch before the calibrator, detached, by modality.
-        of_head: The head's own output. Half precision and distributed training wrap the model and copy the
-            tensors above; only these are the ones that the losses were computed from.
+        of_head: Output of the head itself. Half precision and distributed training wrap the model and copy
+            the tensors above; the losses were computed from the tensors in here.
     """
 
     loss: Tensor | None = None
@@ -75,14 +75,16 @@ class MSAModel(PreTrainedModel):
         crops ────── face encoder ──┘
 
     Args:
-        config: The whole model as plain data. Raises `ValueError` for a head or calibrator that is in no
-            table.
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: The head or the calibrator is in no table.
     """
 
     config_class = MSAConfig
     base_model_prefix = "msa"
     main_input_name = "text_input_ids"
-    # the only attention that can be chosen is the text encoder's, which refuses what it does not support
+    # the attention setting applies to the text encoder only, which refuses what it does not support
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: MSAConfig) -> None:
@@ -96,12 +98,12 @@ class MSAModel(PreTrainedModel):
         self.post_init()
 
     def encode(self, modality_present: Tensor, **inputs: Tensor) -> dict[str, ModalitySequence]:
-        """Run the three encoders on a batch; the costly half of `forward`, which names the inputs.
+        """Run the three encoders, the expensive half of `forward`; inputs as in `forward`.
 
-        Evaluation under many modality conditions encodes once and decides many times.
+        Evaluation under several modality conditions calls `encode` once and `decide` for each condition.
 
         Returns:
-            States `(batch, time, width)` of each modality, those of absent modalities hidden.
+            States `(batch, time, width)` of each modality; absent modalities are masked.
         """
         return {
             name: encoder(inputs).only(modality_present[:, column])
@@ -132,11 +134,11 @@ class MSAModel(PreTrainedModel):
         )
 
     def teach(self, **inputs: Tensor) -> Tensor:
-        """Targets of this model, frozen, for a later stage of training, `(batch, ...)`."""
+        """Compute the targets for a later stage of training with this model frozen, `(batch, ...)`."""
         return self.head.teach(self._calibrate(self.encode(**inputs)))
 
     def _calibrate(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """What the head reads, narrowed to the type of its weights in a model of half precision."""
+        """Input of the head; in a half-precision model, converted to the type of its weights."""
         return self.calibrator(
             {
                 name: replace(sequence, values=no_wider(sequence.values, self.head))
@@ -145,7 +147,7 @@ class MSAModel(PreTrainedModel):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MSAModel":
-        """Convert or move the model; buffers, which have the scale of the data, are never less than fp32."""
+        """Convert or move the model; buffers stay in fp32 or wider, as they have the scale of the data."""
         buffers = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, before in buffers.items():
@@ -171,28 +173,29 @@ class MSAModel(PreTrainedModel):
         index: Tensor | None = None,
         output_internals: bool = False,
     ) -> MSAOutput:
-        """Predict for a batch as `MSAProcessor` or `FeatureDataset` makes it.
+        """Predict for a batch made by `MSAProcessor` or from precomputed features.
 
-        A model of raw clips reads `text_input_ids`; a model of precomputed features reads `text_values`, and
-        features in the other `_values`.
+        A model of raw clips reads `text_input_ids`. A model of precomputed features reads `text_values`; its
+        `audio_values` and `vision_values` are features too.
 
         Args:
-            modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is legal.
+            modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is allowed.
             text_input_ids: Token ids, `(batch, tokens)` int64.
-            text_mask: Tokens that are no padding, `(batch, tokens)` bool.
+            text_mask: Tokens that are not padding, `(batch, tokens)` bool.
             audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`; or features
                 `(batch, time, width)`.
-            audio_mask: Steps that are no padding, `(batch, steps)` bool.
+            audio_mask: Steps that are not padding, `(batch, steps)` bool.
             vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB; or features
                 `(batch, time, width)`.
             vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
             vision_mask: Frames with a face, `(batch, frames)` bool.
             text_values: Features `(batch, time, width)`.
-            labels: `(batch,)`, numbers in regression and int64 in classification; None for prediction alone.
-            teacher: Answers of `teach` of an earlier stage's best model on these samples, `(batch, ...)`, for
-                heads that learn from it.
-            index: Position of each sample in its dataset, `(batch,)`: in every batch, not read by the model.
-            output_internals: Return the fields that only training loops read as well.
+            labels: `(batch,)`, numbers in regression and int64 in classification; None computes no losses.
+            teacher: What `teach` of an earlier stage's best model returned for these samples, `(batch, ...)`,
+                for heads with a teacher.
+            index: Position of each sample in its dataset, `(batch,)`; batches contain it, the model ignores
+                it.
+            output_internals: Also return the fields that only training loops read.
 
         Raises:
             ValueError: An input that the model reads is missing.
@@ -219,29 +222,29 @@ class MSAModel(PreTrainedModel):
 
     @property
     def input_names(self) -> list[str]:
-        """Inputs that `forward` needs beside `modality_present`."""
+        """Inputs that `forward` needs in addition to `modality_present`."""
         return [name for encoder in self.encoders.values() for name in encoder.input_names]
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload to the Hub, for `push_to_hub`, with the model card of this checkpoint in that repository."""
+        """Upload to the Hub for `push_to_hub`, with a model card that names the repository."""
         if self.config.trained_on:
             write_model_card(Path(working_dir), self.config, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """What belongs to one modality: its encoder, and what the head declares; the rest is shared."""
+        """Parameters of each modality: its encoder, and those that the head declares; the rest is shared."""
         of_head = self.head.modality_parameters()
         return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
 
     @classmethod
     def from_pretrained_text(cls, config: MSAConfig, source: str | Path) -> "MSAModel":
-        """Build a new model whose text encoder starts from pretrained weights, by folder or name."""
+        """Build a new model with a pretrained text encoder, given by folder or name."""
         model = cls(config)
         model.encoders["text"].load_pretrained(source)
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        # from_pretrained builds on the meta device: every raw parameter needs a start of its own here
+        # from_pretrained builds on the meta device: every parameter must be initialised here
         of_a_library = type(module).__module__.startswith(("torch.", "transformers."))
         if not of_a_library and hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -259,7 +262,7 @@ def look_up(table: Mapping[str, type], kind: str, name: str, plugins: Sequence[s
         plugins: Modules that a checkpoint names as the ones that register its classes.
 
     Raises:
-        ValueError: No such name; the message names the plug-ins, or lists the names there are.
+        ValueError: The name is unknown; the message names the plug-ins, or lists the known names.
     """
     if name in table:
         return table[name]

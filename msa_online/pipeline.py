@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSAPipeline: one clip in, one prediction out."""
+"""MSAPipeline: predictions for media files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,32 +25,33 @@ from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
-TOGETHER = 16  # clips in one forward pass
-FROM_NOTHING = "no text, sound or face: the model's baseline, whatever the clip is"
+BATCH_SIZE = 16  # clips in one forward pass
+FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model predicts for one clip, and how much each modality contributes.
+    """Prediction for one clip, and the contribution of each modality.
 
-    What is shared out is the score, or in classification the probability of `label`. It equals `baseline`
-    plus the sum of `contributions`, up to rounding in fp32. The contributions are Shapley values
-    (METHODS 2.7): what a modality adds, averaged over all orders in which the modalities may come in. They
-    say what moves this prediction, not what makes it right.
+    The score (in classification, the probability of `label`) equals `baseline` plus the sum of
+    `contributions`, up to rounding in fp32. The contributions are Shapley values ((2.7) of
+    docs/methods/pase.md): what a modality adds, averaged over all orders in which the modalities can be
+    added. They show what moves the prediction, not what makes it correct.
 
     Attributes:
-        clip: The file, or None for text alone.
-        score: Predicted label of a regression, in the units of the training labels and not cut to their
+        clip: The file, or None for text only.
+        score: Predicted label of a regression, in the units of the training labels, not clipped to their
             range; None in classification.
         label: Most probable class; None in regression.
         probabilities: Probability of each class, summing to one; empty in regression.
-        modalities: Modalities the prediction rests on.
-        missing: For each modality that was not used, why.
-        baseline: The score, or the probability of `label`, when the model sees nothing.
-        contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for one
-            that is missing.
-        cut: For each modality that is read in part only, how much of it was read: "first 30.0 of 182.4 s".
-        warning: Why the prediction says nothing about this clip: all modalities are missing. None otherwise.
+        modalities: Modalities that the prediction uses.
+        missing: Reason for each modality that was not used.
+        baseline: The score, or the probability of `label`, without any modality.
+        contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for a
+            missing modality.
+        cut: For each modality that is read only in part, how much was read: "first 30.0 of 182.4 s".
+        warning: Set if all modalities are missing, so that the prediction does not depend on the clip; else
+            None.
     """
 
     clip: str | None
@@ -70,13 +71,13 @@ class Prediction:
 
 
 class MSAPipeline:
-    """Raw media to prediction, with the extraction the model was trained on.
+    """Predicts from raw media, with the extraction settings of training.
 
     Args:
         model: A trained model.
         processor: The processor saved with it.
-        device: Where to run; a GPU when there is one.
-        cache: Store of extracted features; None extracts every time.
+        device: Device of the model; by default a GPU if there is one.
+        cache: Cache of extracted features; None extracts every time.
     """
 
     def __init__(
@@ -93,10 +94,10 @@ class MSAPipeline:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device | None = None) -> "MSAPipeline":
-        """Open a checkpoint folder or Hub repository.
+        """Load a checkpoint folder or Hub repository.
 
         Raises:
-            CheckpointError: It is no checkpoint of this project, or its model takes no clips.
+            CheckpointError: It is not a checkpoint of this project, or its model does not take clips.
         """
         model, processor = load_checkpoint(source)
         if processor is None:
@@ -118,20 +119,20 @@ class MSAPipeline:
         """Predict for one clip, or for several at once.
 
         Args:
-            clips: A media file, a `Clip` with a window, None for text alone, or a list of these. Sound files
-                are legal.
-            text: The transcript: one string for one clip, a list as long as `clips` for a list. None means
-                that the transcript is missing.
-            skip_broken: In a list, put the `ClipError` of a clip that cannot be used in its place, instead of
-                raising it.
+            clips: A media file, a `Clip` with a window, None for text only, or a list of these. Audio files
+                are allowed.
+            text: The transcript: one string for one clip, or a list as long as `clips`. None means that there
+                is no transcript.
+            skip_broken: For a clip of a list that cannot be used, return the `ClipError` in its place instead
+                of raising it.
 
         Returns:
             One `Prediction`, or a list for lists.
 
         Raises:
-            ClipError: A file is missing, broken or no media.
-            ValueError: Neither a clip nor a text is given, a list meets a single value, the lists differ in
-                length, or a value is of another kind.
+            ClipError: A file is missing, broken or not a media file.
+            ValueError: There is neither a clip nor a text, a list is combined with a single value, the lists
+                differ in length, or a value has a wrong type.
             UndefinedScoreError: The model's predictions are not finite.
         """
         if not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
@@ -146,17 +147,17 @@ class MSAPipeline:
     def stream(
         self, clips: Sequence[str | Path | Clip | None] | None, text: Sequence[str | None] | None = None
     ) -> Iterator[Prediction | ClipError]:
-        """Predict for any number of clips, in order, with the memory that a few of them take.
+        """Predict for any number of clips, in order, with constant memory.
 
         Args:
-            clips: As a list for `__call__`; None for texts alone.
-            text: As a list for `__call__`; None if all transcripts are missing.
+            clips: List of clips as for `__call__`; None for texts only.
+            text: List of texts as for `__call__`; None if all transcripts are missing.
 
         Returns:
-            An iterator over a `Prediction`, or the `ClipError` that says why there is none, for each clip.
+            An iterator with a `Prediction` for each clip, or a `ClipError` if the clip cannot be used.
 
         Raises:
-            ValueError: As `__call__`.
+            ValueError: As in `__call__`.
         """
         return self._stream(_pairs(clips, text))
 
@@ -173,7 +174,7 @@ class MSAPipeline:
                     yield from self._predict(waiting)
                     yield error
                     waiting = []
-                if len(waiting) == TOGETHER:
+                if len(waiting) == BATCH_SIZE:
                     yield from self._predict(waiting)
                     waiting = []
             yield from self._predict(waiting)
@@ -184,12 +185,12 @@ class MSAPipeline:
             return []
         clips, features, texts = zip(*samples, strict=True)
         batch = self.processor(features, texts).to(self.device)
-        said = attribute(self.model, batch)
-        if not said.outputs.isfinite().all():
+        attribution = attribute(self.model, batch)
+        if not attribution.outputs.isfinite().all():
             raise UndefinedScoreError(f"the predictions of this model are not finite; {DIVERGED}")
         present = batch["modality_present"]
         return [
-            self._prediction(*samples[row], present[row].tolist(), said.of_sample(row))
+            self._prediction(*samples[row], present[row].tolist(), attribution.of_sample(row))
             for row in range(len(clips))
         ]
 
@@ -205,29 +206,29 @@ class MSAPipeline:
         features: ClipFeatures,
         text: str | None,
         present: list[bool],
-        said: Attribution,
+        attribution: Attribution,
     ) -> Prediction:
         config = self.model.config
-        outputs = said.outputs.tolist()
+        outputs = attribution.outputs.tolist()
         classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
         extent = ClipExtent.of(features, self.processor.settings.hop_ms)
-        used = tuple(name for name, there in zip(MODALITIES, present, strict=True) if there)
+        used = tuple(name for name, is_present in zip(MODALITIES, present, strict=True) if is_present)
         return Prediction(
             clip=None if clip is None else str(clip.path),
             score=None if classes else outputs[0],
-            label=classes[said.predicted.item()] if classes else None,
+            label=classes[attribution.predicted.item()] if classes else None,
             probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
             missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
-            baseline=said.baseline.item(),
-            contributions=dict(zip(MODALITIES, said.contributions.tolist(), strict=True)),
+            baseline=attribution.baseline.item(),
+            contributions=dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
             warning=None if used else FROM_NOTHING,
         )
 
 
 def _pairs(clips: Any, text: Any) -> list[tuple[Clip | None, str | None]]:
-    """Clips and their transcripts side by side, checked."""
+    """Validate clips and transcripts, and pair them."""
     lists = (list, tuple)
     if clips is None and isinstance(text, lists):
         clips = [None] * len(text)
@@ -255,7 +256,7 @@ def _pairs(clips: Any, text: Any) -> list[tuple[Clip | None, str | None]]:
 
 
 def as_clip(source: str | Path | Clip) -> Clip:
-    """A `Clip` as it is, or the whole of a media file."""
+    """A `Clip` as it is, or a media file without a window as a `Clip`."""
     return source if isinstance(source, Clip) else Clip(Path(source))
 
 

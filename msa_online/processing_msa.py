@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSAProcessor: a clip and its transcript to model inputs, saved and loaded with the model."""
+"""MSAProcessor: converts a clip and its transcript to model inputs; saved and loaded with the model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,22 @@ from msa_online.modalities import MODALITIES
 
 MAX_TEXT_TOKENS = 128
 MAX_AUDIO_SECONDS = 30.0
-SPECIAL_TOKENS = 8  # at most as many are put around a text
+SPECIAL_TOKENS = 8  # upper bound of the special tokens added to a text
 FRAME_GAP = 4.0
-"""Seconds between two sampled frames from which a clip is reported to have few: with the default of eight
-frames, clips longer than 32 s. Utterances of the usual corpora last 1 to 10 s."""
-LOST_SOUND = 0.1  # seconds; codecs pad sound by less than that
+"""Clips with more seconds per sampled frame than this are reported to have few frames: with the default of
+eight frames, clips longer than 32 s. Utterances of the usual corpora last 1 to 10 s."""
+LOST_SOUND = 0.1  # seconds; codecs pad sound by less
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """The most that a model reads of a clip.
+    """Limits on what a model reads of a clip.
 
     Attributes:
         max_text_tokens: Longest token sequence, special tokens included.
         max_audio_seconds: Longest sound, in seconds.
-        tokenizer: Counts tokens. Without one words are counted, which are fewer: not every cut text is found.
+        tokenizer: Counts tokens. Without it, words are counted, which are fewer, so that some truncated texts
+            are missed.
     """
 
     max_text_tokens: int = MAX_TEXT_TOKENS
@@ -39,7 +40,7 @@ class InputLimits:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def cut(self, extent: ClipExtent, text: str | None) -> dict[str, "Cut"]:
-        """What the model does not read of a clip and its transcript, by modality; empty if it reads all."""
+        """The modalities of a clip that the model reads only in part; empty if it reads all."""
         cuts = {}
         if (length := self._text_length(text or "")) > self.max_text_tokens:
             of = f"tokens of {length:,} words" if self.tokenizer is None else f"of {length:,} tokens"
@@ -56,17 +57,17 @@ class InputLimits:
         if self.tokenizer is None:
             return len(text.split())
         if len(text.encode()) + SPECIAL_TOKENS <= self.max_text_tokens:
-            return 0  # tokens have a byte at least, and to count them in every text takes seconds
+            return 0  # every token has a byte or more; tokenizing all texts would take seconds
         return len(self.tokenizer(text, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is read of one modality of a clip that is longer than the limit.
+    """A modality of a clip that exceeds a limit.
 
     Attributes:
         description: What is read, and of how much: "first 30.0 of 182.4 s".
-        length: How much there is: tokens (or words), or seconds.
+        length: Full length, in tokens (or words) or seconds.
     """
 
     description: str
@@ -74,16 +75,16 @@ class Cut:
 
 
 class MSAProcessor(ProcessorMixin):
-    """Turns extracted features and a transcript into the flat batch of tensors the model takes.
+    """Converts extracted features and transcripts to a batch of tensors for the model.
 
-    It holds everything a checkpoint needs to recompute its inputs from raw media: the tokenizer and the
-    settings of extraction.
+    It contains all that is needed to recompute the inputs of a checkpoint from raw media: the tokenizer and
+    the extraction settings.
 
     Args:
         tokenizer: Tokenizer of the text encoder.
         extraction: Fields of `ExtractionSettings`, as a plain dict.
-        max_text_tokens: Longest token sequence; the rest of a transcript is cut.
-        max_audio_seconds: Longest sound, in seconds; the rest is cut.
+        max_text_tokens: Longest token sequence; longer transcripts are truncated.
+        max_audio_seconds: Longest sound, in seconds; longer sound is truncated.
     """
 
     def __init__(
@@ -100,24 +101,24 @@ class MSAProcessor(ProcessorMixin):
 
     @cached_property
     def settings(self) -> ExtractionSettings:
-        """Settings with which clips have to be extracted for this model."""
+        """Extraction settings of this model."""
         return ExtractionSettings(**self.extraction)
 
     @property
     def limits(self) -> InputLimits:
-        """The most that the model reads of a clip."""
+        """Limits on what the model reads of a clip."""
         return InputLimits(self.max_text_tokens, self.max_audio_seconds, self.tokenizer)
 
     def tokenize(self, text: str) -> Tensor:
-        """Token ids of a transcript, `(tokens,)` int64; an empty one gives the special tokens alone."""
+        """Token ids of a transcript, `(tokens,)` int64; for an empty one, the special tokens only."""
         encoded = self.tokenizer(text, truncation=True, max_length=self.max_text_tokens)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
     def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
-        """Inputs of one sample, not padded yet.
+        """Inputs of one sample, before padding.
 
-        An absent modality becomes one step of zeros (text: the special tokens) with `modality_present` False:
-        no transcript, silent or missing sound, no face in any frame.
+        A modality is absent without a transcript, with silent or missing sound, or without a face in any
+        frame. It becomes one step of zeros (text: the special tokens) with `modality_present` False.
 
         Returns:
             `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
@@ -138,7 +139,7 @@ class MSAProcessor(ProcessorMixin):
         }
 
     def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
-        """Join samples from `encode` into the batch that `MSAModel.forward` documents."""
+        """Pad samples from `encode` to the batch that `MSAModel.forward` documents."""
         columns = {key: [sample[key] for sample in samples] for key in samples[0]}
         batch = {
             key: pad_sequence(values, batch_first=True)
@@ -154,7 +155,7 @@ class MSAProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def __call__(self, features: Sequence[ClipFeatures], text: Sequence[str | None]) -> BatchFeature:
-        """Batch of model inputs for extracted clips and their transcripts, one each."""
+        """Batch of model inputs for extracted clips and their transcripts."""
         return self.pad([self.encode(*pair) for pair in zip(features, text, strict=True)])
 
     @property
@@ -180,8 +181,8 @@ class MSADataCollator:
         """Batch of tensors that `MSAModel.forward` takes.
 
         Args:
-            samples: What `MSAProcessor.encode` returns, tensors or nested lists, and beside it `labels` (a
-                number) and `index` (an integer), if there are any.
+            samples: What `MSAProcessor.encode` returns, as tensors or nested lists, optionally with `labels`
+                (a number) and `index` (an integer).
         """
         columns = {key: [torch.as_tensor(sample[key]) for sample in samples] for key in samples[0]}
         plain = {key: torch.stack(columns.pop(key)) for key in ("labels", "index") if key in columns}
@@ -190,7 +191,7 @@ class MSADataCollator:
 
 
 def at_least_one(values: Tensor) -> Tensor:
-    """`values` `(time, ...)`, or one step of zeros where there is none: no sequence in a batch is empty."""
+    """`values` `(time, ...)`, or one step of zeros if it is empty: no sequence in a batch may be empty."""
     return values if len(values) else values.new_zeros(1, *values.shape[1:])
 
 

@@ -145,7 +145,7 @@ def test_a_wrong_call_is_answered_with_the_usage(capsys, words):
 @pytest.mark.parametrize("command", [["describe"], ["predict", "--text", "good", "--model"], ["evaluate"]])
 def test_a_checkpoint_of_another_kind_is_refused_in_one_line(capsys, other_checkpoint, command):
     words = [*command, other_checkpoint, *(["clips"] if command == ["evaluate"] else [])]
-    assert "a checkpoint of kind 'bert', not 'msa_online'" in refusal(capsys, *words)
+    assert "a checkpoint of type 'bert', not 'msa_online'" in refusal(capsys, *words)
 
 
 @pytest.mark.parametrize("command", [["describe"], ["predict", "--text", "good", "--model"], ["evaluate"]])

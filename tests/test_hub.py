@@ -61,24 +61,26 @@ def test_a_checkpoint_opens_ready_to_predict(checkpoint, tiny_model, tiny_proces
 
 
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
-    assert "config.json is missing (the folder holds nothing)" in refused(tmp_path, load_config)
+    assert "config.json is missing (the folder contains nothing)" in refused(tmp_path, load_config)
 
 
 def test_a_folder_of_something_else_says_what_it_holds(tmp_path):
     (tmp_path / "metadata.csv").touch()
     (tmp_path / "clips").mkdir()
-    assert "config.json is missing (the folder holds clips, metadata.csv)" in refused(tmp_path, load_config)
+    assert "config.json is missing (the folder contains clips, metadata.csv)" in refused(
+        tmp_path, load_config
+    )
 
 
 def test_a_checkpoint_of_another_kind_is_named_with_what_it_is_good_for(tiny_text_config, tmp_path):
     BertModel(tiny_text_config).save_pretrained(tmp_path)
     message = refused(tmp_path)
-    assert "a checkpoint of kind 'bert', not 'msa_online'" in message and "model.text_encoder" in message
+    assert "a checkpoint of type 'bert', not 'msa_online'" in message and "model.text_encoder" in message
 
 
 @pytest.mark.parametrize("name", ["nobody/has-this", "runs/that/is/not/there", "two words"])
 def test_what_is_neither_folder_nor_repository_is_said_in_one_line(name):
-    assert "neither a checkpoint folder nor a repository" in refused(name)
+    assert "neither a checkpoint folder nor a readable repository" in refused(name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -180,7 +182,7 @@ def test_weights_other_than_the_configuration_says_are_refused_whatever_they_are
     change_weights(checkpoint, DAMAGE[damage])
     now = load_file(checkpoint / "model.safetensors")
     assert before.keys() != now.keys() or damage == "another shape"
-    assert "do not fit config.json in 1 tensors, for example" in refused(checkpoint, OPENERS[opener])
+    assert "do not match config.json in 1 tensors, for example" in refused(checkpoint, OPENERS[opener])
 
 
 @pytest.mark.parametrize("opener", OPENERS)

@@ -69,7 +69,7 @@ def test_the_card_says_all_a_reader_needs_to_judge_and_to_repeat(config, tmp_pat
         "late_fusion",
         "all-MiniLM-L6-v2",
         "validation MAE, epoch 7",
-        "| reads of a clip at most | 128 text tokens, 30 seconds of sound, 8 frames |",
+        "| reads at most | 128 text tokens, 30 seconds of sound, 8 frames |",
         TRAINED_ON["command"],
     ):
         assert fact in text, fact

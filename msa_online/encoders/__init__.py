@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned front-ends: one sequence of states from each modality."""
+"""Learned encoders: one sequence of states for each modality."""
 
 from torch import nn
 
@@ -14,7 +14,7 @@ __all__ = ["make_encoders"]
 
 
 def make_encoders(config: MSAConfig) -> nn.ModuleDict:
-    """The front-end of each modality, for raw clips or for precomputed features (`feature_widths`)."""
+    """The encoder of each modality, for raw clips or for precomputed features (`feature_widths`)."""
     if config.feature_widths is not None:
         return nn.ModuleDict({name: FeatureEncoder(name, config.feature_widths[name]) for name in MODALITIES})
     return nn.ModuleDict(

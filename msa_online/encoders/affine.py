@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned scaling at the entrance of the audio and face front-ends."""
+"""Learned scaling of the inputs of the audio and face encoders."""
 
 import torch
 from torch import Tensor, nn
 
 
 class InputAffine(nn.Module):
-    """Per-channel `values * weight + bias` on the last axis, started from known statistics of the signal.
+    """Per-channel `values * weight + bias` on the last axis, initialised from typical statistics.
 
-    It takes the place of fixed normalisation constants: the figures below only start it.
+    It replaces fixed normalisation constants: mean and deviation only set the initial values.
 
     Args:
         channels: Number of channels, each with its own weight and bias.
@@ -24,15 +24,15 @@ class InputAffine(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from zero mean and unit variance under the typical statistics."""
+        """Initialise to zero mean and unit variance under the typical statistics."""
         nn.init.constant_(self.weight, 1.0 / self.deviation)
         nn.init.constant_(self.bias, -self.mean / self.deviation)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Scale `(..., channels)` of any type; the result has that of the weights.
+        """Scale `(..., channels)` of any type; the result has the type of the weights.
 
-        In a model of half precision the raw signal is scaled in fp32 and rounded once, because half precision
-        resolves its range badly.
+        In a half-precision model the raw signal is scaled in fp32 and rounded once, because half precision
+        resolves its range poorly.
         """
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         return (values * self.weight.to(exact) + self.bias.to(exact)).to(self.weight.dtype)

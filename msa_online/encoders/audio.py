@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio front-end: log-mel spectrogram to a sequence an eighth as long."""
+"""Audio encoder: maps a log-mel spectrogram to a sequence of an eighth of its length."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,20 @@ from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
 NUM_MELS = 80
-# mean and deviation of natural-log mel power over recorded speech, pauses included
+# mean and standard deviation of natural-log mel power in recorded speech, pauses included
 TYPICAL_LOG_MEL = (-11.0, 6.0)
 
 
 class AudioEncoder(nn.Module):
-    """Three strided convolutions over time, each with LayerNorm and GELU, and a projection (METHODS 6.3).
+    """Three strided convolutions over time, each with LayerNorm and GELU, and a projection.
 
-    100 steps a second become 12.5: the stacks behind it attend over every pair of steps, and prosody is slow.
-    With the default widths the layers hold 502,896 parameters, and the input scaling two.
+    100 steps a second become 12.5: prosody is slow, and the cost of attention in the heads is quadratic in
+    the number of steps. With the default widths the layers have 502,896 parameters and the input scaling two
+    (docs/methods/online_setting.md, "The front-ends").
 
     Args:
         channels: Widths (A1, A2) of the first and of the other convolutions.
-        width: Width of the states that come out.
+        width: Width of the output states.
     """
 
     input_names = ("audio_values", "audio_mask")
@@ -39,10 +40,10 @@ class AudioEncoder(nn.Module):
         self.project = nn.Linear(second, width)
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
-        """Encode `audio_values` `(batch, steps, 80)` under `audio_mask` `(batch, steps)` bool.
+        """Encode `audio_values` `(batch, steps, 80)` with `audio_mask` `(batch, steps)` bool.
 
-        The mask is recomputed through every stride: a step of the output is valid when the step at its centre
-        was. Padding is zeroed before each convolution, so that it cannot reach a valid step.
+        Each stride subsamples the mask: an output step is valid if the step at its centre is. Padding is
+        zeroed before each convolution, so that it cannot affect a valid step.
 
         Returns:
             States `(batch, ceil(steps / 8), width)`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Face front-end: aligned crops, and blendshape scores beside them, to one state a frame."""
+"""Face encoder: maps aligned crops and blendshape scores to one state per frame."""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,20 +9,21 @@ from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
 NUM_BLENDSHAPES = 52
-TYPICAL_PIXEL = (128.0, 64.0)  # mean and deviation of 8-bit RGB
+TYPICAL_PIXEL = (128.0, 64.0)  # mean and standard deviation of 8-bit RGB
 TYPICAL_BLENDSHAPE = (0.1, 0.2)
 GROUPS = 8
 
 
 class FaceEncoder(nn.Module):
-    """Four strided convolutions on each crop, then one convolution over the frames (METHODS 6.3).
+    """Four strided convolutions on each crop, then one convolution over the frames.
 
-    A 96 x 96 crop shrinks to 6 x 6 before pooling. With the default widths the layers hold 507,296
-    parameters, the input scaling six, and the optional blendshape stream is counted apart.
+    A 96 x 96 crop shrinks to 6 x 6 before pooling. With the default widths the layers have 507,296 parameters
+    and the input scaling six, without the optional blendshape stream (docs/methods/online_setting.md, "The
+    front-ends").
 
     Args:
         channels: Width F of the first convolution; the next have 2F, 4F and 8F.
-        width: Width of the states that come out.
+        width: Width of the output states.
         blendshapes: Add a second stream that reads the blendshape scores.
     """
 
@@ -42,7 +43,7 @@ class FaceEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
-        """Encode crops and scores; frames without a face are masked and reach no other frame.
+        """Encode crops and scores; frames without a face are masked and do not affect other frames.
 
         Args:
             inputs: `vision_values` `(batch, frames, height, width, 3)` uint8 RGB, `vision_blendshapes`
@@ -67,10 +68,10 @@ class FaceEncoder(nn.Module):
 
 
 class BlendshapeStream(nn.Module):
-    """A small perceptron on the 52 blendshape scores of each frame, `(batch, frames, 52)` to `(..., width)`.
+    """A small MLP on the 52 blendshape scores of each frame, `(batch, frames, 52)` to `(..., width)`.
 
     Args:
-        width: Width of the states that come out.
+        width: Width of the output states.
     """
 
     def __init__(self, width: int) -> None:
@@ -79,5 +80,5 @@ class BlendshapeStream(nn.Module):
         self.layers = nn.Sequential(nn.Linear(NUM_BLENDSHAPES, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Map the scores of every frame to a state."""
+        """Map the scores of each frame to a state."""
         return self.layers(self.scale(scores))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text front-end: any HuggingFace encoder, without its pooler."""
+"""Text encoder: any HuggingFace encoder, without its pooler."""
 
 import inspect
 from pathlib import Path
@@ -55,21 +55,20 @@ KNOWN_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-5,
     },
 }
-"""Shapes of encoders in common use, so that models can be described and tested where no Hub answers."""
+"""Shapes of common encoders, so that models can be described and tested without the Hub."""
 
 
 class TextEncoderError(OSError):
-    """A text encoder is unavailable; the message has the places that were tried and the remedy."""
+    """A text encoder is unavailable; the message says what was tried, and the remedy."""
 
 
 class TextEncoder(nn.Module):
-    """Token ids to token states, by any encoder that `AutoModel` builds.
+    """Maps token ids to token states, with any encoder that `AutoModel` builds.
 
-    The pooler is left out wherever the architecture allows: no head reads it, and a parameter that never
-    receives a gradient stops distributed training.
+    The pooler is left out if the architecture allows it: no head reads it, and a parameter without a gradient
+    stops distributed training.
 
-    Its parameters have torch's default type, fp32 if nothing else is asked for, whatever type the encoder was
-    published in.
+    Parameters have torch's default type (fp32), whatever type the encoder was published in.
 
     Args:
         config: Configuration of the HuggingFace encoder.
@@ -84,52 +83,52 @@ class TextEncoder(nn.Module):
         self.model = AutoModel.from_config(config, dtype=dtype, **_without_pooler(config))
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
-        """Encode `text_input_ids` `(batch, tokens)` int64 under `text_mask` `(batch, tokens)` bool."""
+        """Encode `text_input_ids` `(batch, tokens)` int64 with `text_mask` `(batch, tokens)` bool."""
         states = self.model(input_ids=inputs["text_input_ids"], attention_mask=inputs["text_mask"].long())
         return ModalitySequence.of(states.last_hidden_state, inputs["text_mask"])  # (batch, tokens, width)
 
     def load_pretrained(self, source: str | Path) -> None:
-        """Replace the weights by those of a pretrained encoder of the same architecture, by folder or name.
+        """Load the weights of a pretrained encoder of the same architecture, by folder or name.
 
         Raises:
-            TextEncoderError: The weights are neither on disk nor on a Hub that answers.
+            TextEncoderError: The weights are neither on disk nor available from the Hub.
         """
         options = _without_pooler(self.model.config)
-        pretrained = _load(AutoModel, str(source), find_text_encoder(str(source), bring=True), **options)
+        pretrained = _load(AutoModel, str(source), find_text_encoder(str(source), download=True), **options)
         self.model.load_state_dict(pretrained.state_dict())
 
     def freeze(self) -> None:
-        """Keep the weights as they are: no gradients, and no dropout in training either."""
+        """Freeze the weights: no gradients, and no dropout in training."""
         self.frozen = True
         self.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TextEncoder":
-        """Switch dropout; a frozen encoder stays in evaluation mode."""
+        """Set training mode; a frozen encoder stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
 
-def find_text_encoder(name: str, bring: bool = False) -> str:
-    """Where a text encoder can be loaded from: a folder, our cache of models, or the Hub under its name.
+def find_text_encoder(name: str, download: bool = False) -> str:
+    """Where to load a text encoder from: a folder, our cache of models, or its name on the Hub.
 
     Args:
         name: A folder, or a name on the Hub.
-        bring: Fetch an encoder of `ASSETS` that is not on this machine yet.
+        download: Download an encoder of `ASSETS` that is not in the cache.
 
     Raises:
-        AssetError: It was to be brought and no source had it.
+        AssetError: `download` is set and no source has the encoder.
     """
     asset = name.rsplit("/", 1)[-1]
     if Path(name).is_dir() or asset not in ASSETS:
         return name
-    return str((get_asset if bring else asset_path)(asset) or name)
+    return str((get_asset if download else asset_path)(asset) or name)
 
 
 def load_text_config(name: str) -> PretrainedConfig:
     """Configuration of a text encoder by name, without its weights.
 
     Raises:
-        TextEncoderError: The name is no folder, no known shape, and no Hub answered for it.
+        TextEncoderError: The name is neither a folder nor a known encoder, and the Hub does not return it.
     """
     source = find_text_encoder(name)
     known = {key.rsplit("/", 1)[-1]: value for key, value in KNOWN_TEXT_CONFIGS.items()}
@@ -142,9 +141,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a text encoder by name.
 
     Raises:
-        TextEncoderError: The tokenizer is neither on disk nor on a Hub that answers.
+        TextEncoderError: The tokenizer is neither on disk nor available from the Hub.
     """
-    return _load(AutoTokenizer, name, find_text_encoder(name, bring=True))
+    return _load(AutoTokenizer, name, find_text_encoder(name, download=True))
 
 
 def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
@@ -155,8 +154,8 @@ def _load(kind: type, name: str, source: str, **kwargs: Any) -> Any:
         carried = {asset.hub_id for asset in ASSETS.values()}
         raise TextEncoderError(
             f"text encoder {name!r} is neither a folder nor in the cache of models, and the Hub did not "
-            f"give it ({str(error).splitlines()[0]}). Give a folder that holds the encoder, go online, or "
-            f"bring one of {', '.join(KNOWN_TEXT_CONFIGS.keys() & carried)} with `msa-online get-models`."
+            f"return it ({str(error).splitlines()[0]}). Give a folder with the encoder, go online, or "
+            f"download {', '.join(KNOWN_TEXT_CONFIGS.keys() & carried)} with `msa-online get-models`."
         ) from error
 
 

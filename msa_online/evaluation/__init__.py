@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is, and how that is shown."""
+"""Metrics, evaluation under modality conditions, contributions of modalities, and tables of results."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a model's predictions comes from which modality."""
+"""Contribution of each modality to the predictions of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ NOTHING, *_, EVERYTHING = SUBSETS
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the predictions for a batch are, and how much of each comes from which modality.
+    """Predictions for a batch, and the contribution of each modality.
 
     Attributes:
-        outputs: What the model says with everything seen: scores `(batch, 1)` in units of the label, or
-            probabilities `(batch, classes)`.
-        predicted: Column of `outputs` that is shared out, `(batch,)` int64: the most probable class, 0 in
+        outputs: Outputs with all modalities: scores `(batch, 1)` in units of the label, or probabilities
+            `(batch, classes)`.
+        predicted: Column of `outputs` that is attributed, `(batch,)` int64: the most probable class, 0 in
             regression.
-        baseline: That output with nothing seen, `(batch,)`.
-        contributions: What each modality adds to it, in the order of `MODALITIES`, `(batch, modalities)`; a
-            row adds up to the output shared out less its baseline, and what a sample lacks has exactly 0.
+        baseline: The same output without any modality, `(batch,)`.
+        contributions: What each modality adds, in the order of `MODALITIES`, `(batch, modalities)`. A row
+            sums to the attributed output minus its baseline; a modality that the sample lacks has exactly 0.
     """
 
     outputs: Tensor
@@ -37,55 +37,57 @@ class Attribution:
     contributions: Tensor
 
     def of_sample(self, row: int) -> "Attribution":
-        """The same for one sample, without the dimension of the batch."""
+        """The attribution of one sample, without the batch dimension."""
         return Attribution(**{name: values[row] for name, values in vars(self).items()})
 
 
 def modality_shares(model: MSAModel, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
-    """Share of each modality in what a model predicts on a split, by exact Shapley values.
+    """Share of each modality in the predictions of a model on a split, by exact Shapley values.
 
         phi_m,i = Shapley value of modality m in the prediction for sample i, over the eight subsets
         share_m = mean_i |phi_m,i| / sum_m' mean_i |phi_m',i|
 
-    Absolute values, because a modality that pushes half of the samples up and half of them down decides as
-    much as one that always pushes up. What a sample lacks contributes 0 to it. A share says what moves the
-    prediction, not what makes it right.
+    Absolute values are used because a modality that raises half of the predictions and lowers the other half
+    matters as much as one that always raises them. A modality that a sample lacks contributes 0. A share
+    shows what moves the prediction, not what makes it correct.
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
-        accelerator: Gives precision and gathers over ranks.
+        accelerator: Provides autocast, and gathers over ranks.
 
     Returns:
-        The share of each modality under its name, in [0, 1], adding up to 1 (all 0 where the prediction is
-        the same whatever is seen); and its mean contribution over the split under "mean/" and its name, in
-        units of the label, or of probability in classification.
+        The share of each modality under its name, in [0, 1] and summing to 1 (all 0 if the prediction never
+        changes); and its mean contribution over the split under "mean/<name>", in units of the label, or of
+        probability in classification.
     """
-    answers, _ = over_split(model, batches, accelerator, lambda batch: attribute(model, batch).contributions)
-    sizes = np.abs(answers).mean(axis=0)
+    contributions, _ = over_split(
+        model, batches, accelerator, lambda batch: attribute(model, batch).contributions
+    )
+    sizes = np.abs(contributions).mean(axis=0)
     total = sizes.sum()
     shares = sizes / total if total > 0 else sizes
-    means = answers.mean(axis=0)
+    means = contributions.mean(axis=0)
     return {name: float(share) for name, share in zip(MODALITIES, shares, strict=True)} | {
         f"mean/{name}": float(mean) for name, mean in zip(MODALITIES, means, strict=True)
     }
 
 
 def attribute(model: MSAModel, batch: Mapping[str, Tensor]) -> Attribution:
-    """Share out the fused prediction for each sample of a batch among the modalities, exactly (METHODS 2.7).
+    """Attribute the fused prediction of each sample to the modalities, by exact Shapley values.
 
-    In regression the score is shared out. In classification it is the probability of the class that is
-    predicted when everything is seen: logits would not do, since a constant added to all of them changes no
-    prediction.
+    These are the values (2.7) of docs/methods/pase.md. In regression the score is attributed. In
+    classification it is the probability of the class that is predicted with all modalities. Logits would not
+    do: a constant added to all of them changes no prediction.
 
-    The encoders run once, the head under each of the eight subsets, none included.
+    The encoders run once; the head runs for each of the eight subsets, the empty one included.
 
     Args:
         model: The model, in evaluation mode.
-        batch: Inputs as `MSAModel.forward` takes them.
+        batch: Inputs of `MSAModel.forward`.
 
     Returns:
-        The prediction with everything seen, and what of it comes from where.
+        The prediction with all modalities, and the contribution of each.
     """
     sequences = model.encode(**batch)
     outputs = {subset: _outputs(model, sequences, subset) for subset in SUBSETS}
@@ -94,14 +96,14 @@ def attribute(model: MSAModel, batch: Mapping[str, Tensor]) -> Attribution:
         subset: values.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) for subset, values in outputs.items()
     }
     shares = shapley_values(worth)
-    # a head may round by what else is in the batch; what a sample lacks is exactly nothing all the same
-    lacking = {name: ~sequences[name].present for name in MODALITIES}
-    contributions = [shares[name].masked_fill(lacking[name], 0.0) for name in MODALITIES]
+    # rounding may depend on the rest of the batch; a missing modality must still contribute exactly 0
+    missing = {name: ~sequences[name].present for name in MODALITIES}
+    contributions = [shares[name].masked_fill(missing[name], 0.0) for name in MODALITIES]
     return Attribution(outputs[EVERYTHING], predicted, worth[NOTHING], torch.stack(contributions, dim=-1))
 
 
 def _outputs(model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: frozenset[str]) -> Tensor:
-    """Scores or probabilities with only some modalities visible, `(batch, outputs)`, at least in fp32."""
+    """Scores or probabilities with only some modalities visible, `(batch, outputs)`, in fp32 or wider."""
     logits = decide_under(model, sequences, visible).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if model.config.is_regression else logits.softmax(dim=-1)

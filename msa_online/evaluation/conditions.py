@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model does when it may see only some of the modalities, or only a part of each."""
+"""Evaluation of a model under modality conditions and with missing frames."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ DIVERGED = (
     "training has diverged: train again with a lower training.learning_rate, training.text_learning_rate or "
     "training.clip_norm, or with training.mixed_precision=no"
 )
-"""What it means when predictions are not numbers, and what to do about it."""
+"""Cause and remedy of predictions that are not finite."""
 
 Batches = Iterable[Mapping[str, Tensor]]
-"""Batches of a split, on the device, from a loader the accelerator prepared."""
+"""Batches of a split, on the device, from a loader prepared by the accelerator."""
 
 
 class UndefinedScoreError(ValueError):
-    """A split has no score: some predictions are not finite, or no sample has anything to predict from."""
+    """A split has no score: some predictions are not finite, or no sample has any modality."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def evaluate_conditions(
     accelerator: Accelerator,
     conditions: Iterable[str] = tuple(CONDITIONS),
 ) -> dict[str, dict[str, float]]:
-    """Metrics of one model under each condition (METHODS 7.3).
+    """Metrics of one model under each condition (docs/methods/protocols.md, "Seven modality conditions").
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
-        accelerator: Gives precision and gathers over ranks.
+        accelerator: Provides autocast, and gathers over ranks.
         conditions: Names in `CONDITIONS`.
 
     Returns:
@@ -92,27 +92,29 @@ def evaluate_frame_rates(
     level: str = "input",
     rates: Sequence[float] = FRAME_RATES,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of one model at each rate of missing words, sounds and faces, and their mean (METHODS 7.4).
+    """Metrics of one model at each rate of missing words, sounds and faces, and their mean.
+
+    The protocol is that of docs/methods/protocols.md, "Missing words, sounds and faces".
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
-        accelerator: Gives precision and gathers over ranks.
-        drop: Decides what is dropped from which sample.
-        level: "input" drops before the encoders, which run once for each rate; "feature" behind them, where
-            states become zero.
-        rates: Shares of positions to be dropped, in [0, 1).
+        accelerator: Provides autocast, and gathers over ranks.
+        drop: Selects the dropped positions of each sample.
+        level: "input" drops before the encoders, which then run once for each rate; "feature" sets encoder
+            states to zero.
+        rates: Shares of positions to drop, in [0, 1).
 
     Returns:
         The metrics of `metrics_of` under each rate as text ("0.1"), and their means under "mean".
 
     Raises:
-        ValueError: No such level, or a rate outside [0, 1).
+        ValueError: The level is unknown, or a rate is outside [0, 1).
     """
     if level not in LEVELS:
-        raise ValueError(f"level is {level!r}: one of {', '.join(LEVELS)}")
-    if strange := [rate for rate in rates if not 0 <= rate < 1]:
-        raise ValueError(f"rate {strange[0]}: at least 0 and below 1")
+        raise ValueError(f"level is {level!r}: it must be one of {', '.join(LEVELS)}")
+    if invalid := [rate for rate in rates if not 0 <= rate < 1]:
+        raise ValueError(f"rate {invalid[0]} must be at least 0 and below 1")
 
     def logits_at_each(batch: Mapping[str, Tensor]) -> Tensor:
         if level == "input":
@@ -135,10 +137,11 @@ def evaluate_frame_rates(
 def validate(
     model: MSAModel, batches: Batches, accelerator: Accelerator, condition: str = COMPLETE
 ) -> dict[str, float]:
-    """Metrics that the epochs of the stage the model is in are judged by.
+    """Validation metrics of the current training stage.
 
-    Those of the fused prediction under `condition`; in a stage that does not train it, the mean over
-    modalities of the metrics of their own predictions, each on the samples that have the modality.
+    They are those of the fused prediction under `condition`. In a stage that does not train the fused
+    prediction, they are means over the modalities' own predictions, each on the samples that have the
+    modality.
 
     Raises:
         UndefinedScoreError: A prediction is not finite, or no sample has any modality.
@@ -164,7 +167,7 @@ def validate(
     ]
     if not each:
         raise UndefinedScoreError(
-            "no validation sample has text, sound or a face: there is nothing to judge by"
+            "no validation sample has text, sound or a face: there is nothing to validate on"
         )
     return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
 
@@ -176,20 +179,20 @@ def over_split(
     accelerator: Accelerator,
     answer: Callable[[Mapping[str, Tensor]], Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ask `answer` about every batch of a split, the model in evaluation mode.
+    """Compute `answer` for every batch of a split, with the model in evaluation mode.
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
-        accelerator: Gives precision and gathers over ranks.
+        accelerator: Provides autocast, and gathers over ranks.
         answer: Takes the inputs of a batch and its `index`, and returns `(batch, ...)`.
 
     Returns:
-        The answers `(samples, ...)` float64 and the labels `(samples,)`, from all ranks, in dataset order,
-        each sample once.
+        The results `(samples, ...)` float64 and the labels `(samples,)` of all ranks, in dataset order, each
+        sample once.
 
     Raises:
-        UndefinedScoreError: An answer is not finite.
+        UndefinedScoreError: A result is not finite.
     """
     training = model.training
     model.eval()
@@ -217,7 +220,7 @@ def over_split(
 def decide_under(
     model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: Iterable[str]
 ) -> MSAOutput:
-    """Decide on encoded sequences of which only the modalities `visible` may be seen."""
+    """Run calibrator and head on encoded sequences with only the modalities `visible`."""
     seen = {
         name: sequence.only(torch.full_like(sequence.present, name in visible))
         for name, sequence in sequences.items()
@@ -226,12 +229,12 @@ def decide_under(
 
 
 def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dict[str, float]:
-    """Metrics of outputs `(samples, outputs)` against `labels` `(samples,)`, by the task of the model."""
+    """Metrics of outputs `(samples, outputs)` and `labels` `(samples,)` for the task of the model."""
     if config.is_regression:
         return regression_metrics(logits[:, 0], labels, label_range=config.label_range)
     return classification_metrics(logits, labels, num_classes=config.num_labels)
 
 
 def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:
-    """What the best epoch is chosen by, higher is better: -MAE in regression, else weighted F1."""
+    """Score that selects the best epoch, higher is better: -MAE in regression, else weighted F1."""
     return -metrics["mae"] if is_regression else metrics["f1_weighted"]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures by which sentiment and emotion models are compared, as the field's public toolkit defines them.
+"""Metrics of sentiment and emotion models, as defined by the public MMSA toolkit.
 
-Two accuracies share the name Acc-2 in the literature and differ by several points, so here each carries its
-convention in its name: *Has0* is negative against non-negative over all samples (`y >= 0`), *Non0* is
-negative against positive with zero labels dropped (`y > 0`). Papers print them as "Has0/Non0". Another Has0
-exists that is not offered here: the toolkit's classification mode on MOSI puts neutral with *negative*;
-figures from it do not compare.
+In the literature two accuracies are called Acc-2, and they differ by several points. Here the convention is
+part of the name: *Has0* is negative against non-negative on all samples (`y >= 0`); *Non0* is negative
+against positive without zero labels (`y > 0`). Papers print "Has0/Non0". A third convention is not
+implemented: the toolkit's classification mode on MOSI counts neutral as *negative*, so its results are not
+comparable. docs/methods/protocols.md has the definitions.
 
 Everything is computed in float64 on whole arrays: gather all ranks first (`accelerator.gather_for_metrics`
-drops the samples that were repeated as padding), then call once. Accuracies and F1 are fractions in [0, 1].
+drops samples that were repeated as padding), then call once. Accuracies and F1 are fractions in [0, 1].
 """
 
 import warnings
@@ -43,7 +43,7 @@ METRIC_TITLES: Mapping[str, str] = {
     **{f"f1_{emotion}": f"F1 {emotion} vs rest, weighted" for emotion in EMOTIONS},
     "f1_mean": "F1, mean of the four emotions (RAVEN/MulT protocol)",
 }
-"""Full name of every metric for tables and model cards, in the order in which tables show them."""
+"""Full names of all metrics for tables and model cards, in the order of the tables."""
 
 
 def regression_metrics(
@@ -53,31 +53,29 @@ def regression_metrics(
     style: Literal["mmsa", "nonzero"] = "mmsa",
     label_range: tuple[float, float] = SEVEN_POINT,
 ) -> dict[str, float]:
-    """Score sentiment predictions as CMU-MOSI and CMU-MOSEI papers do.
+    """Score sentiment predictions as in papers on CMU-MOSI and CMU-MOSEI.
 
-    Predictions are taken as they are: only the rounded accuracies clip them, so a model that answers beyond
-    the range pays for it in MAE. Acc-7, Acc-5 and Acc-3 clip both arrays to +-3, +-2, +-1, round halves to
-    even and compare. They mean something on the seven-point scale only: on CH-SIMS' [-1, 1] all three would
-    be nearly the same figure, and not that data's own Acc-3 and Acc-5 (cut at 0.1 and 0.7); hence
+    Predictions are not clipped, except for the rounded accuracies; so predictions beyond the label range
+    increase the MAE. Acc-7, Acc-5 and Acc-3 clip both arrays to +-3, +-2, +-1, round halves to even and
+    compare. They are defined on the seven-point scale only. On CH-SIMS' [-1, 1] all three would nearly be
+    equal, and differ from that corpus' own Acc-3 and Acc-5 (with thresholds at 0.1 and 0.7); hence
     `label_range`.
 
     Args:
         predictions: Predicted scores, `(samples,)` or `(samples, 1)`, in the unit of the labels.
         labels: True scores, `(samples,)` or `(samples, 1)`.
         style: "mmsa" scores all samples. "nonzero" first drops every sample whose label is exactly 0 and
-            reports no Has0 figures, which is what the public scripts of some papers do for all of their
-            metrics.
-        label_range: Declared lowest and highest label; the rounded accuracies are left out off
-            [-3, 3].
+            reports no Has0 metrics, like the public scripts of some papers.
+        label_range: Declared lowest and highest label; the rounded accuracies are computed for [-3, 3] only.
 
     Returns:
-        Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". Correlation is 0, with a warning,
-        where either array is constant; Non0 figures (in "nonzero" style all) are NaN, with a warning, where
-        every label is 0.
+        Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". The correlation is 0, with a warning,
+        if either array is constant. Non0 metrics (in "nonzero" style all) are NaN, with a warning, if every
+        label is 0.
 
     Raises:
-        ValueError: Arrays that are empty, of different lengths, of another shape or not finite; an unknown
-            style.
+        ValueError: Arrays are empty, not finite, of different lengths or of a wrong shape; or the style is
+            unknown.
     """
     if style not in ("mmsa", "nonzero"):
         raise ValueError(
@@ -100,21 +98,21 @@ def regression_metrics(
 
 
 def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> dict[str, float]:
-    """Score a classifier with one answer per sample, as in four-class (GCNet) or six-class (BALM) IEMOCAP.
+    """Score a classifier with one class per sample, as in four-class (GCNet) or six-class (BALM) IEMOCAP.
 
     Args:
-        predictions: Probabilities or logits, `(samples, classes)`, of which the largest wins (the first of
+        predictions: Probabilities or logits, `(samples, classes)`, of which the largest counts (the first of
             equals); or class indices, `(samples,)`.
         labels: True class indices, `(samples,)`, from 0 to `num_classes - 1`.
         num_classes: Number of classes of the task.
 
     Returns:
-        "accuracy"; "f1_weighted" by the true class sizes; "f1_macro", the plain mean over the classes that
-        occur in labels or predictions; "recall_macro", the mean over the classes that occur in labels (UA).
+        "accuracy"; "f1_weighted", weighted by the true class sizes; "f1_macro", the mean over classes that
+        occur in labels or predictions; "recall_macro", the mean over classes that occur in labels (UA).
 
     Raises:
-        ValueError: Arrays that are empty, of different lengths, of another shape or not finite; an index
-            that is no class of the task.
+        ValueError: Arrays are empty, not finite, of different lengths or of a wrong shape; or an index is not
+            a class of the task.
     """
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
@@ -135,10 +133,10 @@ def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classe
 
 
 def emotion_binary_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Score IEMOCAP as RAVEN and MulT do: four independent yes/no decisions, whose labels may coincide.
+    """Score IEMOCAP as RAVEN and MulT do: four independent binary decisions; several can apply to a sample.
 
-    Not comparable with four-class accuracy or F1 (`classification_metrics`): name the protocol in every
-    table.
+    The results are not comparable with four-class accuracy or F1 (`classification_metrics`): name the
+    protocol in every table.
 
     Args:
         logits: Scores of "no" and "yes" for each of `EMOTIONS`, `(samples, 4, 2)`.
@@ -146,10 +144,10 @@ def emotion_binary_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, fl
 
     Returns:
         "f1_happy", "f1_sad", "f1_angry", "f1_neutral", each the mean F1 of yes and no weighted by their true
-        counts, and their mean under "f1_mean".
+        counts; and their mean as "f1_mean".
 
     Raises:
-        ValueError: Empty or non-finite arrays, another shape, a label that is neither 0 nor 1.
+        ValueError: Arrays are empty, not finite or of a wrong shape; or a label is neither 0 nor 1.
     """
     scores = _finite(np.asarray(logits), "logits")
     true = np.asarray(labels)
@@ -171,7 +169,7 @@ def _binary_metrics(predicted: np.ndarray, true: np.ndarray, name: str) -> dict[
 
 
 def _weighted_f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """F1 averaged over the two classes by their *true* counts: swapping the arguments changes it."""
+    """F1 averaged over the two classes, weighted by their *true* counts; the arguments are not symmetric."""
     from sklearn.metrics import f1_score
 
     if not len(true):
@@ -188,7 +186,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Correlation; max == min tells a constant, whose computed deviation is often not exactly 0."""
+    """Pearson correlation. max == min detects constants, whose computed deviation is rarely exactly 0."""
     if not len(true):
         return float("nan")
     for name, values in (("predictions", predicted), ("labels", true)):
@@ -215,7 +213,7 @@ def _score_columns(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarra
 
 
 def _finite(array: np.ndarray, name: str) -> np.ndarray:
-    """The array in float64, refused when it is empty or when a value is NaN or infinite."""
+    """Convert an array to float64; raises `ValueError` if it is empty or has a value that is not finite."""
     if array.size == 0:
         raise ValueError(f"{name} are empty: there is nothing to score")
     array = array.astype(np.float64)

@@ -22,22 +22,22 @@ HEADLINES = {
     "f1_weighted": "F1 weighted",
     "f1_macro": "F1 macro",
 }
-"""The metrics a table shows, and how it heads them; `metrics.METRIC_TITLES` has their full names."""
+"""Metrics shown in tables, with their column titles; `metrics.METRIC_TITLES` has the full names."""
 
 LEGEND = "Has0: negative vs non-negative; Non0: negative vs positive, zero labels left out; F1 by support"
 IN_UNITS_OF_THE_LABEL = ("mae", "corr")
 
-UNLIMITED = 10_000  # columns of an output that is no terminal
+UNLIMITED = 10_000  # columns, if the output is not a terminal
 
 Results = Mapping[str, Mapping[str, float]]
 """Metrics by name, by condition."""
 
 
 def open_console(*, quiet: bool = False) -> Console:
-    """The console of a command: as wide as the terminal, and without a limit where the output is no terminal.
+    """The console of a command: as wide as the terminal, or unlimited if the output is not a terminal.
 
-    Rich would take 80 columns for a file or a pipe, and cut names of files to fit. A width in the environment
-    variable COLUMNS holds.
+    Rich would use 80 columns for a file or a pipe, and truncate file names to fit. A width in the environment
+    variable COLUMNS applies.
     """
     console = Console(quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -46,7 +46,7 @@ def open_console(*, quiet: bool = False) -> Console:
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table, its title and caption in lines of their own: inside it they are cut to its width."""
+    """Print a table; title and caption are printed separately, because rich limits them to its width."""
     bare = copy(table)
     bare.title = bare.caption = None
     if table.title:
@@ -57,19 +57,19 @@ def show(table: Table, console: Console) -> None:
 
 
 def conditions_table(results: Results, title: str) -> Table:
-    """Results under each modality condition as a table for the terminal."""
+    """Table for the terminal: results under each modality condition."""
     return _table({condition: results[condition] for condition in _in_order(results)}, "modalities", title)
 
 
 def frame_rates_table(results: Results, title: str) -> Table:
-    """Results at each rate of missing frames, as `evaluate_frame_rates` gives them, for the terminal."""
+    """Table for the terminal: results of `evaluate_frame_rates`."""
     return _table(results, "missing", title)
 
 
 def _table(results: Results, heading: str, title: str) -> Table:
     columns = _headlines(results)
     caption = LEGEND if "acc2_has0" in columns else None
-    # Text: brackets in a path are no markup
+    # Text: brackets in a path are not markup
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column(heading, no_wrap=True)
     for name in columns:
@@ -92,14 +92,14 @@ def markdown_table(results: Results) -> str:
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table: the first column to the left, figures to the right."""
+    """Cells as a Markdown table: the first column is left-aligned, the others right-aligned."""
     ruler = ["---", *("---:" for _ in header[1:])]
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, ruler, *rows))
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def shares_table(shares: Mapping[str, float], title: str) -> Table:
-    """Shares of the modalities in a prediction, as `modality_shares` gives them, for the terminal."""
+    """Table for the terminal: shares of the modalities, from `modality_shares`."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("modality")
     table.add_column("share %", justify="right")
@@ -112,10 +112,10 @@ def shares_table(shares: Mapping[str, float], title: str) -> Table:
 def epoch_line(
     title: str, losses: Mapping[str, float], metrics: Mapping[str, float], *, best: bool, skipped: int
 ) -> str:
-    """One line on a finished epoch: training losses, validation metrics, whether it is the best so far.
+    """One line about a finished epoch: training losses, validation metrics, whether it is the best so far.
 
-    Diagnostics, whose names have a slash ("energy/text"), are for the tracker and the history: a line cannot
-    hold them all.
+    Diagnostics, whose names have a slash ("energy/text"), are left out; the tracker and the history have
+    them.
     """
     trained = " ".join(f"{name} {value:.3f}" for name, value in losses.items() if "/" not in name)
     validated = " ".join(f"{name} {format_metric(name, metrics[name])}" for name in _headlines({"": metrics}))
@@ -124,17 +124,17 @@ def epoch_line(
 
 
 def format_metric(name: str, value: float) -> str:
-    """A metric as the field prints it: shares in percent with two decimals, the rest with three."""
+    """Format a metric as papers do: fractions in percent with two decimals, the others with three."""
     return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
 
 
 def format_share(value: float) -> str:
-    """A share of the prediction in percent, with one decimal."""
+    """Format a share of the prediction in percent with one decimal."""
     return f"{100 * value:.1f}"
 
 
 def _in_order(results: Results) -> list[str]:
-    """The conditions from one modality to all; a configuration saved as JSON sorts them by letter."""
+    """The conditions from one modality to all; a configuration saved as JSON sorts them alphabetically."""
     return [condition for condition in (*CONDITIONS, MISSING_RATES) if condition in results]
 
 

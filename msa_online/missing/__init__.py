@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Missing modalities and frames: what is masked, at which rates."""
+"""Masks of missing modalities and frames, in training and evaluation."""

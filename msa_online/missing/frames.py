@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words, stretches of sound and faces that are missing at given rates (METHODS 7.4)."""
+"""Missing words, sounds and faces at given rates (docs/methods/protocols.md)."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,27 +19,26 @@ FRAME_RATES = tuple(tenths / 10 for tenths in range(10))
 """The rates of a sweep."""
 
 LEVELS = ("input", "feature")
-"""Where positions are dropped: before the encoders, or after them."""
+"""Where positions are dropped: before or after the encoders."""
 
 VALIDATION_RATE = 0.5
-"""The rate at which the epochs of training with dropped frames are judged."""
+"""The rate of validation in training with dropped frames."""
 
 
 class FrameDrop:
-    """Drops positions of samples at a rate, alike in every batch, worker and process.
+    """Drops positions of samples at a given rate, independent of batch, worker and process.
 
-    A position is dropped where its own uniform number lies below the rate. The numbers of a sample follow
-    from seed, split, sample id, modality and rate, and from nothing else: modalities are independent of each
-    other, which they are not in LNLN's code (METHODS A21).
+    A position is dropped if its uniform random number is below the rate. The numbers of a sample depend on
+    seed, split, sample id, modality and rate only. So the modalities are independent of each other, unlike in
+    LNLN's code.
 
     Args:
-        ids: Id of each sample, in the order that `index` in a batch counts in.
-        stand_ins: What takes the place of dropped inputs, as `stand_ins_of` gives it; not needed where only
-            states are dropped.
+        ids: Id of each sample; `index` in a batch refers to this list.
+        stand_ins: Replacements of dropped inputs, from `stand_ins_of`; not needed if only states are dropped.
         split: Name of the split.
-        seed: Another seed is another draw.
-        nested: Use the same numbers at all rates, so that a higher rate drops what a lower one does and more:
-            the curve over the rates becomes smoother, its points dependent.
+        seed: Seed of the random numbers.
+        nested: Use the same numbers at all rates. A higher rate then drops what a lower one drops, and more:
+            the curve over the rates is smoother, but its points are dependent.
     """
 
     def __init__(
@@ -58,22 +57,22 @@ class FrameDrop:
         self.nested = nested
 
     def from_inputs(self, batch: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-        """The batch, as `MSAModel.forward` documents it and with its `index`, without what is dropped.
+        """Drop positions of a batch with the inputs of `MSAModel.forward` and `index`.
 
-        Of clips, a dropped token becomes the unknown token, but for the first and the last of a sample; a
-        dropped step of sound becomes average sound; a face is treated as not found in its frame, so that
-        a sample can lose all of them and with them its vision. Of features, a dropped step becomes the mean.
-        Dropped tokens, sounds and features are still attended.
+        Clips: a dropped token becomes the unknown token (never the first and last token of a sample); a
+        dropped audio step becomes the average of speech; a dropped frame counts as a frame without a face, so
+        a sample can lose vision altogether. Features: a dropped step becomes the mean. Dropped tokens, audio
+        steps and features are still attended.
         """
         dropped = {
             name: self.dropped(batch["index"], name, droppable(batch, name), rate) for name in MODALITIES
         }
-        return without(batch, dropped, self.stand_ins)
+        return drop_positions(batch, dropped, self.stand_ins)
 
     def from_states(
         self, sequences: Mapping[str, ModalitySequence], index: Tensor, rate: float
     ) -> dict[str, ModalitySequence]:
-        """Encoded sequences with dropped states set to zero and still attended; `index` is `(batch,)`."""
+        """Set dropped states of encoded sequences to zero; they are still attended. `index` is `(batch,)`."""
         kept = {
             name: ~self.dropped(index, name, sequence.mask, rate).unsqueeze(-1)
             for name, sequence in sequences.items()
@@ -83,7 +82,7 @@ class FrameDrop:
         }
 
     def dropped(self, index: Tensor, name: str, among: Tensor, rate: float) -> Tensor:
-        """Which positions of modality `name` are dropped, `(batch, time)` bool, `among` those given so."""
+        """Which positions of modality `name` are dropped, `(batch, time)` bool; a subset of `among`."""
         key = () if self.nested else (rate,)
         numbers = uniform(
             ((self.seed, self.split, self.ids[sample], name, *key) for sample in index.tolist()),
@@ -93,11 +92,11 @@ class FrameDrop:
 
 
 class FramesAt(InputMask):
-    """Drops inputs of every sample at one rate, the same ones whenever it is asked.
+    """Drops inputs of every sample at one rate, always the same positions.
 
     Args:
-        drop: Decides which.
-        rate: Share of positions to be dropped, in [0, 1).
+        drop: Selects the positions.
+        rate: Share of positions to drop, in [0, 1).
     """
 
     def __init__(self, drop: FrameDrop, rate: float) -> None:
@@ -105,19 +104,19 @@ class FramesAt(InputMask):
         self.rate = rate
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch without what `FrameDrop.from_inputs` drops from it."""
+        """Drop positions of a batch with `FrameDrop.from_inputs`."""
         return self.drop.from_inputs(batch, self.rate)
 
 
 class FrameDropout(InputMask):
-    """Drops inputs of training samples at rates of their own, so that the model learns to do with a part.
+    """Drops inputs of training samples at random rates, so that the model learns to predict without them.
 
-    In every epoch each modality of each sample stays whole with probability 1/2, and else has a rate drawn
-    from U(0, 1). What is dropped depends on seed, epoch, sample id and modality alone.
+    In every epoch each modality of each sample is complete with probability 1/2; otherwise its rate is drawn
+    from U(0, 1). The dropped positions depend on seed, epoch, sample id and modality only.
 
     Args:
-        ids: Id of each training sample, in the order that `index` in a batch counts in.
-        stand_ins: What takes the place of dropped inputs, as `stand_ins_of` gives it.
+        ids: Id of each training sample; `index` in a batch refers to this list.
+        stand_ins: Replacements of dropped inputs, from `stand_ins_of`.
         seed: Seed of the run.
     """
 
@@ -128,11 +127,11 @@ class FrameDropout(InputMask):
         self.epoch = 0
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw anew for epoch number `epoch`."""
+        """Use new random numbers for epoch number `epoch`."""
         self.epoch = epoch
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch without what is dropped from it, as `FrameDrop.from_inputs` does it."""
+        """Drop positions of a batch, as in `FrameDrop.from_inputs`."""
         dropped = {}
         for name in MODALITIES:
             among = droppable(batch, name)
@@ -142,13 +141,13 @@ class FrameDropout(InputMask):
             )
             rates = torch.where(numbers[:, :1] < 0.5, 0.0, numbers[:, 1:2])
             dropped[name] = (numbers[:, 2:] < rates).to(among.device) & among
-        return without(batch, dropped, self.stand_ins)
+        return drop_positions(batch, dropped, self.stand_ins)
 
 
 def uniform(keys: Iterable[tuple], count: int) -> Tensor:
-    """For each key its own `count` uniform numbers in [0, 1), `(keys, count)` float64.
+    """For each key, `count` uniform random numbers in [0, 1), `(keys, count)` float64.
 
-    Fewer numbers of a key are the beginning of more of them, so that padding does not change a draw.
+    A smaller `count` returns a prefix of a larger one, so padding does not change the numbers.
     """
     seeds = (np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), "<u4") for key in keys)
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(count) for seed in seeds]))
@@ -157,7 +156,7 @@ def uniform(keys: Iterable[tuple], count: int) -> Tensor:
 def droppable(batch: Mapping[str, Tensor], name: str) -> Tensor:
     """Which positions of modality `name` may be dropped from a batch, `(batch, time)` bool.
 
-    All valid ones, but of tokens not the first and the last, which mark the ends of the text.
+    These are all valid positions; of tokens, all but the first and the last, which delimit the text.
     """
     valid = batch[f"{name}_mask"]
     if f"{name}_input_ids" not in batch:
@@ -166,12 +165,12 @@ def droppable(batch: Mapping[str, Tensor], name: str) -> Tensor:
     return valid & (place > 1) & (place < place[:, -1:])
 
 
-def without(
+def drop_positions(
     batch: Mapping[str, Tensor], dropped: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The batch without the positions `dropped` `(batch, time)` bool, by modality.
+    """Drop the positions `dropped` `(batch, time)` bool of each modality from a batch.
 
-    A modality with a stand-in has it in their place; of one without, they are masked.
+    They are replaced by the modality's stand-in, or masked if it has none.
     """
     changed = dict(batch)
     for name, positions in dropped.items():
@@ -186,11 +185,11 @@ def without(
 
 
 def stand_ins_of(model: MSAModel, processor: MSAProcessor | None) -> dict[str, Tensor]:
-    """What takes the place of dropped inputs of a model, by modality.
+    """Replacements of dropped inputs of a model, by modality.
 
-    Of clips the unknown token, and the average log-mel power of speech, which the audio front-end starts out
-    to map to zero. Faces need none: a frame without a face is nothing new to the model. Of features made
-    elsewhere their mean, `(width,)`, which their front-end maps to zero.
+    Clips: the unknown token, and the average log-mel power of speech, which the audio encoder initially maps
+    to zero. Vision has none: models know frames without a face. Precomputed features: their mean, `(width,)`,
+    which the encoder maps to zero.
 
     Raises:
         TextEncoderError: The tokenizer has no unknown token.
@@ -200,7 +199,7 @@ def stand_ins_of(model: MSAModel, processor: MSAProcessor | None) -> dict[str, T
     unknown = processor.tokenizer.unk_token_id
     if unknown is None:
         raise TextEncoderError(
-            f"the tokenizer of {model.config.text_encoder} has no unknown token to put in place of words; "
-            "score with states missing instead: --frame-rates feature"
+            f"the tokenizer of {model.config.text_encoder} has no unknown token to replace words by; drop "
+            "states instead: --frame-rates feature"
         )
     return {"text": torch.tensor(unknown), "audio": torch.tensor(TYPICAL_LOG_MEL[0])}

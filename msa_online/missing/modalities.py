@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InputMask modalities of samples on purpose."""
+"""Hide modalities of samples, in training or for a fixed condition."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from msa_online.modalities import MODALITIES
 
 
 class InputMask:
-    """Decides what is hidden from which sample; this base hides nothing."""
+    """Selects what is hidden from each sample. This base class hides nothing."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Get ready for epoch number `epoch`."""
+        """Prepare for epoch number `epoch`."""
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden."""
+        """Hide modalities of a batch: set `modality_present` `(batch, 3)` to False."""
         return dict(batch)
 
     def over(self, batches: Iterable[Mapping[str, Tensor]]) -> "MaskedBatches":
-        """The batches of a loader with everything hidden that is to be; can be gone through many times."""
+        """Apply the mask to all batches of a loader; the result can be iterated many times."""
         return MaskedBatches(batches, self)
 
 
 @dataclass(frozen=True)
 class MaskedBatches:
-    """Batches of which something is hidden, whoever reads them.
+    """Batches with an `InputMask` applied.
 
     Attributes:
-        batches: The batches as they are.
-        hiding: Says what is hidden from which sample.
+        batches: The original batches.
+        input_mask: Selects what is hidden from each sample.
     """
 
     batches: Iterable[Mapping[str, Tensor]]
@@ -42,39 +42,39 @@ class MaskedBatches:
         return map(self.input_mask.apply, self.batches)
 
 
-def left_of(present: Tensor, kept: Tensor) -> Tensor:
-    """What a mask `kept` leaves of what is `present`, `(samples, 3)` bool each.
+def apply_mask(present: Tensor, kept: Tensor) -> Tensor:
+    """Apply a mask `kept` to the modalities `present` of samples, `(samples, 3)` bool each.
 
-    A sample that would be left with nothing, because it lacks the others, keeps what it has.
+    A sample that would lose all its modalities keeps them.
     """
     left = present & kept
     return torch.where(left.any(dim=1, keepdim=True), left, present)
 
 
 class FixedCondition(InputMask):
-    """Shows the same modalities of every sample (protocol `per_condition`, METHODS E18).
+    """Shows the same modalities of every sample (protocol `per_condition`, docs/methods/protocols.md).
 
     Args:
-        visible: Names of the modalities to be seen.
+        visible: Names of the visible modalities.
     """
 
     def __init__(self, visible: Iterable[str]) -> None:
         self.visible = torch.tensor([name in visible for name in MODALITIES])
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Hide all but the visible modalities; a sample that has none of those is left with nothing."""
+        """Hide all but the visible modalities; a sample may lose all its modalities."""
         present = batch["modality_present"]
         return {**batch, "modality_present": present & self.visible.to(present.device)}
 
 
 class ModalityDropout(InputMask):
-    """Hides modalities of training samples at random, so that each learns to stand alone.
+    """Hides modalities of training samples at random, so that the model learns to predict without them.
 
-    One draw covers the whole training split for an epoch. What is hidden from a sample therefore depends on
-    nothing but the seed, the epoch and the sample: not on batch order, workers, ranks or an interruption.
+    The mask of the whole training split is drawn at the start of an epoch. So it depends only on seed, epoch
+    and sample, and not on batch order, workers, ranks or interruptions.
 
     Args:
-        rates: Share of samples that lose each modality, by name, in [0, 1); those not named lose nothing.
+        rates: Share of samples that lose each modality, by name, in [0, 1); 0 where not named.
         samples: Size of the training split.
         seed: Seed of the run.
     """
@@ -86,17 +86,14 @@ class ModalityDropout(InputMask):
         self.kept: Tensor = torch.ones(samples, len(MODALITIES), dtype=torch.bool)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw anew for epoch number `epoch`; a sample that would lose everything keeps everything."""
+        """Draw the mask of epoch number `epoch`; a sample that would lose all modalities keeps all."""
         draw = np.random.default_rng([self.seed, epoch]).random((self.samples, len(MODALITIES)))
         kept = draw >= self.rates
         kept[~kept.any(axis=1)] = True
         self.kept = torch.from_numpy(kept)
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `modality_present` `(batch, 3)` cleared where a modality is to be hidden.
-
-        A sample that would be left with nothing, because it lacks the others, keeps what it has.
-        """
+        """Hide modalities of a batch; a sample that would lose all its modalities keeps them."""
         self.kept = self.kept.to(batch["index"].device)
         kept = self.kept[batch["index"]]
-        return {**batch, "modality_present": left_of(batch["modality_present"], kept)}
+        return {**batch, "modality_present": apply_mask(batch["modality_present"], kept)}

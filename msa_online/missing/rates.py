@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modalities that are missing at given rates: who lacks what, fixed for a whole run (METHODS 7.5)."""
+"""Modalities missing at given rates, with one fixed mask per run (docs/methods/protocols.md)."""
 
 import hashlib
 import math
@@ -12,14 +12,14 @@ from rich.table import Table
 from torch import Tensor
 
 from msa_online.corpora.corpus import CorpusError
-from msa_online.missing.modalities import InputMask, left_of
+from msa_online.missing.modalities import InputMask, apply_mask
 from msa_online.modalities import CONDITIONS, MODALITIES
 
 ROUNDINGS = ("largest_remainder", "official")
 
 
 def rate_problems(rates: Mapping[str, float], rounding: str) -> Iterator[str]:
-    """What is wrong with missing rates by modality or their rounding, with the value and what is allowed."""
+    """Validate missing rates and their rounding; yields a message for each invalid value."""
     if rounding not in ROUNDINGS:
         yield f"rounding is {rounding!r}: one of {', '.join(ROUNDINGS)}"
     for name, rate in rates.items():
@@ -27,34 +27,34 @@ def rate_problems(rates: Mapping[str, float], rounding: str) -> Iterator[str]:
             yield f"rates name {name!r}: one of {', '.join(MODALITIES)}"
         elif not 0 <= rate < 1:
             yield (
-                f"the rate of {name} is {rate}: at least 0 and below 1; to train without {name} altogether, "
-                "say training.condition"
+                f"the rate of {name} is {rate}: at least 0 and below 1; to train without {name}, set "
+                "training.condition"
             )
 
 
 def pattern_counts(
     samples: int, rates: Mapping[str, float], rounding: str = "largest_remainder"
 ) -> dict[str, int]:
-    """How many samples show which modalities, when each modality is missing at its own rate.
+    """Number of samples with each pattern of visible modalities, given the missing rate of each modality.
 
-    A pattern e has the share prod_m [e_m (1 - r_m) + (1 - e_m) r_m] (METHODS 3.13). The share that would show
-    nothing goes to the three patterns of one modality, which lowers every realised rate by a third of the
-    product of the rates. Shares are computed exactly from the rates as they are written in decimal: products
-    of floats land below whole numbers (1000 x 0.5 x 0.7 x 0.7 on 244.99...).
+    A pattern e has the share prod_m [e_m (1 - r_m) + (1 - e_m) r_m] ((3.13) of docs/methods/balm.md). The
+    share of the empty pattern goes to the three patterns of one modality; this lowers every realised rate by
+    a third of the product of the rates. Shares are computed with exact fractions of the decimal rates:
+    products of floats fall below whole numbers (1000 x 0.5 x 0.7 x 0.7 is 244.99...).
 
     Args:
-        samples: Samples in the split.
-        rates: Share of samples that lack each modality, by name, in [0, 1); those not named are never hidden.
-        rounding: "largest_remainder" (METHODS A15) rounds the expected counts so that no pattern is off by
-            one or more and a rate of 0 hides nothing; equal remainders go to the pattern that shows more.
-            "official" rounds down and shares all that is left out among the single modalities, the odd ones
-            to text, as BALM's code means to: even a rate of 0 can then hide a few samples.
+        samples: Number of samples in the split.
+        rates: Share of samples that lack each modality, by name, in [0, 1); 0 where not named.
+        rounding: "largest_remainder" rounds the expected counts so that no pattern is off by one or more and
+            a rate of 0 hides nothing; of equal remainders, the pattern that shows more gets the sample.
+            "official" rounds down and gives the rest to the patterns of one modality, odd ones to text, as
+            BALM's code intends: even a rate of 0 can then hide a few samples.
 
     Returns:
-        The count of each pattern under its name in `CONDITIONS`; they add up to `samples`.
+        The count of each pattern under its name in `CONDITIONS`; they sum to `samples`.
 
     Raises:
-        ValueError: A rate lies outside [0, 1) or is of no modality, or no such rounding.
+        ValueError: A rate is outside [0, 1), or a modality or the rounding is unknown.
     """
     if problem := next(rate_problems(rates, rounding), None):
         raise ValueError(problem)
@@ -71,9 +71,9 @@ def pattern_counts(
             counts[name] += left // 3
         counts["text"] += left % 3
         return counts
-    would_show_nothing = math.floor(samples * math.prod(missing.values()))
+    empty = math.floor(samples * math.prod(missing.values()))
     for name in MODALITIES:
-        expected[name] += Fraction(would_show_nothing, 3)
+        expected[name] += Fraction(empty, 3)
     counts = {pattern: math.floor(count) for pattern, count in expected.items()}
     left = samples - sum(counts.values())
     by_remainder = sorted(
@@ -85,28 +85,31 @@ def pattern_counts(
 
 
 class SplitMask(InputMask):
-    """Hides modalities of one split at given rates, the same of each sample throughout a run.
+    """Hides modalities of one split at given rates, with one fixed mask for the whole run.
 
-    Which sample gets which pattern follows from a hash of seed, split and sample id: not from the order of
-    rows or batches, workers, ranks or an interruption. The seed alone redoes the mask, and no file of it can
-    be mistaken for that of other data.
+    The pattern of a sample follows from a hash of seed, split and sample id. It does not depend on the order
+    of rows or batches, workers, ranks or interruptions, and the mask needs no file.
 
-    What a sample lacks by itself it goes on lacking; where the mask would leave nothing, the sample keeps
-    what it has. Both count in `realised`.
+    Modalities that a sample lacks in the data stay missing. If the mask would hide all that a sample has, it
+    keeps what it has. Both count in `realised`.
 
     Args:
-        ids: Id of each sample, in the order that `index` in a batch counts in.
-        present: What each sample has by itself, `(samples, 3)` bool.
+        ids: Id of each sample; `index` in a batch refers to this list.
+        present: Modalities that each sample has in the data, `(samples, 3)` bool.
         rates: Share of samples that lack each modality, by name, in [0, 1).
-        split: Name of the split; each has a draw of its own.
+        split: Name of the split; part of the hash.
         rounding: As in `pattern_counts`.
-        seed: Another seed is another draw. Raises `CorpusError` where the split is so small that a modality
-            with a rate above 0 would be hidden from no sample, or one would be left to none.
+        seed: Seed of the mask.
 
     Attributes:
-        counts: Samples of each pattern, before what they lack by themselves.
-        kept: What the mask leaves to each sample, `(samples, 3)` bool; something to every one.
-        seen: What is to be seen of each sample, `(samples, 3)` bool: mask and natural gaps together.
+        counts: Number of samples of each pattern in the mask.
+        kept: The mask, `(samples, 3)` bool; at least one modality of each sample is True.
+        seen: Visible modalities of each sample, `(samples, 3)` bool: the mask applied to `present`.
+        spared: Number of samples that keep masked modalities, because they have no others.
+
+    Raises:
+        CorpusError: The split is too small: a modality with a rate above 0 would be hidden from no sample, or
+            a modality from all.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class SplitMask(InputMask):
         drawn = sorted(range(len(ids)), key=lambda number: _rank(seed, split, ids[number]))
         self.kept = torch.empty(len(ids), len(MODALITIES), dtype=torch.bool)
         self.kept[drawn] = torch.tensor([[name in visible for name in MODALITIES] for visible in shown])
-        self.seen = left_of(present, self.kept)
+        self.seen = apply_mask(present, self.kept)
         self.spared = int((present & ~self.kept & self.seen).any(dim=1).sum())
         self._require_enough(split)
 
@@ -139,14 +142,14 @@ class SplitMask(InputMask):
                 )
 
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `modality_present` `(batch, 3)` cleared where the mask hides a modality."""
+        """Hide modalities of a batch."""
         self.kept = self.kept.to(batch["index"].device)
         kept = self.kept[batch["index"]]
-        return {**batch, "modality_present": left_of(batch["modality_present"], kept)}
+        return {**batch, "modality_present": apply_mask(batch["modality_present"], kept)}
 
     @property
     def realised(self) -> dict[str, float]:
-        """Share of samples of which each modality is not to be seen, in [0, 1], for whatever reason."""
+        """Share of samples that lack each modality, in the data or by the mask, in [0, 1]."""
         missing = 1 - self.seen.double().mean(dim=0)
         return dict(zip(MODALITIES, missing.tolist(), strict=True))
 
@@ -164,12 +167,12 @@ def rates_table(masks: Mapping[str, SplitMask]) -> Table:
     """Nominal and realised missing rates of each split, in percent, for the terminal."""
     spared = {split: mask.spared for split, mask in masks.items() if mask.spared}
     caption = (
-        "No sample is left with nothing, which lowers the realised rates; what samples lack by themselves "
-        "raises them."
+        "No sample loses all modalities, which lowers the realised rates; modalities that are missing in the "
+        "data raise them."
     )
     if spared:
         kept = ", ".join(f"{count:,} {split}" for split, count in spared.items())
-        caption += f" Samples that keep what little they have: {kept}."
+        caption += f" Samples that keep masked modalities, for lack of others: {kept}."
     table = Table(
         title="missing modalities, %",
         title_justify="left",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One planned clip made into an mp4: a face and a voice that each carry their own cue."""
+"""Render one planned clip as an mp4: a face and a voice, each with its own cue."""
 
 import os
 import tempfile
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
 
 FRAMES_PER_SECOND = 8
-LOUDNESS = 0.4  # factor on what espeak-ng gives, so that the happiest voice does not clip
-FADE = 0.03  # seconds at either end, where the utterance is cut
+LOUDNESS = 0.4  # factor on the output of espeak-ng, so that the loudest voice does not clip
+FADE = 0.03  # seconds at both ends, where the utterance is cut
 
 
 @dataclass(frozen=True)
 class SyntheticSpeaker:
-    """A voice and a face that stay the same over all clips of a speaker."""
+    """Voice and face of a speaker, the same in all clips."""
 
     voice: str
     pitch_offset: float
@@ -31,15 +31,15 @@ class SyntheticSpeaker:
 
     @classmethod
     def of(cls, recipe: CorpusRecipe, number: int) -> "SyntheticSpeaker":
-        """The speaker of this number, from 0; low and high voices alternate."""
-        rng = generator(recipe, SPEAKERS, number + 1)  # 0 drew the splits
+        """Draw speaker `number`, counted from 0; low and high voices alternate."""
+        rng = generator(recipe, SPEAKERS, number + 1)  # index 0 is used for the splits
         return cls(VOICES[number % len(VOICES)], float(rng.uniform(-4, 4)), Look.draw(rng))
 
 
 def write_clip(
     path: Path, recipe: CorpusRecipe, index: int, planned: PlannedClip, renderer: FaceRenderer
 ) -> None:
-    """Render clip number `index` of a corpus as an mp4 at `path`, which appears only once complete."""
+    """Render clip `index` of a corpus as an mp4 at `path`, written atomically."""
     rng = generator(recipe, CLIPS, index)
     speaker = SyntheticSpeaker.of(recipe, index % recipe.speakers)
     frames = round(rng.uniform(*recipe.seconds) * FRAMES_PER_SECOND)
@@ -61,7 +61,7 @@ def write_clip(
 def _talk(
     cue: float | None, speaker: SyntheticSpeaker, seconds: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Speech that fills the clip, `(samples,)` float32; neutral where the cue is missing."""
+    """Speech of the length of the clip, `(samples,)` float32; neutral if the cue is missing."""
     words = ", ".join(CARRIERS[i] for i in rng.choice(len(CARRIERS), 2, replace=False))
     speech, gain = prosody(cue or 0.0, speaker.voice, speaker.pitch_offset)
     waveform = speak(words, speech)[: round(seconds * VOICE_RATE)] * np.float32(gain * LOUDNESS)
@@ -90,20 +90,20 @@ def _act(
 
 
 def _openness(waveform: np.ndarray, frames: int) -> np.ndarray:
-    """How far the mouth is open in each frame, `(frames,)` in [0, 0.8], relative to the loudest one.
+    """Opening of the mouth in each frame, `(frames,)` in [0, 0.8], relative to the loudest frame.
 
-    Relative, because the loudness of the voice is the audio's cue and must not be seen.
+    It is relative because loudness is a cue of the audio and must not be visible.
     """
     energy = np.array([np.sqrt(np.mean(part**2)) for part in np.array_split(waveform, frames)])
     return 0.8 * energy / max(energy.max(), 1e-6)
 
 
 def _encode(path: Path, pictures: np.ndarray, waveform: np.ndarray | None) -> None:
-    """Write H.264 and, if there is a waveform, mono AAC; one thread keeps the bytes the same."""
+    """Write H.264 and, if there is a waveform, mono AAC; with one thread the bytes are reproducible."""
     import av
 
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        # x264's macroblock tree gave other bytes for the same frames from run to run, even on one thread
+        # with its macroblock tree, x264 gives other bytes from run to run, even on one thread
         quality = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"}
         video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=quality)
         video.width = video.height = FRAME_SIZE

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus of short talking clips in which the worth of every modality is known.
+"""Render a corpus of short talking clips in which the contribution of every modality is known.
 
     recipe = CorpusRecipe(clips=240, strengths={"text": 0.9, "audio": 0.6, "vision": 0.8})
     render_corpus("corpus", recipe)
     ideal_contributions(recipe)      # {"text": 0.53, "audio": 0.16, "vision": 0.32}: what a model should find
 
-The clips are real media files: a photographed face bent to the wanted expression (`synthetic_face`),
-synthesised speech whose tone carries the cue while its words say nothing (`synthetic_voice`), and sentences
-of graded sentiment (`synthetic_text`). What a clip contains is decided in `synthetic_plan`, which also knows
-the right answer.
+The clips are real media files: a photograph of a face, warped to an expression (`face`); synthesised speech
+with neutral words and a cue in its tone (`voice`); and sentences of graded sentiment (`text`). `plan` draws
+the content of all clips and computes the ideal contributions.
 """
 
 import csv
@@ -42,8 +41,8 @@ __all__ = [
     "render_corpus",
 ]
 
-RENDERING = 1  # raise when the same recipe comes to mean other clips
-BYTES_PER_CLIP = 200_000  # generous; a clip takes 20 to 40 kB
+RENDERING = 1  # version; increase it when equal recipes give other clips
+BYTES_PER_CLIP = 200_000  # upper bound; a clip takes 20 to 40 kB
 COLUMNS = (
     *("file_name", "text", "label", "split", "speaker"),
     *(f"{name}_cue" for name in MODALITIES),
@@ -52,22 +51,22 @@ COLUMNS = (
 
 
 def render_corpus(folder: str | Path, recipe: CorpusRecipe, workers: int | None = None) -> Path:
-    """Render a corpus, or find it rendered already: `metadata.csv`, `recipe.json` and `clips/*.mp4`.
+    """Render a corpus to a folder, unless it exists there: `metadata.csv`, `recipe.json`, `clips/*.mp4`.
 
-    An interrupted run is taken up where it stopped; `metadata.csv` is written last, so a folder that has it
-    is complete. The same recipe gives the same table, frames and waveforms whatever the number of workers.
+    An interrupted run continues where it stopped. `metadata.csv` is written last, so a folder with this file
+    is complete. Equal recipes give equal tables, frames and waveforms, whatever the number of workers.
 
     Args:
-        folder: Where to; made if need be.
+        folder: Folder of the corpus; created if necessary.
         recipe: What to render.
-        workers: Clips rendered at the same time, by default one for each core. They are threads: drawing and
-            encoding run outside Python's lock, speech in processes of its own.
+        workers: Number of clips rendered in parallel, by default one per core. Workers are threads: drawing
+            and encoding release Python's lock, and speech is synthesised in separate processes.
 
     Returns:
         The folder.
 
     Raises:
-        CorpusError: The folder holds something else, the disk is too full, or the libraries of the extra
+        CorpusError: The folder contains something else, the disk is too small, or the libraries of the extra
             `demo` are not installed.
     """
     folder = Path(folder)
@@ -92,7 +91,7 @@ def _require_libraries() -> None:
 
 
 def _claim(folder: Path, recipe: CorpusRecipe) -> None:
-    """Make the folder this recipe's, or refuse: nothing that somebody else put there is overwritten."""
+    """Create the folder and write the recipe to it; refuse a folder with other contents."""
     content = json.dumps({"rendering": RENDERING} | asdict(recipe), indent=2, sort_keys=True) + "\n"
     note = folder / "recipe.json"
     if folder.exists() and not folder.is_dir():
@@ -100,13 +99,13 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
     if note.exists():
         if not _same_recipe(note, content):
             raise CorpusError(
-                f"{folder} holds a corpus of another recipe (see {note}): "
+                f"{folder} contains a corpus of another recipe (see {note}): "
                 "name another folder, or delete this one"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise CorpusError(f"{folder} is not empty and has no recipe.json: name a new folder to render into")
     if reason := why_not_writable(folder):
-        raise CorpusError(f"{folder} cannot be made: {reason}; name another folder")
+        raise CorpusError(f"{folder} cannot be created: {reason}; name another folder")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     if not note.exists():
         note.write_text(content, encoding="utf-8")
@@ -115,7 +114,7 @@ def _claim(folder: Path, recipe: CorpusRecipe) -> None:
 def _same_recipe(note: Path, content: str) -> bool:
     try:
         return json.loads(note.read_text(encoding="utf-8")) == json.loads(content)
-    except ValueError:  # damaged: whose it was cannot be told
+    except ValueError:  # damaged
         return False
 
 
@@ -146,7 +145,7 @@ def _render_clips(
             for job in track(as_completed(jobs), "rendering clips", total=len(jobs), transient=True):
                 job.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is not rendered first
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not render the rest
 
 
 def _write_table(path: Path, plan: Sequence[PlannedClip]) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One real face made to smile, frown and speak: the picture half of the synthetic corpus.
+"""Frames of the synthetic corpus: one photographed face, warped to smile, frown and speak.
 
-The portrait of an astronaut that scikit-image carries (NASA, public domain) is bent by a smooth displacement
-field: named points of the face, measured once with the MediaPipe Face Landmarker and written down below,
-move by known amounts between a frown, a neutral face, a smile and an open mouth; a thin-plate spline spreads
-each point's movement over its surroundings and a ring of fixed points keeps the rest of the picture in place.
+The portrait of an astronaut in scikit-image (NASA, public domain) is warped by a smooth displacement field.
+Named points of the face, measured once with the MediaPipe Face Landmarker and listed below, move by fixed
+amounts for a frown, a neutral face, a smile and an open mouth. A thin-plate spline interpolates between the
+points, and a ring of fixed points keeps the rest of the picture in place.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 
 FRAME_SIZE = 160  # pixels, square
 CROP_LEFT, CROP_TOP, CROP_SIZE = 110, 5, 226  # the window of the portrait within which the head moves
-PORTRAIT_SCALE = 1.05  # pixels of the portrait to one of the frame
+PORTRAIT_SCALE = 1.05  # pixels of the portrait per pixel of the frame
 FACELESS_TOP = 290  # a window from here down shows the suit only
 FACE_CENTRE = (223.0, 118.0)
 HEAD_CENTRE, HEAD_REACH = (224.0, 114.0), 84.0  # nothing moves on the square this far from here
@@ -47,8 +47,8 @@ FIXED_POINTS = (
     *((226.4, 70.2), (180.3, 109.5), (270.7, 114.3)),  # hairline and temples
 )
 
-# How far a point moves from where the portrait has it: pixels towards the middle of the face, pixels down.
-# The portrait itself smiles broadly, so a neutral face already needs its corners lowered and its lips closed.
+# Displacement of each point from the portrait: pixels towards the middle of the face, pixels down.
+# The portrait smiles broadly, so even a neutral face needs lower corners of the mouth and closed lips.
 FROWN = {
     "mouth_corner": (3.5, 8.0),
     "upper_lip_outer": (2.2, 5.0),
@@ -102,13 +102,12 @@ OPEN_MOUTH = {
     "chin_side": (0.0, 1.8),
     "cheek": (0.0, 0.5),
 }
-WIDE_JAW = {"jaw": (-1.0, 0.0), "chin_side": (-0.7, 0.0)}  # one unit of each tells speakers apart
+WIDE_JAW = {"jaw": (-1.0, 0.0), "chin_side": (-0.7, 0.0)}  # this and the next two distinguish speakers
 LONG_CHIN = {"chin": (0.0, 1.0), "chin_side": (0.0, 0.5)}
 HIGH_BROWS = {"brow_inner": (0.0, -1.0), "brow_middle": (0.0, -1.0), "brow_outer": (0.0, -1.0)}
 MOVEMENTS = (FROWN, NEUTRAL, SMILE, OPEN_MOUTH, WIDE_JAW, LONG_CHIN, HIGH_BROWS)
 
-# Outline of the teeth in the portrait; darkened while the mouth is open, since stretched teeth look like a
-# mask.
+# Outline of the teeth in the portrait; darkened when the mouth opens, because stretched teeth look unnatural.
 TEETH = ((205, 141.5), (209.2, 142.5), (216, 145), (222.5, 146.2), (229, 145.6), (237, 143), (242, 142))
 TEETH += ((236.5, 146.5), (228, 149.7), (222.5, 150), (217, 149.2), (209.2, 145.5))
 MOUTH_COLOUR = (70, 28, 28)
@@ -116,7 +115,7 @@ MOUTH_COLOUR = (70, 28, 28)
 
 @dataclass(frozen=True)
 class Look:
-    """What makes one speaker's pictures differ from another's, whatever the expression.
+    """Appearance of a speaker, independent of the expression.
 
     Attributes:
         mirrored: Whether left and right are exchanged.
@@ -138,7 +137,7 @@ class Look:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Look":
-        """A random speaker: light from dim to bright and from cool to warm, and features of their own."""
+        """Draw a random appearance: brightness and colour of the light, and facial features."""
         brightness, warmth = rng.uniform(0.8, 1.1), rng.uniform(-0.08, 0.08)
         return cls(
             mirrored=bool(rng.integers(2)),
@@ -161,7 +160,7 @@ class Pose:
 
 
 def head_motion(frames: int, rng: np.random.Generator) -> list[Pose]:
-    """Slow swaying of a head, one pose a frame: random sines, independent of what is said and felt."""
+    """Slow movement of a head, one pose per frame: random sines, independent of the cues."""
     phases = rng.uniform(0, 2 * np.pi, 4)
     periods = rng.uniform(8, 20, 4)  # frames
     amplitudes = rng.uniform(0.4, 1.0, 4) * (0.06, 5.0, 3.5, 0.03)
@@ -170,7 +169,7 @@ def head_motion(frames: int, rng: np.random.Generator) -> list[Pose]:
 
 
 class FaceRenderer:
-    """Draws the face with a wanted expression; build one and share it between clips and threads."""
+    """Draws the face with a given expression; share one renderer between clips and threads."""
 
     def __init__(self) -> None:
         from skimage.data import astronaut
@@ -178,7 +177,7 @@ class FaceRenderer:
         self._portrait = astronaut()
 
     def faceless(self, frames: int, rng: np.random.Generator) -> np.ndarray:
-        """A video without a face, `(frames, 160, 160, 3)` uint8 RGB: the camera drifts over the suit."""
+        """A video without a face, `(frames, 160, 160, 3)` uint8 RGB: the camera moves over the suit."""
         left = int(rng.integers(100, 240))
         drift = rng.integers(-3, 4)
         lefts = np.clip(left + drift * np.arange(frames), 0, self._portrait.shape[1] - FRAME_SIZE)
@@ -190,21 +189,21 @@ class FaceRenderer:
 
         Args:
             look: The speaker.
-            pose: Where the head is.
-            expression: From -1, a frown, through 0, neutral, to 1, a broad smile.
-            openness: Of the mouth, from 0, at rest, to 1.
+            pose: Pose of the head.
+            expression: From -1 (frown) over 0 (neutral) to 1 (broad smile).
+            openness: Opening of the mouth, from 0 (closed) to 1.
         """
         import cv2
 
         frown, neutral, smile = max(-expression, 0), 1 - abs(expression), max(expression, 0)
         weights = np.array([frown, neutral, smile, openness, look.jaw, look.chin, look.brows], np.float32)
         field = np.einsum("m,mhwc->hwc", weights, self._fields)  # without BLAS, whose threads would compete
-        where = wanted = _source_positions(pose, look)
-        for _ in range(3):  # a point seen at `wanted` came from `where`: where + field(where) = wanted
+        where = target = _source_positions(pose, look)
+        for _ in range(3):  # solve where + field(where) = target by iteration
             moved = cv2.remap(
                 field, where[..., 0], where[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
             )
-            where = wanted - moved
+            where = target - moved
         texture = (1 - openness) * self._texture + openness * self._speaking_texture
         frame = cv2.remap(
             texture, where[..., 0], where[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
@@ -223,7 +222,7 @@ class FaceRenderer:
         """The same window with the teeth painted dark."""
         import cv2
 
-        outline = (np.array(TEETH) - (CROP_LEFT, CROP_TOP)) * 4  # drawn four times as large, for smooth edges
+        outline = (np.array(TEETH) - (CROP_LEFT, CROP_TOP)) * 4  # drawn at four times the size, to smooth it
         mask = np.zeros((CROP_SIZE * 4, CROP_SIZE * 4), np.float32)
         cv2.fillPoly(mask, [np.rint(outline).astype(np.int32)], 1.0)
         mask = cv2.resize(
@@ -260,7 +259,7 @@ def _moves(name: str) -> list[tuple[float, float]]:
 
 
 def _source_positions(pose: Pose, look: Look) -> np.ndarray:
-    """Where every pixel of the frame looks before any expression: `(160, 160, 2)` float32, x first."""
+    """Position in the portrait of every pixel, without expression: `(160, 160, 2)` float32, x first."""
     rows, columns = np.mgrid[:FRAME_SIZE, :FRAME_SIZE].astype(np.float32) - FRAME_SIZE / 2
     if look.mirrored:
         columns = -columns

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a synthetic corpus will contain, before anything is rendered, and how much each modality should count.
+"""Plan a synthetic corpus before rendering, and compute the ideal contribution of each modality.
 
-A label is `y = 1.3 z`, `z` standard normal, clipped to [-3, 3]. Each modality carries a cue on that scale,
-`cue = 1.3 (r z + sqrt(1 - r^2) n)`, clipped likewise, with `r` the modality's strength and `n` its own
-standard normal noise: every cue alone has correlation `r` with the label, and given the label cues are
-independent. In a share of the clips one modality, drawn evenly, contradicts: its cue is negated. In another
-share, never the same clips, one modality is missing.
+A label is `y = 1.3 z`, `z` standard normal, clipped to [-3, 3]. Each modality has a cue on that scale,
+`cue = 1.3 (r z + sqrt(1 - r^2) n)`, clipped likewise; `r` is the strength of the modality and `n` its own
+standard normal noise. So each cue has correlation `r` with the label, and cues are independent given the
+label. In a share of the clips the cue of one modality, drawn uniformly, is negated (contradicting). In
+another share, of other clips, one modality is missing.
 """
 
 from collections.abc import Mapping
@@ -19,30 +19,30 @@ from msa_online.synthetic.text import sentence
 
 LABEL_SPREAD = 1.3  # standard deviation of labels and cues before clipping; 2 % lie beyond 3
 LIMIT = 3.0
-SHORTEST, LONGEST = 0.5, 4.0  # seconds; two carrier sentences spoken fast last this long
-HELD_OUT = 0.2  # share of the speakers in each of validation and test
+SHORTEST, LONGEST = 0.5, 4.0  # seconds; two carrier sentences, spoken fast, last as long
+HELD_OUT = 0.2  # share of the speakers in validation, and in test
 
-# Every random choice has a stream of its own, so that changing one share leaves the others as they were.
+# Each kind of random choice has its own random stream, so that changing one does not change the others.
 CUES, CONFLICTS, SENTENCES, SPEAKERS, CLIPS = range(5)
 
 
 @dataclass(frozen=True)
 class CorpusRecipe:
-    """How to render a corpus; two equal recipes give the same clips.
+    """Parameters of a corpus; equal recipes give equal clips.
 
     Attributes:
-        clips: How many, over all splits.
-        seed: Of every random choice.
-        strengths: Correlation of each modality's cue with the label, 0 (noise) to 1 (the label itself).
-        contradicting: Share of the clips in which one modality carries the opposite of its cue.
-        missing: Share of the clips that really lack one modality: no audio stream, no face in any frame, no
+        clips: Number of clips in all splits.
+        seed: Seed of all random choices.
+        strengths: Correlation of each modality's cue with the label, from 0 (noise) to 1 (the label itself).
+        contradicting: Share of the clips in which the cue of one modality is negated.
+        missing: Share of the clips that lack one modality: no audio stream, no face in any frame, or no
             words.
-        speakers: Voices and faces; every speaker belongs to one split, 60 % to training and 20 % to each
-            other.
-        seconds: Shortest and longest clip.
+        speakers: Number of speakers, each with a voice and a face. A speaker belongs to one split: 60 % to
+            training, 20 % each to validation and test.
+        seconds: Length of the shortest and of the longest clip.
 
     Raises:
-        CorpusError: A value outside its range, or too few clips or speakers to fill three splits.
+        CorpusError: A value is out of range, or there are too few clips or speakers for three splits.
     """
 
     clips: int = 240
@@ -55,7 +55,7 @@ class CorpusRecipe:
 
     def __post_init__(self) -> None:
         if set(self.strengths) != set(MODALITIES):
-            raise CorpusError(f"strengths name {sorted(self.strengths)}: give one each for {MODALITIES}")
+            raise CorpusError(f"strengths name {sorted(self.strengths)}: give one for each of {MODALITIES}")
         shares = {f"strength of {name}": value for name, value in self.strengths.items()}
         shares |= {"contradicting": self.contradicting, "missing": self.missing}
         for name, value in shares.items():
@@ -85,15 +85,14 @@ class PlannedClip:
     """One row of `metadata.csv`.
 
     Attributes:
-        file_name: Below the corpus' folder.
-        text: The sentence that stands for the transcript; it carries the text cue and is *not* what the
-            voice says.
+        file_name: Path within the corpus' folder.
+        text: The transcript, a sentence with the text cue. It is *not* what the voice says.
         label: Sentiment in [-3, 3], one decimal.
         split: "train", "valid" or "test".
-        speaker: Name of the voice and face.
-        cues: What each modality really carries, in [-3, 3]; None for the one that is missing.
+        speaker: Name of the speaker.
+        cues: Actual cue of each modality, in [-3, 3]; None for the missing one.
         contradicting: Name of the modality whose cue was negated, or "".
-        missing: Name of the modality that is not there, or "".
+        missing: Name of the missing modality, or "".
     """
 
     file_name: str
@@ -107,7 +106,7 @@ class PlannedClip:
 
 
 def plan_corpus(recipe: CorpusRecipe) -> list[PlannedClip]:
-    """Draw labels, cues, sentences and splits of all clips; quick, since nothing is rendered."""
+    """Draw labels, cues, sentences and splits of all clips; renders nothing."""
     labels, cues = _draw_cues(recipe)
     contradicting, missing = _draw_conflicts(recipe)
     splits = _speaker_splits(recipe)
@@ -133,16 +132,16 @@ def plan_corpus(recipe: CorpusRecipe) -> list[PlannedClip]:
 
 
 def bayes_weights(recipe: CorpusRecipe) -> dict[str, float]:
-    """How much each cue should count: the weights of the best linear estimate `y = sum of weight * cue`.
+    """Ideal weight of each cue: the weights of the best linear estimate `y = sum of weight * cue`.
 
-    With every cue present, unclipped, and `q` the chance that a given modality contradicts, the cues have
-    unit variance (in units of the label's), covariance `r_m r_n (1 - 4q)` with each other and `r_m (1 - 2q)`
-    with the label; the weights are the inverse of the one matrix times the other vector. Without
-    contradictions this is the Gaussian posterior mean, `r / (1 - r^2)` each, divided by 1 + the sum of `r^2
-    / (1 - r^2)`. With contradictions a non-linear estimate, which notices the odd one out, does better
-    still. Clipping and the rounding of labels change the weights by a few thousandths.
+    Let all cues be present and unclipped, and `q` the probability that a given modality contradicts. Then the
+    cues have unit variance (in units of the label's), covariance `r_m r_n (1 - 4q)` with each other and
+    `r_m (1 - 2q)` with the label. The weights are the inverse of this matrix times this vector. Without
+    contradictions this is the Gaussian posterior mean, with weights `r / (1 - r^2)` divided by 1 + the sum of
+    `r^2 / (1 - r^2)`. With contradictions, a non-linear estimate that detects the contradicting modality is
+    better. Clipping and rounding of labels change the weights by a few thousandths.
 
-    Where two modalities of strength 1 never contradict, they are the same number and share the weight evenly.
+    Two modalities of strength 1 that never contradict are equal, and get equal weights.
     """
     strengths = np.array([recipe.strengths[name] for name in MODALITIES], float)
     complete = 1 - recipe.missing  # contradictions happen among complete clips only
@@ -154,11 +153,11 @@ def bayes_weights(recipe: CorpusRecipe) -> dict[str, float]:
 
 
 def ideal_contributions(recipe: CorpusRecipe) -> dict[str, float]:
-    """The share of each modality in the best linear estimate: weights scaled to sum to 1.
+    """Share of each modality in the best linear estimate: the weights scaled to sum to 1.
 
-    Since all cues vary equally, it is also each modality's share of the mean absolute Shapley value of that
-    estimate, which makes it the yardstick for the contributions a trained model reports on complete clips.
-    All shares are 0 where every strength is 0.
+    All cues have equal variance, so this is also each modality's share of the mean absolute Shapley value of
+    the estimate. It is the reference for the contributions that a trained model reports on complete clips.
+    All shares are 0 if all strengths are 0.
     """
     weights = bayes_weights(recipe)
     total = sum(weights.values())
@@ -166,12 +165,12 @@ def ideal_contributions(recipe: CorpusRecipe) -> dict[str, float]:
 
 
 def generator(recipe: CorpusRecipe, stream: int, index: int = 0) -> np.random.Generator:
-    """The random numbers of one purpose (`CUES` to `CLIPS`) and one clip or speaker."""
+    """Random generator of one stream (`CUES` to `CLIPS`) and one clip or speaker."""
     return np.random.default_rng([recipe.seed, stream, index])
 
 
 def _draw_cues(recipe: CorpusRecipe) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Labels `(clips,)` and each modality's cue `(clips,)`, none of them negated yet."""
+    """Labels `(clips,)` and the cues of each modality `(clips,)`, before negation."""
     draws = generator(recipe, CUES).standard_normal((recipe.clips, 1 + len(MODALITIES)))
     sentiment = draws[:, 0]
     cues = {}
@@ -186,7 +185,7 @@ def _on_label_scale(standard: np.ndarray) -> np.ndarray:
 
 
 def _draw_conflicts(recipe: CorpusRecipe) -> tuple[list[str], list[str]]:
-    """For every clip the contradicting and the missing modality, "" for none; never both in one clip."""
+    """Contradicting and missing modality of every clip, "" for none; never both in one clip."""
     rng = generator(recipe, CONFLICTS)
     order = rng.permutation(recipe.clips)
     contradictions = round(recipe.contradicting * recipe.clips)
@@ -199,7 +198,7 @@ def _draw_conflicts(recipe: CorpusRecipe) -> tuple[list[str], list[str]]:
 
 
 def _speaker_splits(recipe: CorpusRecipe) -> list[str]:
-    """The split of every speaker: a random fifth of them each for validation and test, at least one."""
+    """Split of every speaker: a random fifth each for validation and test, at least one speaker."""
     held_out = max(1, round(HELD_OUT * recipe.speakers))
     splits = np.array(["train"] * recipe.speakers, dtype=object)
     order = generator(recipe, SPEAKERS).permutation(recipe.speakers)

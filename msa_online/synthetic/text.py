@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences of a wanted sentiment: the text half of the synthetic corpus.
+"""Sentences of the synthetic corpus with a given sentiment.
 
-Every word that judges carries a grade on the scale of the labels, [-3, 3]; degrees ("very", "somewhat") and
-"not" change it. A sentence is a judgement whose grade is close to what is wanted, in a neutral frame. Some
-words, things and frames never occur in training sentences, so that looking words up is not enough.
+Every evaluative word has a grade on the scale of the labels, [-3, 3]; degrees ("very", "somewhat") and "not"
+change it. A sentence combines a judgement of about the given grade with a neutral template. Some words,
+things and templates never occur in training sentences, so a model cannot rely on known words only.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-CLOSEST = 12  # how many judgements around the wanted grade are drawn from
+CLOSEST = 12  # number of judgements closest to the grade, from which one is drawn
 
 ADJECTIVES = {
     **{"terrible": -2.8, "awful": -2.7, "horrible": -2.8, "dreadful": -2.6, "disgusting": -2.9},
@@ -37,8 +37,8 @@ UNSEEN_VERBS = {
 }
 DEGREES = {"": 1.0, "very ": 1.2, "really ": 1.15, "rather ": 0.85, "somewhat ": 0.65, "a bit ": 0.5}
 NEGATED = -0.45  # "not good" is milder than "bad"
-STRONG = 2.3  # from here on an adjective takes no degree: "very fantastic"
-MILD = 0.6  # up to here it takes neither degree nor "not"
+STRONG = 2.3  # adjectives from this grade on take no degree (no "very fantastic")
+MILD = 0.6  # adjectives up to this grade take neither degree nor "not"
 
 THINGS = (
     *("film", "story", "acting", "ending", "soundtrack", "book", "concert", "hotel", "breakfast", "service"),
@@ -66,7 +66,7 @@ UNSEEN_REACTING = ("Like my friends, I {judgement} that {thing}.", "I must say I
 
 @dataclass(frozen=True)
 class Judgement:
-    """Words that judge a thing: their grade, the frames they fit, whether training may contain them."""
+    """An evaluation: its words, grade, kind of template, and whether training sentences may contain it."""
 
     words: str
     grade: float
@@ -78,10 +78,10 @@ def sentence(grade: float, rng: np.random.Generator, *, training: bool) -> str:
     """A random sentence whose sentiment is about `grade`.
 
     Args:
-        grade: Wanted sentiment in [-3, 3].
-        rng: Source of the choices.
-        training: Whether only what training sentences may contain is used; otherwise half of the choices are
-            made from words and frames that never occur in training.
+        grade: Sentiment in [-3, 3].
+        rng: Random generator.
+        training: Use only words and templates of training sentences. If False, half of the choices are made
+            from words and templates that never occur in training.
     """
     judgements = [judgement for judgement in _judgements() if judgement.seen or not training]
     distances = np.abs([judgement.grade - grade for judgement in judgements])
@@ -93,7 +93,7 @@ def sentence(grade: float, rng: np.random.Generator, *, training: bool) -> str:
 
 @cache
 def _judgements() -> tuple[Judgement, ...]:
-    """Everything that can be said of a thing."""
+    """All judgements."""
     judgements = []
     for words, seen in ((ADJECTIVES, True), (UNSEEN_ADJECTIVES, False)):
         for word, grade in words.items():
@@ -105,7 +105,7 @@ def _judgements() -> tuple[Judgement, ...]:
 
 
 def _degrees(grade: float) -> dict[str, float]:
-    """What may stand before an adjective of this grade, and what it does to the grade."""
+    """Words allowed before an adjective of this grade, with their factor on the grade."""
     if abs(grade) >= STRONG:
         return {"": 1.0, "absolutely ": 1.05}
     if abs(grade) <= MILD:

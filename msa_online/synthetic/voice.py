@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech whose tone, not whose words, carries a sentiment: the sound half of the synthetic corpus.
+"""Speech of the synthetic corpus: the tone has a sentiment, the words are neutral.
 
-espeak-ng speaks sentences that judge nothing. Its synthesiser keeps hidden state from one utterance to the
-next, so the same words would sound different depending on what was rendered before. Each utterance is
-therefore spoken by a short process of its own: this very file, run as a script with the standard library
-alone, text and settings in, samples out.
+espeak-ng speaks neutral sentences. Its synthesiser keeps state between utterances, so the same words would
+sound different depending on what was rendered before. Each utterance is therefore synthesised in a separate
+process, which runs this file as a script with the standard library only. It reads text and settings, and
+writes samples.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ CARRIERS = (
 
 @dataclass(frozen=True)
 class Speech:
-    """How something is said, in espeak-ng's units: pitches 0 to 100, `words_per_minute` 80 to 450."""
+    """Settings of an utterance in espeak-ng's units: pitches 0 to 100, `words_per_minute` 80 to 450."""
 
     voice: str
     pitch: int
@@ -46,12 +46,12 @@ class Speech:
 
 
 def prosody(cue: float, voice: str, pitch_offset: float) -> tuple[Speech, float]:
-    """The speech and the gain (a factor) of a sentiment: higher, livelier, faster and louder the happier.
+    """Speech settings and gain (a factor) of a cue: a happier voice is higher, livelier, faster and louder.
 
     Args:
         cue: Sentiment in [-3, 3].
         voice: One of `VOICES`.
-        pitch_offset: How much higher than the voice's own pitch this speaker talks, a few units.
+        pitch_offset: Pitch of the speaker relative to the voice, a few units.
     """
     speech = Speech(
         voice=voice,
@@ -63,10 +63,10 @@ def prosody(cue: float, voice: str, pitch_offset: float) -> tuple[Speech, float]
 
 
 def speak(words: str, speech: Speech) -> "np.ndarray":
-    """Synthesise `words`: `(samples,)` float32 in [-1, 1] at `VOICE_RATE`, the same on every call.
+    """Synthesise `words`: `(samples,)` float32 in [-1, 1] at `VOICE_RATE`, equal on every call.
 
     Raises:
-        RuntimeError: espeak-ng failed, with what it said.
+        RuntimeError: espeak-ng failed; the message has its output.
     """
     import espeakng_loader
     import numpy as np
@@ -87,7 +87,7 @@ def speak(words: str, speech: Speech) -> "np.ndarray":
 
 
 def _synthesise(library: str, data: str, voice: str, parameters: dict[str, int], words: str) -> bytes:
-    """Drive the C library: 16-bit samples at `VOICE_RATE`."""
+    """Call the C library; returns 16-bit samples at `VOICE_RATE`."""
     espeak = ctypes.CDLL(library)
     samples = array("h")
 
@@ -95,13 +95,13 @@ def _synthesise(library: str, data: str, voice: str, parameters: dict[str, int],
     def collect(chunk: object, count: int, events: object) -> int:
         if chunk and count > 0:
             samples.extend(chunk[:count])
-        return 0  # go on
+        return 0  # continue
 
-    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: nothing is played, espeak_Synth calls back before it returns
+    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: nothing is played; espeak_Synth calls back before it returns
     rate = espeak.espeak_Initialize(synchronous, 0, data.encode(), 0)
     if rate != VOICE_RATE:
         raise RuntimeError(f"espeak_Initialize returned {rate}, not {VOICE_RATE}")
-    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, by default seeded with the time of day
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath noise is seeded with the time by default
     espeak.espeak_SetSynthCallback(collect)
     _require_ok(espeak.espeak_SetVoiceByName(voice.encode()), f"voice {voice}")
     for number, value in parameters.items():

@@ -73,7 +73,7 @@ def test_padding_does_not_change_a_token(architecture):
 )
 def test_known_shapes_have_their_published_size(name, parameters, monkeypatch):
     monkeypatch.setattr(
-        "msa_online.encoders.text.find_text_encoder", lambda name, bring=False: name
+        "msa_online.encoders.text.find_text_encoder", lambda name, download=False: name
     )  # as without a local copy
     with torch.device("meta"):
         encoder = TextEncoder(load_text_config(name))

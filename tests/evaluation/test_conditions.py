@@ -190,7 +190,10 @@ def test_a_sweep_gives_the_same_whatever_the_batches(level, model, make_batch, a
 
 @pytest.mark.parametrize(
     ("choice", "named"),
-    [({"level": "inputs"}, "level is 'inputs': one of input, feature"), ({"rates": (0.5, 1.0)}, "rate 1.0")],
+    [
+        ({"level": "inputs"}, "level is 'inputs': it must be one of input, feature"),
+        ({"rates": (0.5, 1.0)}, "rate 1.0"),
+    ],
 )
 def test_a_sweep_that_cannot_be_is_refused_naming_the_value(
     choice, named, model, make_batch, accelerator, drop

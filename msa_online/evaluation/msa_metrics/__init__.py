@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folder that `evaluate.load` opens: `evaluate.load(str(METRICS_PATH))` works offline and from a wheel."""
+"""Folder for `evaluate.load`: `evaluate.load(str(METRICS_PATH))` works offline and from a wheel."""
 
 from pathlib import Path
 

@@ -8,9 +8,8 @@
     metric.add_batch(predictions=[0.3, -1.2], references=[1.0, -0.8])
     metric.compute()  # {"mae": ..., "corr": ..., "acc2_has0": ...}
 
-`evaluate` copies this one file elsewhere and reads its imports line by line, so each import stays on one
-line and names the installed package absolutely. All features are float64: declared as float32, values would
-be rounded on the way.
+`evaluate` copies this file and parses its imports line by line, so each import is on one line and names the
+installed package absolutely. All features are float64, because float32 would round the values.
 """
 
 import datasets
@@ -38,7 +37,7 @@ class MSAMetrics(evaluate.Metric):
     """Sentiment and emotion metrics; `msa_online.evaluation.metrics` defines them."""
 
     def _info(self) -> evaluate.MetricInfo:
-        """Declare what goes in; an unknown configuration name is refused here."""
+        """Declare the inputs; raises `ValueError` for an unknown configuration name."""
         if self.config_name == "default":
             self.config_name = "regression"
         if self.config_name not in _FEATURES:
@@ -51,7 +50,7 @@ class MSAMetrics(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list, **options: object) -> dict[str, float]:
-        """Hand the gathered values to the function that the configuration names."""
+        """Call the function of the configuration with the gathered values."""
         score = {
             "regression": metrics.regression_metrics,
             "classification": metrics.classification_metrics,
