@@ -32,21 +32,21 @@ def load_config(source: str | Path) -> MSAConfig:
     """
     folder = Path(source)
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file: give the folder of the checkpoint")
+        raise CheckpointError(f"{folder}: a file; give the folder of the checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{folder} is not a checkpoint: config.json is missing (the folder contains {present})"
+            f"{folder}: not a checkpoint, config.json is missing (the folder contains {present})"
         )
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source))
     except UNREADABLE as error:
         raise CheckpointError(
-            f"{source} is neither a checkpoint folder nor a readable repository ({_first_line(error)})"
+            f"{source}: neither a checkpoint folder nor a readable repository ({_first_line(error)})"
         ) from error
     if not isinstance(config, MSAConfig):
         raise CheckpointError(
-            f"{source} is a checkpoint of type {config.model_type!r}, not {MSAConfig.model_type!r}; to train "
+            f"{source}: a checkpoint of type {config.model_type!r}, not {MSAConfig.model_type!r}; to train "
             "from a text encoder, name it in a configuration as model.text_encoder"
         )
     return config

@@ -218,7 +218,7 @@ def test_fine_tuning_says_what_it_takes_over(checkpoint):
 def test_fine_tuning_that_would_use_nothing_of_an_encoder_is_refused(checkpoint):
     wider = changed(load_config(checkpoint), audio_channels=[24, 40], audio_width=24)
     message = refused(checkpoint, lambda folder: load_for_fine_tuning(folder, wider))
-    assert "no layer of the audio encoder fits" in message and "training.init_from" in message
+    assert "no layer of the audio encoder matches" in message and "training.init_from" in message
     other = changed(load_config(checkpoint), audio_width=24)  # what comes before the width is used
     assert re.search(
         r"audio encoder: \d+ tensors loaded, \d+ new", str(load_for_fine_tuning(checkpoint, other))
