@@ -122,7 +122,7 @@ def test_missing_libraries_are_named_with_the_command_that_brings_them(library, 
     [
         ({"strengths": {"text": 1.2, "audio": 0.6, "vision": 0.8}}, "strength of text is 1.2"),
         ({"strengths": {"text": 1.0, "audio": float("nan"), "vision": 0.8}}, "strength of audio is nan"),
-        ({"strengths": {"text": 1.0}}, "give one each"),
+        ({"strengths": {"text": 1.0}}, "give one for each"),
         ({"missing": -0.1}, "missing is -0.1"),
         ({"missing": 0.6, "contradicting": 0.6}, "add up to at most 1"),
         ({"seed": -1}, "seed is -1"),
