@@ -2,6 +2,7 @@
 """MSAProcessor: converts a clip and its transcript to model inputs; saved and loaded with the model."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,11 +55,113 @@ class InputLimits:
         return cuts
 
     def _text_length(self, text: str) -> int:
+        text = clean_text(text)
         if self.tokenizer is None:
             return len(text.split())
         if len(text.encode()) + SPECIAL_TOKENS <= self.max_text_tokens:
             return 0  # every token has a byte or more; tokenizing all texts would take seconds
-        return len(self.tokenizer(text, verbose=False)["input_ids"])
+        return len(token_ids(self.tokenizer, text))
+
+    def unknown(self, texts: Sequence[str | None]) -> list["UnknownTokens"]:
+        """How much of each text the tokenizer does not know; nothing is counted without a tokenizer."""
+        if self.tokenizer is None or self.tokenizer.unk_token_id is None:
+            return [UnknownTokens(0, 0)] * len(texts)
+        cleaned = [clean_text(text) for text in texts]
+        ids = (token_ids(self.tokenizer, text, special=False) if text else [] for text in cleaned)
+        unknown = self.tokenizer.unk_token_id
+        return [UnknownTokens(each.count(unknown), len(each)) for each in ids]
+
+
+@dataclass(frozen=True)
+class UnknownTokens:
+    """How many tokens of a text are unknown to the tokenizer.
+
+    Attributes:
+        unknown: Unknown tokens.
+        tokens: All tokens, special ones left out.
+    """
+
+    unknown: int
+    tokens: int
+
+    @property
+    def all_unknown(self) -> bool:
+        """Whether the model sees nothing of the text but that there is one."""
+        return 0 < self.tokens == self.unknown
+
+    @property
+    def description(self) -> str:
+        """The figures in words: "3 of 12 tokens unknown"."""
+        return f"{self.unknown:,} of {self.tokens:,} tokens unknown"
+
+
+def clean_text(text: str | None) -> str:
+    """A transcript without invisible characters at its ends; "" if it shows nothing.
+
+    Spaces, control characters, byte-order and direction marks, zero-width characters and variation selectors
+    are invisible, and a combining mark needs a letter. Bytes that are no text (lone surrogates) become the
+    replacement character, since tokenizers refuse them.
+    """
+    text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if not any(map(_is_visible, text)):
+        return ""
+    begin = next(place for place, character in enumerate(text) if not _is_format(character))
+    end = next(place for place in range(len(text), 0, -1) if not _is_format(text[place - 1]))
+    return text[begin:end]
+
+
+BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800\ufffc"
+"""Fillers of Hangul, the blank of Braille, and the place of an embedded object: letters without a shape."""
+
+
+def _is_visible(character: str) -> bool:
+    """Whether a character has a shape of its own; reserved ones have none."""
+    code = ord(character)
+    is_reserved = (
+        0xE0000 <= code <= 0xE0FFF or code & 0xFFFE == 0xFFFE or code in (0x2065, *range(0xFFF0, 0xFFF9))
+    )
+    return not (
+        _is_format(character)
+        or unicodedata.category(character)[0] == "M"
+        or character in BLANK_LETTERS
+        or is_reserved
+    )
+
+
+def _is_format(character: str) -> bool:
+    """Whether a character is a space, or controls how others are shown."""
+    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None, special: bool = True
+) -> list[int]:
+    """Token ids of a transcript, in which names of special tokens, like "[MASK]", are ordinary words.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: A cleaned transcript.
+        max_length: Longest sequence, special tokens included; None cuts nothing.
+        special: Put special tokens around the text.
+    """
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    encoded = tokenizer(
+        text,
+        split_special_tokens=True,
+        add_special_tokens=special,
+        return_special_tokens_mask=True,
+        verbose=False,
+        **cut,
+    )
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    unknown = tokenizer.unk_token_id
+    reserved = set(tokenizer.all_special_ids) - {unknown}
+    if unknown is None or reserved.isdisjoint(ids):
+        return ids
+    # some vocabularies find the names of their special tokens even in split text
+    return [
+        unknown if token in reserved and not mark else token for token, mark in zip(ids, added, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -111,8 +214,8 @@ class MSAProcessor(ProcessorMixin):
 
     def tokenize(self, text: str) -> Tensor:
         """Token ids of a transcript, `(tokens,)` int64; for an empty one, the special tokens only."""
-        encoded = self.tokenizer(text, truncation=True, max_length=self.max_text_tokens)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        ids = token_ids(self.tokenizer, clean_text(text), self.max_text_tokens)
+        return torch.tensor(ids, dtype=torch.int64)
 
     def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
         """Inputs of one sample, before padding.
@@ -125,7 +228,7 @@ class MSAProcessor(ProcessorMixin):
             `(frames, height, width, 3)`, `vision_blendshapes` `(frames, 52)`, `vision_mask` `(frames,)` and
             `modality_present` `(3,)`.
         """
-        text = (text or "").strip()
+        text = clean_text(text)
         present = {"text": bool(text), "audio": features.has_audio, "vision": features.has_face}
         steps = round(self.max_audio_seconds * 1000 / self.settings.hop_ms) if present["audio"] else 0
         frames = len(features.face_crops) if present["vision"] else 0

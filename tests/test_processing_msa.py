@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 import msa_online  # noqa: F401  registers the processor with AutoProcessor
 from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings
 from msa_online import MSAProcessor
-from msa_online.processing_msa import InputLimits
+from msa_online.processing_msa import InputLimits, UnknownTokens, clean_text, token_ids
 
 SETTINGS = ExtractionSettings(face_size=32, num_frames=4)
 
@@ -89,6 +89,7 @@ def test_a_clip_is_not_changed_by_its_neighbours_in_a_batch(tiny_processor):
         (features(), None, [False, True, True]),
         (features(), "", [False, True, True]),
         (features(), " \n\t", [False, True, True]),
+        (features(), "\ufeff\u200b\u200f \ufe0f", [False, True, True]),
         (features(steps=0, findings=("no audio stream",)), "good", [True, False, True]),
         (features(findings=("silent audio",)), "good", [True, False, True]),
         (features(faces="nnnn", findings=("no face",)), "good", [True, True, False]),
@@ -111,6 +112,74 @@ def test_what_is_missing_is_marked_and_nothing_of_it_gets_through(
 
 def test_an_empty_transcript_becomes_the_special_tokens(tiny_tokenizer, tiny_processor):
     assert tiny_processor.tokenize("").tolist() == tiny_tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]"])
+
+
+@pytest.mark.parametrize(
+    "invisible",
+    [
+        *("", " ", "\u00a0\u3000\u2003", "\0\x1b\x7f", "\u200b", "\u200c\u200d\u2060", "\ufeff", "\u00ad"),
+        *("\u200e\u200f\u202a\u202c\u2066\u2069\u061c", "\ufe0e\ufe0f", "\U000e0100", "\u180b\u180e"),
+        *("\u034f", "\u0301", "\u20e3", "\u3164\uffa0\u115f", "\u2800", "\ufffc", "\U000e0041", "\uffff"),
+        *("\u2028\u2029", " \u200b \ufe0f\ufeff "),
+    ],
+)
+def test_a_transcript_that_shows_nothing_is_no_text(invisible, tiny_processor):
+    assert clean_text(invisible) == ""
+    assert not tiny_processor.encode(features(), invisible)["modality_present"][0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a", "?", "…", "好", "สวัสดี", "é", "e\u0301", "❤\ufe0f", "👩\u200d🚀", "\ufffd", "ـ", "نہ\u200cیں", "١"],
+)
+def test_whatever_shows_something_is_text_and_keeps_its_middle(text):
+    assert clean_text(text).startswith(text[0]) and clean_text(f"\ufeff\u200b {text}\u200f\n") == clean_text(
+        text
+    )
+    assert clean_text(f"{text}\u200b{text}").count("\u200b") == 1
+
+
+def test_bytes_that_are_no_text_become_replacement_characters(tiny_processor):
+    assert clean_text("so \udcff good") == "so \ufffd good"
+    assert clean_text("\ud83d\ude00") == "😀"  # the halves of one character
+    assert tiny_processor.encode(features(), "a \udcff film")["modality_present"][0]
+
+
+def test_invisible_characters_around_a_transcript_change_nothing(tiny_processor):
+    plain = tiny_processor.encode(features(), "a very good film")["text_input_ids"]
+    marked = tiny_processor.encode(features(), "\ufeff\u200e a very good film\u200b\n")["text_input_ids"]
+    assert torch.equal(plain, marked)
+
+
+@pytest.mark.parametrize("name", ["[MASK]", "[SEP]", "[PAD]", "[CLS]", "[UNK]"])
+def test_names_of_special_tokens_in_a_transcript_are_words(name, tiny_tokenizer, tiny_processor):
+    ids = tiny_processor.tokenize(f"good {name} film {name}").tolist()
+    special = set(tiny_tokenizer.all_special_ids) - {tiny_tokenizer.unk_token_id}
+    assert special.isdisjoint(ids[1:-1]) and len(ids) > 6
+    assert ids[:1] + ids[-1:] == [tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id]
+
+
+def test_a_vocabulary_that_knows_a_special_token_as_a_word_does_not_give_it_away():
+    """Split at white space alone, "[PAD]" is a whole word, which the vocabulary holds."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    assert token_ids(wrapped, "good [PAD] good") == [2, 1, 2]
+
+
+def test_tokens_that_a_tokenizer_does_not_know_are_counted(tiny_tokenizer):
+    limits = InputLimits(tokenizer=tiny_tokenizer)
+    known, partly, wholly, empty, none = limits.unknown(
+        ["good film", "good 映画 film", "😀 ดี", "\u200b", None]
+    )
+    assert (known, partly) == (UnknownTokens(0, 2), UnknownTokens(1, 3))
+    assert wholly.all_unknown and wholly.unknown == wholly.tokens == 2
+    assert not (partly.all_unknown or empty.all_unknown or none.all_unknown) and empty.tokens == 0
+    assert partly.description == "1 of 3 tokens unknown"
+    assert InputLimits().unknown(["😀"]) == [UnknownTokens(0, 0)]  # no tokenizer, no count
 
 
 def test_a_long_transcript_is_cut_and_keeps_its_end_token(tiny_tokenizer):

@@ -27,6 +27,7 @@ from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, NOTHING, PreparedCorpus
 from msa_online.modalities import MODALITIES
+from msa_online.processing_msa import clean_text
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 
@@ -161,7 +162,7 @@ def _by_finding(
     found = {
         name: tuple(sample for sample in samples if name in findings[keys[sample.id]]) for name in FINDINGS
     }
-    found[EMPTY_TEXT] = tuple(sample for sample in samples if not sample.text.strip())
+    found[EMPTY_TEXT] = tuple(sample for sample in samples if not clean_text(sample.text))
     lacking = [{sample.id for finding in LACKS[name] for sample in found[finding]} for name in MODALITIES]
     found[NOTHING] = tuple(sample for sample in samples if all(sample.id in ids for ids in lacking))
     return {name: having for name, having in found.items() if having}

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from feature_extractors.clip import Clip
+from feature_extractors.clip import Clip, printable
 from msa_online.corpora.splits import SPLITS
 
-SHOWN_ROWS = 50  # broken rows listed in the message of a CorpusError; the exception holds all
+SHOWN_ROWS = 50  # problems listed in the message of a CorpusError; the exception holds all rows
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
+"""Suffixes of tables in text."""
+SHOWN_LINES = 8  # lines of rows that are listed for one problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,18 @@ class CorpusError(ValueError):
 
     @classmethod
     def of_rows(cls, source: Path, broken: Sequence[BrokenRow]) -> "CorpusError":
-        """An error that lists broken rows, one a line, and says how to leave them out."""
+        """An error that lists broken rows by problem, and says how to leave them out."""
         lines = [f"{source}: {len(broken):,} broken row{'s' * (len(broken) != 1)}"]
-        lines += [f"  {place(row.source, row.line)}: {row.problem}" for row in broken[:SHOWN_ROWS]]
-        if len(broken) > SHOWN_ROWS:
-            lines.append(f"  and {len(broken) - SHOWN_ROWS:,} more")
+        by_problem: dict[tuple[Path, str], list[BrokenRow]] = {}
+        for row in broken:
+            by_problem.setdefault((row.source, row.problem), []).append(row)
+        for (_, problem), rows in list(by_problem.items())[:SHOWN_ROWS]:
+            more = [str(row.line) for row in rows[1:SHOWN_LINES]]
+            rest = f" and {len(rows) - SHOWN_LINES:,} more" if len(rows) > SHOWN_LINES else ""
+            lines.append(f"  {', '.join([place(rows[0].source, rows[0].line), *more])}{rest}: {problem}")
+        if len(by_problem) > SHOWN_ROWS:
+            left = sum(len(rows) for rows in list(by_problem.values())[SHOWN_ROWS:])
+            lines.append(f"  and {left:,} more")
         lines.append("Correct these rows, or leave them out: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
 
@@ -136,4 +146,5 @@ def require_splits(corpus: BySplit, names: Iterable[str]) -> None:
 
 def place(source: Path, line: int) -> str:
     """Name of a row for messages, for example "corpus/metadata.csv line 12"."""
-    return f"{source.parent.name}/{source.name} {'line' if source.suffix == '.csv' else 'row'} {line}"
+    name = printable(f"{source.parent.name}/{source.name}")
+    return f"{name} {'line' if source.suffix.lower() in TEXT_SUFFIXES else 'row'} {line}"

@@ -64,8 +64,8 @@ class RowTable:
 
 def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
     """The function that reads this folder, chosen by the metadata files in it; None if there are none."""
-    if (folder / METADATA).is_file():
-        return lambda folder, label_column: read_metadata(folder / METADATA, label_column)
+    if metadata := _metadata_in(folder):
+        return lambda folder, label_column: read_metadata(metadata, label_column)
     if _split_folders(folder):
         return read_split_folders
     if (folder / MMSA_METADATA).is_file():
@@ -92,7 +92,7 @@ def read_split_folders(folder: Path, label_column: str | None) -> RowTable:
     """Read the metadata.csv in each of train/, valid/ and test/."""
     rows, broken = [], []
     for split_folder in _split_folders(folder):
-        table = read_csv(split_folder / METADATA)
+        table = read_csv(_metadata_in(split_folder))
         found = _metadata_rows(table, folder, split_folder.name, label_column)
         rows += [replace(row, split=row.split or split_folder.name) for row in found]
         broken += table.broken
@@ -144,8 +144,10 @@ def read_meld(folder: Path, label_column: str | None) -> RowTable:
         wanted = ["Utterance", "Speaker", "Dialogue_ID", "Utterance_ID"]
         require_columns(table.path, table.columns, wanted + ([label_column] if label_column else []))
         clips = _meld_clips(folder, split)
+        stems = _names_by_stem(folder / clips)
         for line, cells in table.rows:
-            file = f"{clips}/dia{cells['Dialogue_ID']}_utt{cells['Utterance_ID']}.mp4"
+            clip = f"dia{cells['Dialogue_ID']}_utt{cells['Utterance_ID']}"
+            file = f"{clips}/{stems.get(clip, clip + '.mp4')}"
             label = cells[label_column] if label_column else None
             text, speaker = cells["Utterance"], cells["Speaker"]
             rows.append(Row(table.path, line, folder, file, text, label, split, speaker=speaker))
@@ -181,7 +183,15 @@ def _split_by_folder(file: str) -> str | None:
 def _split_folders(folder: Path) -> list[Path]:
     """Subfolders named like a split that contain a metadata.csv, training first."""
     named = [folder / name for name in SPLIT_NAMES]
-    return [each for each in named if (each / METADATA).is_file()]
+    return [each for each in named if _metadata_in(each)]
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    """The metadata.csv of a folder, in any case of letters, or a metadata.tsv; None if there is none."""
+    if (folder / METADATA).is_file() or not folder.is_dir():
+        return folder / METADATA if folder.is_dir() else None
+    named = [name for name in sorted(os.listdir(folder)) if name.lower() in (METADATA, "metadata.tsv")]
+    return folder / named[0] if named and (folder / named[0]).is_file() else None
 
 
 def _names_by_stem(folder: Path) -> dict[str, str]:
@@ -193,7 +203,7 @@ def _names_by_stem(folder: Path) -> dict[str, str]:
 
 def _meld_clips(folder: Path, split: str) -> str:
     nearby = sorted(path for path in (*folder.glob("*/"), *folder.glob("*/*/")) if split in path.name)
-    holding = [path for path in nearby if next(path.glob("dia*_utt*.mp4"), None)]
+    holding = [path for path in nearby if next(path.glob("dia*_utt*.*"), None)]
     if len(holding) != 1:
         found = ", ".join(str(path.relative_to(folder)) for path in holding) or "none"
         raise CorpusError(

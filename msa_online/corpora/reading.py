@@ -3,18 +3,22 @@
 
 import logging
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.corpora.arrow_tables import is_arrow, read_arrow
-from msa_online.corpora.corpus import Corpus, CorpusError, Sample
+from msa_online.corpora.corpus import TEXT_SUFFIXES, Corpus, CorpusError, Sample
 from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.corpora.splits import SPLITS, seeded_split
 from msa_online.corpora.validation import check_label_column, check_rows
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+FEATURE_SUFFIXES = (".npz", ".npy", ".pkl", ".pickle", ".safetensors")
+FEATURES = "features.safetensors"
+"""Names of precomputed features, which `precomputed` reads."""
 SHOWN_NAMES = 8  # files listed in the message about a folder without metadata
 logger = logging.getLogger(__name__)
 
@@ -69,8 +73,14 @@ def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
             return _read_repository(path, label_column)
         raise CorpusError(f"{path} does not exist: give a folder with metadata.csv, or owner/name on the Hub")
     local = local.absolute()
-    if local.is_file() and local.suffix == ".csv":
+    if local.is_file() and local.suffix.lower() in TEXT_SUFFIXES:
         return (read_mmsa if local.name == MMSA_METADATA else read_metadata)(local, label_column)
+    if local.suffix.lower() in FEATURE_SUFFIXES or (local / FEATURES).is_file():
+        raise CorpusError(
+            f"{path} holds precomputed features, not clips. They need no `prepare`: train on them with "
+            "model.feature_widths in place of model.text_encoder; a pickle or an .npz file of another tool "
+            f"is converted with: msa-online convert-features {shlex.quote(str(path))} FOLDER"
+        )
     layout = find_layout(local) if local.is_dir() else None
     if layout is not None:
         return layout(local, label_column)

@@ -4,10 +4,13 @@
 import logging
 import math
 import os
+import re
+import shlex
 import stat
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 from feature_extractors.clip import Clip
@@ -48,6 +51,7 @@ def check_rows(
     for row in table.rows:
         problems: list[str] = []
         path = attempt(problems, files.check, row)
+        file = row.file if path is None or path == row.folder / row.file else files.name_of(row, path)
         window = attempt(problems, _window, row) or (None, None)
         label = attempt(problems, checked_label, row, label_range)
         split = attempt(problems, checked_split, row.split) if splits_given else ""
@@ -71,7 +75,7 @@ def check_rows(
                     speaker=row.speaker.strip() or None,
                     source=row.source,
                     line=row.line,
-                    id=_identity(row.file, clip),
+                    id=_identity(file, clip),
                 )
             )
     return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
@@ -143,7 +147,7 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
     numbers = [_number(name) for name in names]
     if None in numbers or not all(map(math.isfinite, numbers)):
         return
-    if fractions := sorted(name for name in names if not float(name).is_integer()):
+    if fractions := sorted(name for name in names if not _number(name).is_integer()):
         raise CorpusError(
             f"{source}: the label column {column!r} contains scores ({len(numbers):,} distinct numbers, like "
             f"{fractions[0]!r}), and data.task=classification would make a class of each: set "
@@ -233,20 +237,29 @@ def _seconds(column: str, cell: str) -> float | None:
 
 
 def _number(cell: str) -> float | None:
+    """The number in a cell, also with a decimal comma or the minus sign of typesetting; None for words."""
+    cell = cell.strip().replace("\N{MINUS SIGN}", "-")
+    if re.fullmatch(r"[-+]?\d*,\d+", cell):
+        cell = cell.replace(",", ".")
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # Python would read 1_5 as 15
     except ValueError:
         return None
 
 
 class _FileCheck:
-    """Finds the file of a row, or reports why it cannot be used and which file may have been meant."""
+    """Finds the file of a row, or reports why it cannot be used and which file may have been meant.
+
+    A name that differs from that on the disk only in its Unicode form (composed or decomposed) or in its
+    slashes (Windows) is the same name.
+    """
 
     def __init__(self, links_into: Path | None):
         self.links_into = links_into and Path(os.path.realpath(links_into))
         self.real_folders: dict[Path, str] = {}
         self.names: dict[Path, list[str]] = {}
-        self.by_stem: dict[Path, dict[str, str]] = {}
+        self.by_form: dict[Path, dict[str, str]] = {}
+        self.by_key: dict[Path, dict[str, str]] = {}
         self.places: dict[Path, dict[str, str]] = {}
         self.searches_left = SEARCHED_NAMES
 
@@ -254,13 +267,16 @@ class _FileCheck:
         """Path of the row's file; it exists within the corpus, is readable and not empty."""
         if not row.file.strip() or "\0" in row.file:
             raise RowProblem(f"file name {row.file!r} is empty or invalid: name the clip of this row")
-        if os.path.isabs(row.file):
+        windows = PureWindowsPath(row.file)
+        if os.path.isabs(row.file) or (windows.drive and windows.root):
             raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
         path = row.folder / row.file
-        self._require_inside(row, path)
         try:
+            if not os.path.lexists(path) and (same := self._same_name(row)):
+                path = same
+            self._require_inside(row, path)
             status = path.stat()
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:
             hint = self._suggestion(row)
             raise RowProblem(
                 f"{row.file!r} does not exist{hint}: copy it to {path} or correct the name"
@@ -273,6 +289,32 @@ class _FileCheck:
             raise RowProblem(f"{row.file!r} is not readable for this user: change its permissions")
         return path
 
+    def name_of(self, row: Row, path: Path) -> str:
+        """Name of a file that the row writes in another form, equal on every machine."""
+        return unicodedata.normalize("NFC", path.relative_to(row.folder).as_posix())
+
+    def _same_name(self, row: Row) -> Path | None:
+        """The existing path whose parts are those of the row in any Unicode form; None if there is none."""
+        path = row.folder
+        for part in PurePosixPath(_with_slashes(row.file)).parts:
+            if not os.path.lexists(path / part):
+                part = self._listed(path).get(_form(part))
+                if part is None:
+                    return None
+            path /= part
+        return path
+
+    def _listed(self, folder: Path) -> dict[str, str]:
+        """Names in a folder by their composed form."""
+        if folder not in self.by_form:
+            self.by_form[folder] = {_form(name): name for name in self._names(folder)}
+        return self.by_form[folder]
+
+    def _names(self, folder: Path) -> list[str]:
+        if folder not in self.names:
+            self.names[folder] = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return self.names[folder]
+
     def _require_inside(self, row: Row, path: Path) -> None:
         if row.folder not in self.real_folders:
             self.real_folders[row.folder] = os.path.join(os.path.realpath(row.folder), "")
@@ -280,28 +322,37 @@ class _FileCheck:
         if real.startswith(self.real_folders[row.folder]):
             return
         if self.links_into is None or not Path(real).is_relative_to(self.links_into):
+            if link := _linked_folder(row.folder, path):
+                name, corpus = (shlex.quote(str(part)) for part in (link.relative_to(row.folder), row.folder))
+                raise RowProblem(
+                    f"the folder {str(link.relative_to(row.folder))!r} is a link that leads out of the "
+                    f"corpus to {os.path.realpath(link)}: links out of a corpus are not followed. Replace it "
+                    f"by what it names: cd {corpus} && cp -rL {name} {name}.copy && rm {name} && "
+                    f"mv {name}.copy {name}"
+                )
             raise RowProblem(
                 f"{row.file!r} leads out of the corpus to {real}: copy the file into {row.folder}"
             )
 
     def _suggestion(self, row: Row) -> str:
-        """Hint at the file probably meant: another suffix or case, another folder, or a similar name."""
-        wanted = PurePosixPath(row.file)
+        """Hint at the file probably meant: another suffix or case, lost zeros, a similar name, elsewhere."""
+        wanted = PurePosixPath(_with_slashes(row.file))
         folder = row.folder / wanted.parent
-        if folder not in self.names:
-            self.names[folder] = sorted(os.listdir(folder)) if folder.is_dir() else []
-            self.by_stem[folder] = {PurePosixPath(name).stem.lower(): name for name in self.names[folder]}
-        near = self.by_stem[folder].get(wanted.stem.lower())
+        if folder not in self.by_key:
+            self.by_key[folder] = {_key(PurePosixPath(name).stem): name for name in self._names(folder)}
+        near = self.by_key[folder].get(_key(wanted.name)) or self.by_key[folder].get(_key(wanted.stem))
         if near is None:
-            near = self._elsewhere(row.folder).get(wanted.name)
+            near = self._elsewhere(row.folder).get(_form(wanted.name))
             return f" (but {near!r} does)" if near else self._similar(folder, wanted)
-        return f" (but {str(wanted.parent / near)!r} does)"
+        zeros = PurePosixPath(near).stem.startswith("0") and not wanted.stem.startswith("0")
+        cause = "; spreadsheet programs drop leading zeros" if zeros else ""
+        return f" (but {str(wanted.parent / near)!r} does{cause})"
 
     def _elsewhere(self, folder: Path) -> dict[str, str]:
         """Paths of all files below the folder, by file name."""
         if folder not in self.places:
             self.places[folder] = {
-                name: (Path(base).relative_to(folder) / name).as_posix()
+                _form(name): (Path(base).relative_to(folder) / name).as_posix()
                 for base, _, names in os.walk(folder)
                 for name in names
             }
@@ -311,8 +362,29 @@ class _FileCheck:
         if self.searches_left == 0:
             return ""
         self.searches_left -= 1
-        near = get_close_matches(wanted.name, self.names[folder], n=1, cutoff=0.8)
+        near = get_close_matches(wanted.name, self._names(folder), n=1, cutoff=0.8)
         return f" (did you mean {str(wanted.parent / near[0])!r}?)" if near else ""
+
+
+def _form(name: str) -> str:
+    """A name in composed form: macOS writes the parts of letters like é one by one, other systems do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _key(stem: str) -> str:
+    """What two names have in common if they differ in case, Unicode form or leading zeros: "1" and "0001"."""
+    return _form(stem).casefold().lstrip("0")
+
+
+def _with_slashes(file: str) -> str:
+    return file.replace("\\", "/")
+
+
+def _linked_folder(folder: Path, path: Path) -> Path | None:
+    """The first folder on the way from `folder` to `path` that is a link; None if there is none."""
+    parts = path.relative_to(folder).parts
+    on_the_way = (folder.joinpath(*parts[:count]) for count in range(1, len(parts)))
+    return next((part for part in on_the_way if part.is_symlink()), None)
 
 
 def why_not_writable(path: Path) -> str | None:

@@ -22,7 +22,7 @@ from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descript
 from msa_online.precomputed.corpus import FeatureSteps
 from msa_online.precomputed.files import require_new_folder, write_feature_folder
 from msa_online.precomputed.pooling import pool
-from msa_online.processing_msa import MAX_TEXT_TOKENS
+from msa_online.processing_msa import MAX_TEXT_TOKENS, clean_text, token_ids
 
 TEXTS_TOGETHER = 32
 
@@ -116,9 +116,9 @@ def encode_texts(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = encoder.to(device).eval()
     ids = {
-        number: torch.tensor(tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"])
+        number: torch.tensor(token_ids(tokenizer, clean_text(text), MAX_TEXT_TOKENS))
         for number, text in enumerate(texts)
-        if text.strip()
+        if clean_text(text)
     }
     states = [np.zeros((0, _width_of(encoder)), np.float32)] * len(texts)
     order = sorted(ids, key=lambda number: len(ids[number]))

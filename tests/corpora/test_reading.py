@@ -473,7 +473,6 @@ def test_folder_without_metadata_says_what_it_holds_and_what_was_looked_for(fold
         ("file_name,text,Label", ["no column 'label' (did you mean 'Label'?)", "label_column"]),
         ("file_name,score", ["no column 'text'", "no column 'label'"]),
         ("file_name,text,label,text", ["'text' more than once", "Keep one"]),
-        ("file_name;text;label", ["separated by ';'", "commas"]),
     ],
 )
 def test_header_that_does_not_serve_is_explained(folder, header, parts):
