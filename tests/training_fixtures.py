@@ -4,10 +4,12 @@
 The folders of such tests import them in their `conftest.py`.
 """
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from msa_online.training.loop import TrainingLoop
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.run import train as train_run
 
+REPOSITORY = Path(__file__).parents[1]
 SAMPLES = 24
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 
@@ -166,9 +169,29 @@ def train(repository):
     return carry_out
 
 
+multiprocessing.set_forkserver_preload(["tests.training_fixtures"])  # ranks start with torch imported
+
+
+def run_rank(script: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    """Run a program as its own process would, with what it prints in a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.fixture(scope="session")
-def on_two_processes(repository):
-    """A function that runs a program as two ranks of one launch; returns exit status and output of both."""
+def on_two_processes():
+    """A function that runs a program as two ranks of one launch; returns exit status and output of both.
+
+    The ranks fork from a process that has imported this module and nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
 
     def run(program: str, folder: Path, *arguments: str | Path) -> tuple[list[int], list[str]]:
         script = folder / "rank.py"
@@ -176,19 +199,21 @@ def on_two_processes(repository):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", **address}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, arguments)],
-                cwd=repository,
-                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(repository)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in ("0", "1")
-        ]
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-        return [process.returncode for process in processes], printed
+        launch = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", **address}
+        outputs = [folder / f"printed by rank {rank}" for rank in range(2)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            environment = launch | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)}
+            call = (script, [*map(str, arguments)], environment, output)
+            processes.append(context.Process(target=run_rank, args=call))
+            processes[-1].start()
+        for process in processes:
+            process.join(timeout=240)
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        printed = [output.read_text() for output in outputs]
+        assert not hanging, "".join(printed)
+        return [process.exitcode for process in processes], printed
 
     return run
