@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
     )
     prepare.add_argument(
+        "--face-choice",
+        choices=("largest", "most_speaking"),
+        default="largest",
+        help="face to track if there are several (default largest)",
+    )
+    prepare.add_argument(
         "--max-text-tokens",
         type=_at_least(3),
         default=128,

@@ -37,12 +37,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from feature_extractors.clip import FACE_CHOICES
+
     parser = argparse.ArgumentParser(
         prog="python -m feature_extractors", description=__doc__.partition(": ")[2]
     )
     parser.add_argument("clip", type=Path, help="a video or audio file of any container")
     parser.add_argument("--start", type=float, help="beginning of the window in seconds")
     parser.add_argument("--end", type=float, help="end of the window in seconds")
+    parser.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="part of the frame in which the face is, as shares of the frame: 0.5 0 0.5 1 is the right half",
+    )
+    parser.add_argument(
+        "--face-choice", choices=FACE_CHOICES, default=FACE_CHOICES[0], help="which face if there are several"
+    )
     parser.add_argument(
         "--save-contact-sheet",
         type=Path,
@@ -54,23 +66,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(options: argparse.Namespace, model: Path, console: "Console") -> None:
     """Extract the features, print the table, and write the sheet on request."""
+    import numpy as np
+
     from feature_extractors.clip import Clip, ExtractionSettings
     from feature_extractors.contact_sheet import save_contact_sheet
-    from feature_extractors.decoding import decode
-    from feature_extractors.extraction import measure
+    from feature_extractors.extraction import decode_for, measure
     from feature_extractors.face import FaceExtractor
 
-    settings = ExtractionSettings()
-    raw = decode(Clip(options.clip, options.start, options.end), settings.num_frames, settings.max_height)
+    settings = ExtractionSettings(face_choice=options.face_choice)
+    region = tuple(options.region) if options.region else None
+    raw = decode_for(Clip(options.clip, options.start, options.end, region=region), settings)
     with FaceExtractor(settings, model) as face_extractor:
-        features = measure(raw, settings, face_extractor)
+        features = measure(raw, settings, face_extractor, region)
     console.print(_table(options.clip, raw, features))
     sheet = options.save_contact_sheet
     if sheet and len(raw.frames) == 0:
         console.print("contact sheet: not written, there is no frame to show")
     elif sheet:
         title = f"{options.clip.name}   {raw.duration:.2f} s   {_faces(features)}"
-        save_contact_sheet(sheet, raw.frames, features, title)
+        kept = np.isin(raw.timestamps.astype(np.float32), features.timestamps)
+        save_contact_sheet(sheet, raw.frames[kept], features, title)
         console.print(f"contact sheet: {sheet}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -59,7 +59,11 @@ class FeatureCache:
             "format": FORMAT_VERSION,
             "file": self._file_digest(Path(clip.path)),
             "window": [None if time is None else float(time) for time in (clip.start, clip.end)],
-            "settings": {name: float(value) for name, value in asdict(settings).items()},
+            "region": clip.region and [float(share) for share in clip.region],
+            "settings": {
+                name: value if isinstance(value, str) else float(value)
+                for name, value in asdict(settings).items()
+            },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

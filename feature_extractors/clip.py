@@ -5,6 +5,7 @@ Everything here is plain data: it can be passed between processes and stored wit
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,16 @@ NO_VIDEO = "no video stream"
 NO_FACE = "no face"
 NO_AUDIO = "no audio stream"
 SILENT_AUDIO = "silent audio"
-FINDINGS = (NO_VIDEO, NO_FACE, NO_AUDIO, SILENT_AUDIO)
-"""What a valid clip may lack."""
+SEVERAL_FACES = "several faces"
+STILL_PICTURE = "still picture"
+FINDINGS = (NO_VIDEO, NO_FACE, SEVERAL_FACES, STILL_PICTURE, NO_AUDIO, SILENT_AUDIO)
+"""What a valid clip may lack, and what makes its face doubtful."""
+
+FACE_CHOICES = ("largest", "most_speaking")
+"""How the face to track is chosen if there are several."""
+
+Region = tuple[float, float, float, float]
+"""Part of the frame: x and y of its upper left corner, width and height, as shares of the frame."""
 
 REMEDIES = {
     "missing": "check the path",
@@ -30,6 +39,7 @@ REMEDIES = {
     "undecodable": "check that it is an audio or video file, or convert it with ffmpeg",
     "truncated": "copy or download the file again",
     "bad window": "give start and end in seconds with 0 <= start < end",
+    "bad region": "give x, y, width and height as shares of the frame, such as 0.5, 0, 0.5, 1",
     "window beyond clip": "give a window inside the clip, or leave start and end out",
     "no streams": "give a file with sound or moving pictures",
     "playlist": "give the media files it names, one clip each",
@@ -78,11 +88,21 @@ class Clip:
         path: A media file of any container format.
         start: Start of the window in seconds; None for the start of the file.
         end: End of the window in seconds; None for the end of the file.
+        region: Part of the frame, as it is shown, that contains the face; None for the whole frame.
     """
 
     path: Path
     start: float | None = None
     end: float | None = None
+    region: Region | None = None
+
+
+def is_region(region: Sequence[float]) -> bool:
+    """Whether four numbers are a part of the frame that is not empty."""
+    if len(region) != 4 or not all(math.isfinite(share) and share >= 0 for share in region):
+        return False
+    x, y, width, height = region
+    return width > 0 and height > 0 and max(x + width, y + height) <= 1 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,7 @@ class RawClip:
         duration: Length of the window in seconds.
         has_video: Whether there is a decodable video stream.
         has_audio: Whether there is a decodable audio stream.
+        findings: What decoding found out, a subset of `FINDINGS`.
     """
 
     frames: np.ndarray
@@ -104,6 +125,7 @@ class RawClip:
     duration: float
     has_video: bool
     has_audio: bool
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,8 @@ class ExtractionSettings:
         num_mels: Mel bands of the spectrogram.
         window_ms: Length of an analysis window in milliseconds.
         hop_ms: Time between two spectrogram steps in milliseconds.
+        face_choice: Which face is tracked if there are several: the "largest", or the "most_speaking", whose
+            mouth moves most and in time with the sound (three times as many frames are decoded).
     """
 
     num_frames: int = 8
@@ -125,6 +149,7 @@ class ExtractionSettings:
     num_mels: int = 80
     window_ms: float = 25
     hop_ms: float = 10
+    face_choice: str = "largest"
 
     def __post_init__(self):
         """Validate the settings.
@@ -140,6 +165,9 @@ class ExtractionSettings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a number of milliseconds of at least 1")
+        if self.face_choice not in FACE_CHOICES:
+            choices = " or ".join(map(repr, FACE_CHOICES))
+            raise ValueError(f"face_choice is {self.face_choice!r}; it must be {choices}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +180,7 @@ class ClipFeatures:
         blendshapes: Blendshape scores in [0, 1] (frames, 52), float32; zeros where no face was found.
         face_found: Whether the frame shows the tracked face (frames,), bool.
         timestamps: Time of each frame (frames,), float32 seconds from the window's start.
-        findings: What the clip lacks, a subset of `FINDINGS`.
+        findings: What the clip lacks, or what makes its face doubtful; a subset of `FINDINGS`.
         duration: Length of the window in seconds.
     """
 

@@ -8,7 +8,7 @@ to other processes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from feature_extractors import limits
 from feature_extractors.audio import first_bad_sample
-from feature_extractors.clip import SAMPLE_RATE, Clip, ClipError, RawClip
+from feature_extractors.clip import SAMPLE_RATE, STILL_PICTURE, Clip, ClipError, RawClip, is_region
 from feature_extractors.collecting import FrameSampler, WaveformCollector
 from feature_extractors.limits import Deadline
 from feature_extractors.opening import open_media
@@ -63,13 +63,14 @@ def decode(
     Raises:
         ClipError: The file is missing, not a file, empty, a playlist, not decodable, truncated, without
             streams, beyond a limit (size, length, channels, time), or has samples that are not finite or far
-            beyond full scale; or the window is invalid or outside the file.
+            beyond full scale; or the window is invalid or outside the file, or the region outside the frame.
     """
     import av
 
-    clip = Clip(Path(clip.path), clip.start, clip.end)
+    clip = replace(clip, path=Path(clip.path))
     check_file(clip.path)
     _check_window(clip)
+    _check_region(clip)
     deadline = deadline or Deadline(clip.path)
     task = _Task(clip, num_frames, max_height, deadline)
     try:
@@ -118,6 +119,12 @@ def _check_window(clip: Clip) -> None:
         raise ClipError(
             clip.path, "bad window", f"start {clip.start or 0:g} s is not before end {clip.end:g} s"
         )
+
+
+def _check_region(clip: Clip) -> None:
+    """Refuse regions that are not a part of the frame."""
+    if clip.region is not None and not is_region(clip.region):
+        raise ClipError(clip.path, "bad region", f"the region is {clip.region}")
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,7 @@ def _decode_window(container: "av.container.InputContainer", task: _Task, *, see
         duration=window.end - window.start,
         has_video=sampler.first is not None,
         has_audio=sound.first is not None,
+        findings=(STILL_PICTURE,) if sampler.count == 1 else (),
     )
 
 

@@ -8,15 +8,21 @@ from feature_extractors.clip import (
     NO_AUDIO,
     NO_FACE,
     NO_VIDEO,
+    SAMPLE_RATE,
+    SEVERAL_FACES,
     SILENT_AUDIO,
     Clip,
     ClipFeatures,
     ExtractionSettings,
     RawClip,
+    Region,
 )
 from feature_extractors.decoding import decode
 from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline
+
+SPEAKING_FRAMES = 3
+"""Frames looked at for each frame kept, to see whose mouth moves; odd, so that midpoints stay midpoints."""
 
 
 def extract(
@@ -40,36 +46,67 @@ def extract(
         ClipError: The clip cannot be used.
         ValueError: `face_extractor` has another crop size than `settings`.
     """
-    raw = decode(clip, settings.num_frames, settings.max_height, deadline)
-    return measure(raw, settings, face_extractor)
+    return measure(decode_for(clip, settings, deadline), settings, face_extractor, clip.region)
 
 
-def measure(raw: RawClip, settings: ExtractionSettings, face_extractor: FaceExtractor) -> ClipFeatures:
+def decode_for(clip: Clip, settings: ExtractionSettings, deadline: Deadline | None = None) -> RawClip:
+    """The first half of `extract`: frames and sound as `measure` needs them."""
+    speaking = settings.face_choice == "most_speaking"
+    num_frames = settings.num_frames * (SPEAKING_FRAMES if speaking else 1)
+    return decode(clip, num_frames, settings.max_height, deadline)
+
+
+def measure(
+    raw: RawClip, settings: ExtractionSettings, face_extractor: FaceExtractor, region: Region | None = None
+) -> ClipFeatures:
     """The second half of `extract`, for callers that need the decoded frames too."""
     if face_extractor.size != settings.face_size:
         raise ValueError(
             f"face_extractor makes crops of {face_extractor.size} pixels but settings.face_size is"
             f" {settings.face_size}; make it with FaceExtractor(settings)"
         )
-    faces = face_extractor.extract(raw.frames)
+    if settings.face_choice == "most_speaking":
+        faces = face_extractor.extract(raw.frames, region, _loudness(raw))
+        chosen = _shown_at_midpoints(raw, settings.num_frames)
+    else:
+        faces = face_extractor.extract(raw.frames, region)
+        chosen = np.arange(len(raw.frames))
     return ClipFeatures(
         log_mel=log_mel(raw.waveform, settings.num_mels, settings.window_ms, settings.hop_ms),
-        face_crops=faces.crops,
-        blendshapes=faces.blendshapes,
-        face_found=faces.found,
-        timestamps=raw.timestamps.astype(np.float32),
-        findings=_findings(raw, bool(faces.found.any())),
+        face_crops=faces.crops[chosen],
+        blendshapes=faces.blendshapes[chosen],
+        face_found=faces.found[chosen],
+        timestamps=raw.timestamps[chosen].astype(np.float32),
+        findings=_findings(raw, bool(faces.found[chosen].any()), faces.several),
         duration=raw.duration,
     )
 
 
-def _findings(raw: RawClip, any_face: bool) -> tuple[str, ...]:
-    """At most one finding about the video and one about the audio."""
+def _loudness(raw: RawClip) -> np.ndarray:
+    """Root mean square of the sound around each frame (frames,); zeros without sound."""
+    half = 0.5 * raw.duration / max(len(raw.frames), 1)
+    bounds = np.clip(np.stack([raw.timestamps - half, raw.timestamps + half], 1), 0, None) * SAMPLE_RATE
+    pieces = (raw.waveform[int(begin) : int(end)] for begin, end in bounds)
+    return np.array([np.sqrt(np.mean(piece**2)) if len(piece) else 0.0 for piece in pieces])
+
+
+def _shown_at_midpoints(raw: RawClip, num_frames: int) -> np.ndarray:
+    """Indices of the frames that `decode` returns if only this many frames are wanted."""
+    midpoints = raw.duration * (np.arange(num_frames) + 0.5) / num_frames
+    shown = np.searchsorted(raw.timestamps, midpoints, side="right") - 1
+    return np.unique(np.clip(shown, 0, None)) if len(raw.frames) else np.arange(0)
+
+
+def _findings(raw: RawClip, any_face: bool, several: bool) -> tuple[str, ...]:
+    """What the clip lacks, and what makes its face doubtful."""
     findings = []
     if not raw.has_video:
         findings.append(NO_VIDEO)
     elif not any_face:
         findings.append(NO_FACE)
+    if several:
+        findings.append(SEVERAL_FACES)
+    findings.extend(raw.findings)
     if not raw.has_audio:
         findings.append(NO_AUDIO)
     elif is_silent(raw.waveform):

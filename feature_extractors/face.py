@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from feature_extractors.assets import get_asset
-from feature_extractors.clip import NUM_BLENDSHAPES, ExtractionSettings
+from feature_extractors.clip import NUM_BLENDSHAPES, ExtractionSettings, Region
 from feature_extractors.following import (
     EYES,
     SAME,
@@ -139,7 +139,7 @@ class FaceExtractor:
     def extract(
         self,
         frames: np.ndarray,
-        region: tuple[float, float, float, float] | None = None,
+        region: Region | None = None,
         loudness: np.ndarray | None = None,
     ) -> Faces:
         """Track one face through a clip.
@@ -255,7 +255,7 @@ class FaceExtractor:
         ]
 
 
-def _area(width: int, height: int, region: tuple[float, float, float, float] | None) -> View:
+def _area(width: int, height: int, region: Region | None) -> View:
     """The part of a frame to search, in pixels."""
     if region is None:
         return View(0, 0, width, height)

@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from feature_extractors import (
     FeatureCache,
     extract,
 )
+from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
 from msa_online.evaluation.attribution import Attribution, attribute
 from msa_online.evaluation.conditions import DIVERGED, UndefinedScoreError
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
+
+REASONS = {"audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
+"""Findings for which a modality is missing."""
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
@@ -52,6 +57,7 @@ class Prediction:
         cut: For each modality that is read only in part, how much was read: "first 30.0 of 182.4 s".
         warning: Set if all modalities are missing, so that the prediction does not depend on the clip; else
             None.
+        findings: What makes the clip doubtful although it is used: "several faces", "still picture".
     """
 
     clip: str | None
@@ -64,6 +70,7 @@ class Prediction:
     contributions: dict[str, float]
     cut: dict[str, str] = field(default_factory=dict)
     warning: str | None = None
+    findings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain data, ready for JSON."""
@@ -224,6 +231,7 @@ class MSAPipeline:
             contributions=dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
             warning=None if used else FROM_NOTHING,
+            findings=tuple(each for each in features.findings if each not in chain(*REASONS.values())),
         )
 
 
@@ -265,5 +273,4 @@ def _why_missing(name: str, clip: Clip | None, features: ClipFeatures) -> str:
         return "no transcript given"
     if clip is None:
         return "no clip given"
-    reasons = {"audio": ("no audio stream", "silent audio"), "vision": ("no video stream", "no face")}[name]
-    return next((finding for finding in features.findings if finding in reasons), "nothing found")
+    return next((finding for finding in features.findings if finding in REASONS[name]), "nothing found")

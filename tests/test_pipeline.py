@@ -2,11 +2,13 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from feature_extractors import ClipError
+from feature_extractors import Clip, ClipError
 from msa_online import MSAConfig, MSAModel, MSAPipeline, Prediction
+from msa_online.commands.predict import prediction_lines
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
 from msa_online.methods import HEADS
@@ -29,6 +31,16 @@ def test_without_a_transcript_the_text_is_missing_and_the_output_says_so(pipelin
     prediction = pipeline(make_clip(tmp_path / "a.mp4"))
     assert prediction.modalities == ("audio", "vision")
     assert prediction.missing == {"text": "no transcript given"}
+
+
+def test_what_makes_a_face_doubtful_is_said(pipeline, make_clip, face_image, tmp_path):
+    pair = np.broadcast_to(np.concatenate([face_image, face_image], axis=1), (8, 160, 320, 3))
+    path = make_clip(tmp_path / "a.mp4", frames=pair, size=(320, 160), fps=8, audio=None)
+    prediction = pipeline(path, text="a good movie")
+    assert prediction.findings == ("several faces",) and prediction.missing == {"audio": "no audio stream"}
+    assert prediction.to_dict()["findings"] == ("several faces",)
+    assert "  found: several faces" in prediction_lines([prediction])
+    assert pipeline(Clip(path, region=(0, 0, 0.5, 1))).findings == ()
 
 
 def test_text_alone_is_legal(pipeline):

@@ -99,6 +99,7 @@ def _lines_of(one: Prediction, largest: float) -> list[str]:
         else:
             lines.append(f"  {name:<12} {value:>+8{unit}}  {_bar(value, largest)}".rstrip())
     lines += [f"  read of {name + ':':<8} {what}" for name, what in one.cut.items()]
+    lines += [f"  found: {finding}" for finding in one.findings]
     return lines + ([f"  warning: {one.warning}"] if one.warning else [])
 
 

@@ -17,7 +17,9 @@ from msa_online.processing_msa import InputLimits
 def run(options: Namespace, console: Console) -> None:
     """Extract every clip of a corpus into the cache and show what was found."""
     corpus = read_corpus(options.data, label_column=None, skip_broken=options.skip_broken)
-    settings = ExtractionSettings(num_frames=options.num_frames, face_size=options.face_size)
+    settings = ExtractionSettings(
+        num_frames=options.num_frames, face_size=options.face_size, face_choice=options.face_choice
+    )
     prepared = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken)
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     limits = InputLimits(options.max_text_tokens, options.max_audio_seconds, tokenizer)

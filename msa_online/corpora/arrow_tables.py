@@ -121,6 +121,7 @@ def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]
         start=record.get("start", ""),
         end=record.get("end", ""),
         speaker=record.get("speaker", ""),
+        region=record.get("region", ""),
     )
 
 

@@ -31,6 +31,7 @@ class Row:
         start: Start of the window in seconds.
         end: End of the window in seconds.
         speaker: Name of the speaker.
+        region: Part of the frame that contains the speaker's face: x, y, width and height.
     """
 
     source: Path
@@ -43,6 +44,7 @@ class Row:
     start: str = ""
     end: str = ""
     speaker: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
 
 
 def read_metadata(source: Path, label_column: str | None) -> RowTable:
-    """Read one metadata.csv (file_name, text, label; optional split, start, end, speaker).
+    """Read one metadata.csv (file_name, text, label; optional split, start, end, speaker, region).
 
     Without a split column, clips in train/, valid/ (validation/, val/, dev/) and test/ belong to the split
     of that name, as in the Hub's video folders.
@@ -172,6 +174,7 @@ def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str
             start=cells.get("start", ""),
             end=cells.get("end", ""),
             speaker=cells.get("speaker", ""),
+            region=cells.get("region", ""),
         )
 
 

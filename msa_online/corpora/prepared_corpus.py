@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from feature_extractors import FeatureCache
-from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO, ClipExtent
+from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SEVERAL_FACES, SILENT_AUDIO, ClipExtent
 from msa_online.corpora.corpus import BrokenRow, BySplit, Corpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits
@@ -35,7 +35,7 @@ class PreparedCorpus(BySplit):
         keys: Cache key of each usable sample, by sample id.
         found: Samples by finding: "no face", "no video stream", "no audio stream", "silent audio", "empty
             text". That modality of the sample is masked. "no modality at all" lists samples that lack all
-            three. Findings that do not occur are left out.
+            three. "several faces" and "still picture" mask nothing. Findings that do not occur are left out.
         extents: Amount of each modality in each usable sample, by sample id.
         extracted: Number of samples decoded now; the others were in the cache.
         seconds: Time it took.
@@ -163,6 +163,8 @@ def _caption(prepared: PreparedCorpus, cuts: Mapping[str, object]) -> str | None
         sentences.append("A modality that is missing is masked.")
     if NOTHING in prepared.found:
         sentences.append("Without any modality a model can only predict its baseline.")
+    if SEVERAL_FACES in prepared.found:
+        sentences.append("Of several faces one is tracked: the largest, unless face_choice or region differ.")
     if cuts:
         sentences.append("The model never sees the rest of a clip that is cut or has few frames.")
     return " ".join(sentences) or None

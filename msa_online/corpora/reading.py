@@ -33,11 +33,11 @@ def read_corpus(
 ) -> Corpus:
     """Read and check a corpus without decoding anything; reports all problems within a second.
 
-    Supported are: a folder with metadata.csv (file_name, text, label; optional split, start, end, speaker),
-    or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files with their
-    folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; "owner/name" on the Hub.
-    Splits given by the data are used. Otherwise clips are split 70/10/20 by speaker, or by file if there is
-    no speaker.
+    Supported are: a folder with metadata.csv (file_name, text, label; optional split, start, end, speaker,
+    region), or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files
+    with their folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; "owner/name"
+    on the Hub. Splits given by the data are used. Otherwise clips are split 70/10/20 by speaker, or by file
+    if there is no speaker.
 
     Args:
         path: The folder, the csv file or table in it, or the name of a data set on the Hub.

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-from feature_extractors.clip import Clip
+from feature_extractors.clip import Clip, Region, is_region
 from msa_online.corpora.corpus import BrokenRow, CorpusError, Sample, place
 from msa_online.corpora.csv_table import did_you_mean
 from msa_online.corpora.layouts import Row, RowTable
@@ -46,17 +46,19 @@ def check_rows(
     """
     files = _FileCheck(table.links_into)
     splits_given = any(row.split for row in table.rows)
-    first_rows: dict[tuple[str, float, float | None], Row] = {}
+    first_rows: dict[tuple[str, float, float | None, Region | None], Row] = {}
     samples, broken = [], list(table.broken)
     for row in table.rows:
         problems: list[str] = []
         path = attempt(problems, files.check, row)
         file = row.file if path is None or path == row.folder / row.file else files.name_of(row, path)
         window = attempt(problems, _window, row) or (None, None)
+        region = attempt(problems, _region, row)
         label = attempt(problems, checked_label, row, label_range)
         split = attempt(problems, checked_split, row.split) if splits_given else ""
         if not problems:
-            earlier = first_rows.setdefault((os.path.realpath(path), window[0] or 0.0, window[1]), row)
+            place_in_file = (os.path.realpath(path), window[0] or 0.0, window[1], region)
+            earlier = first_rows.setdefault(place_in_file, row)
             if earlier is not row:
                 known = place(earlier.source, earlier.line)
                 problems.append(
@@ -65,7 +67,7 @@ def check_rows(
         if problems:
             broken.append(BrokenRow(row.source, row.line, "; ".join(problems)))
         else:
-            clip = Clip(path, *window)
+            clip = Clip(path, *window, region=region)
             samples.append(
                 Sample(
                     clip=clip,
@@ -174,9 +176,9 @@ def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value 
 
 def _identity(file: str, clip: Clip) -> str:
     name = str(PurePosixPath(file))
-    if clip.start is None and clip.end is None:
-        return name
-    return f"{name}@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
+    window = f"@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
+    region = "" if clip.region is None else "@" + ",".join(map(str, clip.region))
+    return name if clip.start is None and clip.end is None and not region else name + window + region
 
 
 def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
@@ -224,6 +226,19 @@ def _window(row: Row) -> tuple[float | None, float | None]:
     if end is not None and (start or 0.0) >= end:
         raise RowProblem(f"start {start or 0.0} is not before end {end}: write seconds, start < end")
     return start, end
+
+
+def _region(row: Row) -> Region | None:
+    cell = row.region.strip().strip("[]()")
+    if not cell:
+        return None
+    shares = [_number(share) for share in re.split(r"[\s,;]+", cell)]
+    if None in shares or not is_region(shares):
+        raise RowProblem(
+            f"region {row.region!r} is not a part of the frame: write x y width height as shares of it, such "
+            "as 0.5 0 0.5 1 for the right half"
+        )
+    return tuple(shares)
 
 
 def _seconds(column: str, cell: str) -> float | None:

@@ -55,6 +55,7 @@ class DataArguments:
         standardize: Shift and scale features made elsewhere by what the training split shows.
         num_frames: Frames sampled from each clip.
         face_size: Height and width of a face crop in pixels.
+        face_choice: Face to track if there are several: "largest" or "most_speaking".
         max_text_tokens: Longest token sequence.
         max_audio_seconds: Longest sound.
         prepare_workers: Processes that extract features; all cores by default.
@@ -72,6 +73,7 @@ class DataArguments:
     standardize: bool = True
     num_frames: int = 8
     face_size: int = 96
+    face_choice: str = "largest"
     max_text_tokens: int = MAX_TEXT_TOKENS
     max_audio_seconds: float = MAX_AUDIO_SECONDS
     prepare_workers: int | None = None
@@ -81,7 +83,9 @@ class DataArguments:
     @property
     def extraction(self) -> ExtractionSettings:
         """Settings of feature extraction."""
-        return ExtractionSettings(num_frames=self.num_frames, face_size=self.face_size)
+        return ExtractionSettings(
+            num_frames=self.num_frames, face_size=self.face_size, face_choice=self.face_choice
+        )
 
     @property
     def legal_range(self) -> tuple[float, float] | None:

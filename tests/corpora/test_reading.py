@@ -440,6 +440,43 @@ def test_windows_that_differ_late_in_a_long_file_have_ids_of_their_own(folder):
     assert samples[0].id == "a.mp4@12345.671-12345.9" != samples[1].id
 
 
+def test_people_side_by_side_are_samples_of_their_own(folder):
+    rows = ["a.mp4,x,0,0 0 0.5 1,,", 'a.mp4,x,1,"0.5, 0, 0.5, 1",,', "a.mp4,x,1,,,", "a.mp4,x,1,0 0 .5 1,1,2"]
+    write_csv(folder / "metadata.csv", "file_name,text,label,region,start,end", *rows)
+    samples = read_corpus(folder, **SENTIMENT).samples
+    assert [sample.clip.region for sample in samples] == [
+        (0, 0, 0.5, 1),
+        (0.5, 0, 0.5, 1),
+        None,
+        (0, 0, 0.5, 1),
+    ]
+    assert samples[0].id == "a.mp4@0.0-end@0.0,0.0,0.5,1.0" and samples[2].id == "a.mp4"
+    assert len({sample.id for sample in samples}) == 4
+    assert len({sample.split for sample in samples[:3]}) == 1  # one file stays in one split
+    write_csv(
+        folder / "metadata.csv", "file_name,text,label,region", "a.mp4,x,0,0 0 1 1", "a.mp4,x,0,0 0 1 1"
+    )
+    assert "delete one of the two rows" in str(complaint(folder))
+
+
+@pytest.mark.parametrize(
+    "region", ["left", "0 0 1", "0 0 0 1", "0.6 0 0.6 1", "-0.1 0 0.5 1", "0 0 nan 1", "0 0 320 240"]
+)
+def test_a_region_that_is_no_part_of_the_frame_is_refused_with_its_line(folder, region):
+    write_csv(folder / "metadata.csv", "file_name,text,label,region", f"a.mp4,x,0,{region}")
+    assert_names(complaint(folder), "metadata.csv line 2", repr(region), "0.5 0 0.5 1 for the right half")
+
+
+@pytest.mark.parametrize("region", ["0 0 0.5 1", [0.0, 0.0, 0.5, 1.0]])
+def test_a_table_may_give_regions_as_text_or_as_numbers(folder, region):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"file_name": ["a.mp4"], "text": ["x"], "label": [1.0], "region": [region]})
+    pyarrow.parquet.write_table(table, folder / "train.parquet")
+    assert read_corpus(folder, **SENTIMENT).samples[0].clip.region == (0, 0, 0.5, 1)
+
+
 def test_empty_split_is_refused_with_its_sizes(folder):
     write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", "b.mp4,x,1,test")
     corpus = read_corpus(folder, **SENTIMENT)

@@ -67,8 +67,10 @@ def test_the_key_follows_content_window_and_settings_and_not_the_name(tmp_path, 
             cache.key(clip, dataclasses.replace(SETTINGS, **change))
             for change in ({"num_frames": 3}, {"face_size": 48}, {"num_mels": 40}, {"hop_ms": 20})
         ),
+        cache.key(clip, dataclasses.replace(SETTINGS, face_choice="most_speaking")),
+        cache.key(Clip(clip.path, region=(0, 0, 0.5, 1)), SETTINGS),
     }
-    assert len(others) == 7 and cache.key(clip, SETTINGS) not in others
+    assert len(others) == 9 and cache.key(clip, SETTINGS) not in others
 
 
 def test_integer_and_float_settings_share_entries(tmp_path, make_clip):

@@ -6,10 +6,19 @@ import dataclasses
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
-from feature_extractors import Clip, ClipFeatures, ExtractionSettings, FaceExtractor, decode, extract
+from feature_extractors import (
+    Clip,
+    ClipError,
+    ClipFeatures,
+    ExtractionSettings,
+    FaceExtractor,
+    decode,
+    extract,
+)
 
 SETTINGS = ExtractionSettings()
 
@@ -46,6 +55,72 @@ def test_what_a_clip_lacks_is_found_and_is_no_error(tmp_path, make_clip, face_ex
     assert np.isfinite(features.log_mel).all() and features.log_mel.dtype == np.float32
 
 
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Frames (frames, height, width, 3) next to each other, as of two people in one picture."""
+    return np.concatenate([left, right], axis=2)
+
+
+def test_several_faces_are_reported_and_a_region_decides(tmp_path, make_clip, face_image, face_extractor):
+    red, blue = face_image // np.array([1, 2, 2], np.uint8), face_image // np.array([2, 2, 1], np.uint8)
+    frames = side_by_side(*(np.broadcast_to(face, (8, *face.shape)) for face in (red, blue)))
+    path = make_clip(tmp_path / "clip.mp4", frames=frames, size=(320, 160), fps=8)
+    assert extract(Clip(path), SETTINGS, face_extractor).findings == ("several faces",)
+    for region, channel in (((0, 0, 0.5, 1), 0), ((0.5, 0, 0.5, 1), 2)):
+        features = extract(Clip(path, region=region), SETTINGS, face_extractor)
+        assert features.findings == () and features.face_found.all()
+        assert (
+            features.face_crops[..., channel].mean((1, 2))
+            > 1.3 * features.face_crops[..., 2 - channel].mean((1, 2))
+        ).all()
+
+
+@pytest.mark.parametrize(
+    "region", [(0.5, 0, 0.6, 1), (0, 0, 0, 1), (-0.1, 0, 0.5, 1), (0, 0, float("nan"), 1), (0, 1)]
+)
+def test_a_region_that_is_no_part_of_the_frame_is_refused(tmp_path, make_clip, face_extractor, region):
+    path = make_clip(tmp_path / "clip.mp4", seconds=0.2)
+    with pytest.raises(ClipError, match="the region is .*; give x, y, width and height as shares"):
+        extract(Clip(path, region=region), SETTINGS, face_extractor)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mp4"])
+def test_a_still_picture_is_said_to_be_one(tmp_path, make_clip, face_image, face_extractor, suffix):
+    path = tmp_path / f"clip{suffix}"
+    if suffix == ".png":
+        cv2.imwrite(str(path), face_image[..., ::-1])
+    else:
+        make_clip(path, frames=face_image[None], fps=25)  # one picture and a second of sound
+    features = extract(Clip(path), SETTINGS, face_extractor)
+    assert "still picture" in features.findings and features.has_face
+    make_clip(tmp_path / "moving.mp4", seconds=0.1)
+    assert extract(Clip(tmp_path / "moving.mp4"), SETTINGS, face_extractor).findings == ()
+
+
+@pytest.mark.parametrize("speaker", [0, 1])
+def test_the_face_that_speaks_is_tracked_although_the_other_is_larger(
+    shared_data, tmp_path, make_clip, face_image, speaker
+):
+    """A real speaker next to a larger, still picture of another one."""
+    speaking = decode(Clip(shared_data / "crema_d" / "1001_DFA_HAP_XX.flv"), num_frames=60)
+    times = np.linspace(0, len(speaking.frames) - 1, round(speaking.duration * 25)).astype(int)
+    talker = speaking.frames[times][:, :, 60:420]  # 360 x 360
+    other = np.full_like(talker, 100)
+    other[:] = cv2.resize(face_image, (360, 360))
+    sound = np.repeat(speaking.waveform, 3)  # at 48 kHz
+    pair = (talker, other) if speaker == 0 else (other, talker)
+    path = make_clip(tmp_path / "clip.mp4", frames=side_by_side(*pair), size=(720, 360), audio=sound)
+    by_size = ExtractionSettings()
+    by_speech = ExtractionSettings(face_choice="most_speaking")
+    with FaceExtractor(by_size) as face_extractor:
+        largest = extract(Clip(path), by_size, face_extractor)
+        chosen = extract(Clip(path), by_speech, face_extractor)
+        alone = extract(Clip(path, region=(0.5 * speaker, 0, 0.5, 1)), by_size, face_extractor)
+    assert "several faces" in largest.findings and "several faces" in chosen.findings
+    assert chosen.face_found.all() and chosen.timestamps.tolist() == largest.timestamps.tolist()
+    assert np.abs(chosen.blendshapes - alone.blendshapes).sum(1).max() < 2
+    assert np.abs(largest.blendshapes - alone.blendshapes).sum(1).min() > 2
+
+
 def test_an_absent_clip_has_no_steps_no_frames_and_no_findings():
     features = ClipFeatures.absent(ExtractionSettings(face_size=48, num_mels=40))
     assert features.log_mel.shape == (0, 40) and features.face_crops.shape == (0, 48, 48, 3)
@@ -60,7 +135,14 @@ def test_an_extractor_for_another_crop_size_is_refused(tmp_path, make_clip, face
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_frames", 0), ("face_size", 2.5), ("num_mels", True), ("hop_ms", 0), ("window_ms", float("nan"))],
+    [
+        ("face_choice", "loudest"),
+        ("num_frames", 0),
+        ("face_size", 2.5),
+        ("num_mels", True),
+        ("hop_ms", 0),
+        ("window_ms", float("nan")),
+    ],
 )
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r}"):
