@@ -32,6 +32,17 @@ FACE_CHOICES = ("largest", "most_speaking")
 Region = tuple[float, float, float, float]
 """Part of the frame: x and y of its upper left corner, width and height, as shares of the frame."""
 
+
+def audio_track_finding(track: int, tracks: int, silent: int | None = None) -> str:
+    """The finding that names the audio track in use, counted from 1, and a silent default track."""
+    return f"audio track {track} of {tracks}" + (f", track {silent} is silent" if silent else "")
+
+
+def cancelled_channels_finding(channel: int) -> str:
+    """The finding that names the only channel in use, counted from 1; the mean of all cancels out."""
+    return f"opposite channels, only channel {channel} is used"
+
+
 REMEDIES = {
     "missing": "check the path",
     "not a file": "give the path of one media file",
@@ -48,6 +59,7 @@ REMEDIES = {
     "too many frames": "cut it into shorter clips with ffmpeg",
     "too many streams": "keep one video and one audio stream with ffmpeg (-map 0:v:0 -map 0:a:0)",
     "too long": "give start and end of the part that counts",
+    "no such track": "give the number of an audio track of the file, counted from 1",
     "unusual sound": "convert the sound with ffmpeg, for example with -ac 1 -ar 16000",
     "bad samples": "export the sound again, with finite samples from -1 to 1",
     "too slow": "convert it to a lower resolution with ffmpeg, or cut it into shorter clips",
@@ -89,12 +101,15 @@ class Clip:
         start: Start of the window in seconds; None for the start of the file.
         end: End of the window in seconds; None for the end of the file.
         region: Part of the frame, as it is shown, that contains the face; None for the whole frame.
+        audio_track: Number of the audio track, counted from 1; None for the default track, or for the first
+            audible one if the default track is silent.
     """
 
     path: Path
     start: float | None = None
     end: float | None = None
     region: Region | None = None
+    audio_track: int | None = None
 
 
 def is_region(region: Sequence[float]) -> bool:
@@ -116,7 +131,8 @@ class RawClip:
         duration: Length of the window in seconds.
         has_video: Whether there is a decodable video stream.
         has_audio: Whether there is a decodable audio stream.
-        findings: What decoding found out, a subset of `FINDINGS`.
+        findings: What decoding found out: a still picture, the audio track in use if there are several, or
+            the only channel.
     """
 
     frames: np.ndarray

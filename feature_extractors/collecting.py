@@ -5,7 +5,9 @@ Both collectors receive frames in order and set `done` when they need no more. T
 show whether the file is truncated or a seek missed its target.
 """
 
-from fractions import Fraction
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,24 @@ from feature_extractors.pictures import DecodedFrame, PictureConverter, together
 
 if TYPE_CHECKING:
     import av
+
+LOOK_AHEAD = 2
+"""Audio frames on each side over which the median deviation is taken."""
+
+MAX_DEVIATION = 0.01
+"""Seconds by which sound may differ from its timestamps: one step of the spectrogram."""
+
+CANCELLATION = 0.1
+"""Channels cancel if the power of their mean is less than this share of that of independent channels."""
+
+ROUNDING = 1e-6
+"""Seconds by which computed times may differ."""
+
+JOINED_SAMPLES = 8192
+"""Samples that are resampled at once."""
+
+REMEMBERED = 64
+"""Number of frame times that are remembered; decoders reorder far fewer frames."""
 
 
 class FrameSampler:
@@ -34,15 +54,36 @@ class FrameSampler:
         """Create a sampler for one window, in seconds from the start of the file; no video, no converter."""
         self.start, self.end = start, end
         self.count = 0
-        self.targets = start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames
+        self.targets = (start + (end - start) * (np.arange(num_frames) + 0.5) / num_frames).tolist()
         self.first: float | None = None
         self.last = -1.0
         self.done = False
+        self._interlaced = False
+        self._announced: list[float] = []  # times of the latest packets, sorted
         self._next = 0  # index of the first target that has no frame yet
         self._converter = converter
         self._held: tuple[float, DecodedFrame] | None = None
         self._before_held: DecodedFrame | None = None
         self._kept: list[tuple[float, np.ndarray]] = []
+
+    def may_skip(self, time: float) -> bool:
+        """Whether the frame of a packet is certainly not needed.
+
+        It is not needed if the frame of an earlier packet is displayed after it and no midpoint lies between
+        the two, which happens where frames are reordered. Interlaced frames need their neighbours.
+
+        Args:
+            time: Time of the packet's frame. Call this for each packet, in the order of the file.
+        """
+        later = bisect_right(self._announced, time)
+        following = self._announced[later] if later < len(self._announced) else None
+        insort(self._announced, time)
+        if len(self._announced) > 2 * REMEMBERED:
+            del self._announced[:REMEMBERED]
+        if following is None or self._interlaced or not self.count:
+            return False
+        target = bisect_left(self.targets, time - ROUNDING)
+        return target == len(self.targets) or self.targets[target] >= following + ROUNDING
 
     def add(self, frame: "av.VideoFrame", origin: float) -> None:
         """Receive the next frame; a frame without a timestamp directly follows the one before it."""
@@ -50,6 +91,7 @@ class FrameSampler:
         if self.first is None:
             self.first = time
         decoded = self._converter.receive(frame)
+        self._interlaced |= decoded.fields is not None
         self._settle(time, decoded)
         self._before_held = self._held and self._held[1]
         self._held = (time, decoded)
@@ -79,78 +121,177 @@ class FrameSampler:
 
 
 class WaveformCollector:
-    """Resamples audio frames to mono `SAMPLE_RATE` and cuts out the window.
+    """Converts audio frames to mono at `SAMPLE_RATE` and cuts out the window.
 
-    The timestamp of the first frame gives the start of the sound. If it starts after the window, zeros are
-    put before it, so that sample 0 is always at the window's start and sound and frames are synchronous.
+    Samples are placed by their timestamps. Gaps are filled with zeros. Where sound overlaps, the earlier sound
+    is kept. Sample 0 is always at the window's start, so sound and frames are synchronous. Because timestamps
+    are noisy, frames are joined without a gap until the median deviation of five frames exceeds
+    `MAX_DEVIATION`. If timestamps jump back, as in concatenated recordings, the sound continues without a gap.
+
+    The mono sound is the mean of the channels, whatever the layout. It is taken before resampling.
 
     Attributes:
         first: Start of the sound, None before the first frame; seconds from the start of the file.
-        last: End of the sound received so far, -1 before the first frame.
+        last: End of the sound placed so far, -1 before the first frame.
         done: Whether no later sound is needed.
     """
 
-    def __init__(self, start: float, end: float):
-        """Create a collector for one window, in seconds from the start of the file."""
-        self.start, self.end = start, end
+    def __init__(self, start: float, end: float, channel: int | None = None):
+        """Create a collector for one window.
+
+        Args:
+            start: Start of the window in seconds from the start of the file.
+            end: End of the window.
+            channel: Index of the channel to use instead of the mean; None for the mean.
+        """
+        self.start, self.end, self.channel = start, end, channel
         self.first: float | None = None
         self.last = -1.0
         self.done = False
+        self._powers: np.ndarray | None = None  # sum of squares of each channel, within the window
+        self._mixed_power = 0.0  # the same of the mean of the channels
+        self._waiting: deque[tuple[np.ndarray, int]] = (
+            deque()
+        )  # samples and rate of frames that are not placed yet
+        self._deviations: list[float] = []  # of each frame: its time minus the length of all frames before it
+        self._received = 0.0  # seconds of sound received
+        self._placed = 0.0  # seconds of sound placed
+        self._deviation: float | None = None  # of the sound that is being placed
+        self._restarts = 0.0  # seconds added to timestamps because they jumped back
+        self._begin = -math.inf  # start of the last frame placed
         self._resampler: av.AudioResampler | None = None
-        self._format: tuple[str, str, int] | None = None
-        self._channels = 1  # of the resampler's output
-        self._dropped = 0  # samples before the window
-        self._pieces: list[np.ndarray] = []
+        self._rate = 0
+        self._joined: list[np.ndarray] = []  # samples that wait to be resampled together
+        self._joined_length = 0
+        self._length = round((end - start) * SAMPLE_RATE)
+        self._at = 0  # position in the window of the resampler's next sample
+        self._filled = 0  # the window is filled up to here
+        self._pieces: list[tuple[int, np.ndarray]] = []  # position and samples
 
     def add(self, frame: "av.AudioFrame", origin: float) -> None:
         """Receive the next audio frame, of any format; the format may change between frames."""
-        import av
-
+        channels = _channels(frame)
+        if frame.time is None:  # directly follows the frame before it
+            deviation = self._deviations[-1] if self._deviations else 0.0
+        else:
+            deviation = frame.time - origin - self._received
+        time, seconds = self._received + deviation, frame.samples / frame.sample_rate
         if self.first is None:
-            self.first = 0.0 if frame.time is None else frame.time - origin
-            self.last = self.first
-        self.last += float(Fraction(frame.samples, frame.sample_rate))
-        sound_format = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if sound_format != self._format:
-            self._flush()
-            self._format = sound_format
-            self._channels, self._resampler = 1, av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        frame.pts = None  # gaps in the timestamps must not change the number of samples
-        try:
-            self._resample(frame)
-        except av.error.ArgumentError:  # FFmpeg has no downmix for this number of channels: use their mean
-            self._channels = frame.layout.nb_channels
-            self._resampler = av.AudioResampler("flt", frame.layout, SAMPLE_RATE)
-            self._resample(frame)
-        self.done = self.last >= self.end
+            self.first = time
+        mean = channels[0] if len(channels) == 1 else channels.mean(axis=0)
+        if time < self.end and time + seconds > self.start:
+            self._measure(channels, mean)
+        one = self.channel is not None and self.channel < len(channels)
+        self._deviations.append(deviation)
+        self._received += seconds
+        self._waiting.append((channels[self.channel] if one else mean, frame.sample_rate))
+        if len(self._waiting) > LOOK_AHEAD:
+            self._place_next()
 
     def finish(self) -> np.ndarray:
         """The window's sound (samples,), float32; empty if there is none."""
+        while self._waiting:
+            self._place_next()
         self._flush()
-        if not self._pieces:
-            return np.zeros(0, np.float32)
-        sound = np.concatenate(self._pieces)
-        skip = self._before_window() - self._dropped
-        length = round((self.end - self.start) * SAMPLE_RATE)
-        sound = sound[skip:] if skip >= 0 else np.pad(sound, (min(-skip, length), 0))
-        return sound[:length]
+        sound = np.zeros(self._filled, np.float32)
+        for at, samples in self._pieces:
+            sound[at : at + len(samples)] = samples
+        return sound
+
+    def cancelled(self) -> int | None:
+        """Index of the loudest channel if the channels cancel each other in their mean, else None.
+
+        The mean of n independent channels has the sum of their powers divided by n squared.
+        """
+        if self._powers is None or len(self._powers) < 2:
+            return None
+        expected = float(self._powers.sum()) / len(self._powers) ** 2
+        return int(self._powers.argmax()) if self._mixed_power < CANCELLATION * expected else None
+
+    def _measure(self, channels: np.ndarray, mean: np.ndarray) -> None:
+        """Add to the power of channels and mean; starts again if the number of channels changes."""
+        if self._powers is None or len(self._powers) != len(channels):
+            self._powers, self._mixed_power = np.zeros(len(channels)), 0.0
+        if len(channels) > 1:
+            with np.errstate(over="ignore", invalid="ignore"):  # such values are refused later
+                self._powers += np.square(channels).sum(axis=1)
+                self._mixed_power += float(np.square(mean).sum())
+
+    def _place_next(self) -> None:
+        """Place the frame that has waited longest, and resample it."""
+        index = len(self._deviations) - len(self._waiting)
+        reach = min(index, len(self._waiting) - 1, LOOK_AHEAD)
+        median = sorted(self._deviations[index - reach : index + reach + 1])[reach]
+        samples, rate = self._waiting.popleft()
+        deviation = median + self._restarts
+        if self._deviation is not None and self._placed + deviation < self._begin - MAX_DEVIATION:
+            self._restarts += self._deviation - deviation
+            deviation = self._deviation
+        if self._deviation is None or abs(deviation - self._deviation) > MAX_DEVIATION:
+            self._flush()
+            self._deviation = deviation
+            self._at = round((self._placed + deviation - self.start) * SAMPLE_RATE)
+            self._filled = max(self._filled, min(self._at, self._length))  # a gap is filled with zeros
+        elif rate != self._rate:
+            self._flush()
+        self._begin = self._placed + self._deviation
+        self._placed += len(samples) / rate
+        self.last = max(self.last, self._placed + self._deviation)
+        self.done = self.last >= self.end
+        self._resample(samples, rate)
+
+    def _resample(self, samples: np.ndarray, rate: int) -> None:
+        """Resample several frames at once, which is faster than one by one."""
+        self._rate = rate
+        self._joined.append(samples)
+        self._joined_length += len(samples)
+        if self._joined_length >= JOINED_SAMPLES:
+            self._resample_joined()
+
+    def _resample_joined(self) -> None:
+        import av
+
+        if self._resampler is None:
+            self._resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        frame = av.AudioFrame.from_ndarray(np.concatenate(self._joined)[None], "flt", "mono")
+        frame.sample_rate = self._rate
+        self._joined, self._joined_length = [], 0
+        self._keep(self._resampler.resample(frame))
 
     def _flush(self) -> None:
-        """Read the last samples from the resampler and drop it."""
+        """Get the last samples from the resampler, which cannot be used afterwards."""
+        if self._joined:
+            self._resample_joined()
         if self._resampler is not None:
-            self._resample(None)
+            self._keep(self._resampler.resample(None))
             self._resampler = None
 
-    def _resample(self, frame: "av.AudioFrame | None") -> None:
-        """Resample a frame, or flush the resampler (None), and keep its output."""
-        for piece in self._resampler.resample(frame):
+    def _keep(self, resampled: "list[av.AudioFrame]") -> None:
+        """Keep samples that are in the window, at positions that are not filled yet."""
+        for piece in resampled:
             samples = piece.to_ndarray()[0]
-            mono = samples if self._channels == 1 else samples.reshape(-1, self._channels).mean(axis=1)
-            if not self._pieces and self._dropped + len(mono) <= self._before_window():
-                self._dropped += len(mono)
-            else:
-                self._pieces.append(mono)
+            begin, end = max(self._at, self._filled), min(self._at + len(samples), self._length)
+            if begin < end:
+                self._pieces.append((begin, samples[begin - self._at : end - self._at]))
+                self._filled = end
+            self._at += len(samples)
 
-    def _before_window(self) -> int:
-        """Number of samples between the start of the sound and that of the window; may be negative."""
-        return round((self.start - self.first) * SAMPLE_RATE)
+
+def _channels(frame: "av.AudioFrame") -> np.ndarray:
+    """Samples of each channel (channels, samples), float32 with full scale 1."""
+    import av
+
+    try:
+        values = frame.to_ndarray()
+    except ValueError:  # 64-bit integers
+        resampler = av.AudioResampler("fltp", frame.layout, frame.sample_rate)
+        return np.concatenate([piece.to_ndarray() for piece in resampler.resample(frame)], axis=1)
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # too large doubles become infinite and are refused later
+            return values.astype(np.float32, copy=False)
+    scale = np.float32(1 / (1 << (8 * values.dtype.itemsize - 1)))
+    if values.dtype.kind == "u":
+        return (values.astype(np.float32) - 128) * scale
+    return values.astype(np.float32) * scale

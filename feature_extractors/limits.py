@@ -30,7 +30,7 @@ MAX_STREAMS = 256
 """Streams in a file; a recorded television multiplex has about a hundred."""
 
 MAX_CHANNELS = 64
-"""Channels of a sound stream, as many as FFmpeg resamples."""
+"""Channels of a sound stream; large microphone arrays have as many."""
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000
 """Samples per second of a sound stream."""
@@ -121,6 +121,19 @@ def check_size_known(path: Path, width: int) -> None:
     if not width:
         detail = f"has pictures of more than {MAX_PIXELS:,} pixels in all, or of damaged size"
         raise ClipError(path, "picture too large", detail)
+
+
+def check_channels_known(path: Path, channels: int) -> None:
+    """Refuse sound that gave no samples and has no number of channels.
+
+    FFmpeg reports no number for sound of more than 512 channels.
+
+    Raises:
+        ClipError: Naming the limit.
+    """
+    if not channels:
+        detail = f"has more than {MAX_CHANNELS} sound channels, or a damaged number of them"
+        raise ClipError(path, "unusual sound", detail)
 
 
 def check_sound(path: Path, channels: int, sample_rate: int) -> None:
