@@ -33,6 +33,9 @@ ROUNDING = 1e-6
 JOINED_SAMPLES = 8192
 """Samples that are resampled at once."""
 
+PYAV_PLANES = 8
+"""Channels in separate planes from which on PyAV reads beyond its list of planes."""
+
 REMEMBERED = 64
 """Number of frame times that are remembered; decoders reorder far fewer frames."""
 
@@ -123,10 +126,10 @@ class FrameSampler:
 class WaveformCollector:
     """Converts audio frames to mono at `SAMPLE_RATE` and cuts out the window.
 
-    Samples are placed by their timestamps. Gaps are filled with zeros. Where sound overlaps, the earlier sound
-    is kept. Sample 0 is always at the window's start, so sound and frames are synchronous. Because timestamps
-    are noisy, frames are joined without a gap until the median deviation of five frames exceeds
-    `MAX_DEVIATION`. If timestamps jump back, as in concatenated recordings, the sound continues without a gap.
+    Samples are placed by their timestamps. Gaps are filled with zeros. Where sound overlaps, the earlier
+    sound is kept. Sample 0 is always at the window's start, so sound and frames are synchronous. Because
+    timestamps are noisy, frames are joined without a gap until the median deviation of five frames exceeds
+    `MAX_DEVIATION`. If timestamps jump back, as in concatenated recordings, the sound continues without one.
 
     The mono sound is the mean of the channels, whatever the layout. It is taken before resampling.
 
@@ -279,15 +282,13 @@ class WaveformCollector:
 
 def _channels(frame: "av.AudioFrame") -> np.ndarray:
     """Samples of each channel (channels, samples), float32 with full scale 1."""
-    import av
-
-    try:
+    count = frame.layout.nb_channels
+    if frame.format.name.startswith("s64") or (frame.format.is_planar and count >= PYAV_PLANES):
+        values = _packed_floats(frame)
+    else:
         values = frame.to_ndarray()
-    except ValueError:  # 64-bit integers
-        resampler = av.AudioResampler("fltp", frame.layout, frame.sample_rate)
-        return np.concatenate([piece.to_ndarray() for piece in resampler.resample(frame)], axis=1)
-    if not frame.format.is_planar:
-        values = values.reshape(-1, frame.layout.nb_channels).T
+    if len(values) != count:  # packed
+        values = values.reshape(-1, count).T
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):  # too large doubles become infinite and are refused later
             return values.astype(np.float32, copy=False)
@@ -295,3 +296,13 @@ def _channels(frame: "av.AudioFrame") -> np.ndarray:
     if values.dtype.kind == "u":
         return (values.astype(np.float32) - 128) * scale
     return values.astype(np.float32) * scale
+
+
+def _packed_floats(frame: "av.AudioFrame") -> np.ndarray:
+    """Samples (1, samples * channels), float32, of formats that PyAV cannot convert to an array."""
+    import av
+
+    resampler = av.AudioResampler("flt", frame.layout, frame.sample_rate)
+    frame.pts = None
+    pieces = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([piece.to_ndarray() for piece in pieces], axis=1)

@@ -56,8 +56,9 @@ TIMED_AT_END = {"mpeg", "mpegts"}
 
 GUESSED = {
     "mp3", "aac", "loas", "ac3", "eac3", "ac4", "dts", "dtshd", "truehd", "mlp", "amr", "amrnb", "amrwb",
-    "gsm", "g722", "g723_1", "g726", "g729", "sbc", "codec2", "spdif", "mpegvideo", "mjpeg", "m4v", "h261", "h263",
-    "h264", "hevc", "vvc", "vc1", "cavsvideo", "av1", "obu", "apv", "evc", "avs2", "avs3", "dirac", "dnxhd",
+    "gsm", "g722", "g723_1", "g726", "g729", "sbc", "codec2", "spdif", "mpegvideo", "mjpeg", "m4v", "h261",
+    "h263", "h264", "hevc", "vvc", "vc1", "cavsvideo", "av1", "obu", "apv", "evc", "avs2", "avs3", "dirac",
+    "dnxhd",
 }
 """Formats without a duration in the header; FFmpeg guesses it from the bit rate, if at all."""
 # fmt: on
@@ -328,7 +329,7 @@ def _audio_tracks(
 
     if clip.audio_track is not None:
         every = container.streams.audio
-        if clip.audio_track > len(every) or every[clip.audio_track - 1] not in usable:
+        if not 1 <= clip.audio_track <= len(every) or every[clip.audio_track - 1] not in usable:
             held = f"{len(every)} audio track{'s' * (len(every) != 1)}"
             raise ClipError(
                 clip.path,
