@@ -24,7 +24,7 @@ from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every key; increase it when equal settings give other features, or when the file format changes."""
 
 SETTLED = 2.0
@@ -59,6 +59,7 @@ class FeatureCache:
             "format": FORMAT_VERSION,
             "file": self._file_digest(Path(clip.path)),
             "window": [None if time is None else float(time) for time in (clip.start, clip.end)],
+            "audio_track": clip.audio_track,
             "region": clip.region and [float(share) for share in clip.region],
             "settings": {
                 name: value if isinstance(value, str) else float(value)

@@ -162,7 +162,8 @@ class _Reading:
         max_height: Limit of the shorter side, as in `decode`.
         deadline: Time limit.
         seek: Whether to start near the window instead of at the start of the file.
-        length: Length of the media in seconds if it has been measured, because the header is wrong.
+        length: Length of the media in seconds if it is known from an earlier pass.
+        origin: Start of the media on the container's clock, in seconds, if it is known from an earlier pass.
         picture: Whether to decode the video.
         track: Position of the audio track in the order of `_audio_tracks`.
         channel: Index of the channel to use instead of the mean; None for the mean.
@@ -174,6 +175,7 @@ class _Reading:
     deadline: Deadline
     seek: bool
     length: float | None = None
+    origin: float | None = None
     picture: bool = True
     track: int = 0
     channel: int | None = None
@@ -187,6 +189,7 @@ class _Window:
         start: Start of the window.
         end: End of the window.
         length: Length of the media, measured or declared.
+        origin: Start of the file on the container's clock.
         declared: The header's duration, which intact media reach; None if it is not reliable.
         of_streams: Whether `declared` is the duration of the selected streams, not of the whole file.
     """
@@ -194,6 +197,7 @@ class _Window:
     start: float
     end: float
     length: float
+    origin: float
     declared: float | None
     of_streams: bool
 
@@ -220,7 +224,8 @@ class _Media:
 
 def _best_sound(reading: _Reading, media: _Media) -> tuple[_Media, tuple[str, ...]]:
     """Select the first audible track, and one channel if all cancel out; returns it with its findings."""
-    reading = replace(reading, picture=False, length=media.window.length)
+    window = media.window
+    reading = replace(reading, picture=False, length=window.length, origin=window.origin)
     tracks = media.tracks if reading.clip.audio_track is None else media.tracks[:1]
     sound = media
     for track, number in enumerate(tracks):
@@ -248,7 +253,8 @@ def _read(reading: _Reading) -> _Media:
         every = [s.index for s in container.streams.audio]
         numbers = tuple(every.index(s.index) + 1 for s in tracks)
         chosen = [s for s in (video, audio) if s is not None]
-        window, origin = _window(container, reading, chosen)
+        window = _window(container, reading, chosen)
+        origin = window.origin
         deadline.allow(window.end - (window.start if reading.seek else 0.0))
         if reading.seek:
             container.seek(int((origin + window.start - PRE_ROLL) * 1_000_000))
@@ -276,7 +282,7 @@ def _read(reading: _Reading) -> _Media:
         decoded_end = max(sampler.last, sound.last)
         _check_complete(reading, window, decoded_end)
         if clip.end is None and abs(decoded_end - window.length) > _slack(window.length):
-            return _read(replace(reading, length=decoded_end))
+            return _read(replace(reading, length=decoded_end, origin=window.origin))
     _check_times(clip, window, sound)
     frames, timestamps = sampler.finish()
     return _Media(
@@ -345,15 +351,15 @@ def _audio_tracks(
 
 def _window(
     container: "av.container.InputContainer", reading: _Reading, streams: "list[av.stream.Stream]"
-) -> tuple[_Window, float]:
-    """The window to decode, and the container's time at the start of the media, in seconds.
+) -> _Window:
+    """The window to decode.
 
     Packets are scanned if the header has no reliable duration, if the media start late, because some headers
     count from 0 and others from the start, and before a window is refused.
     """
     clip = reading.clip
     declared = container.duration / 1_000_000 if (container.duration or 0) > 0 else None
-    origin = _start_time(container)
+    origin = _start_time(container) if reading.origin is None else reading.origin
     formats = set(container.format.name.split(","))
     guessed = bool(formats & GUESSED) or declared is None
     trusted = not guessed and not formats & TIMED_AT_END
@@ -366,7 +372,7 @@ def _window(
     length = reading.length
     if length is None:
         late = trusted and origin is not None and origin > TOLERANCE
-        if late or declared is None or origin is None or (guessed and clip.end is None):
+        if late or declared is None or (guessed and (clip.end is None or origin is None)):
             length, origin = _scan(reading, streams, origin)
         else:
             length = declared
@@ -376,8 +382,8 @@ def _window(
     if _is_beyond(start, end, length):
         raise _beyond(clip, start, end, length)
     limits.check_length(clip.path, min(end, length) - start, windowed=(start, clip.end) != (0.0, None))
-    window = _Window(start, min(end, length), length, declared if trusted else None, of_streams)
-    return window, origin or 0.0
+    declared = declared if trusted else None
+    return _Window(start, min(end, length), length, origin or 0.0, declared, of_streams)
 
 
 def _is_beyond(start: float, end: float, length: float) -> bool:
@@ -429,13 +435,15 @@ def _scan(
     ends: dict[int, float] = {}
     with open_media(reading.clip.path, reading.deadline) as container:
         indices = [s.index for s in (container.streams if streams is None else streams)]
-        for packet in _packets(container, [container.streams[index] for index in indices]):
-            if not packet.size:
+        measured = [container.streams[index] for index in indices]
+        units = {stream.index: float(stream.time_base) for stream in measured if stream.time_base}
+        for packet in _packets(container, measured):
+            index = packet.stream.index
+            if not packet.size or index not in units:
                 continue
-            index, duration = packet.stream.index, float((packet.duration or 0) * packet.time_base)
-            time = ends.get(index, 0.0) if packet.pts is None else float(packet.pts * packet.time_base)
+            time = ends.get(index, 0.0) if packet.pts is None else packet.pts * units[index]
             begins[index] = min(begins.get(index, time), time)
-            ends[index] = max(ends.get(index, time), time + duration)
+            ends[index] = max(ends.get(index, time), time + (packet.duration or 0) * units[index])
     origin = min(begins.values(), default=0.0) if origin is None else origin
     return max(ends.values(), default=origin) - origin, origin
 

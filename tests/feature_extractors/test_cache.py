@@ -69,8 +69,9 @@ def test_the_key_follows_content_window_and_settings_and_not_the_name(tmp_path, 
         ),
         cache.key(clip, dataclasses.replace(SETTINGS, face_choice="most_speaking")),
         cache.key(Clip(clip.path, region=(0, 0, 0.5, 1)), SETTINGS),
+        cache.key(Clip(clip.path, audio_track=1), SETTINGS),
     }
-    assert len(others) == 9 and cache.key(clip, SETTINGS) not in others
+    assert len(others) == 10 and cache.key(clip, SETTINGS) not in others
 
 
 def test_integer_and_float_settings_share_entries(tmp_path, make_clip):
