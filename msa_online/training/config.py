@@ -222,14 +222,14 @@ def first_difference(
     """The first setting in which two runs differ.
 
     Args:
-        before: A run as plain data.
-        now: Another.
+        before: An earlier run as plain data. A key that it lacks has its default: an older version wrote it.
+        now: A run as plain data.
         ignored: Keys of settings that may differ, with their sections.
 
     Returns:
         The key and both values, None for a value that is not there; None if the runs are equal.
     """
-    before, now = _by_key(before), _by_key(now)
+    before, now = _by_key(RunArguments().to_dict()) | _by_key(before), _by_key(now)
     for key in sorted((before.keys() | now.keys()) - set(ignored)):
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from msa_online.methods import HEADS
-from msa_online.training.config import StageArguments
+from msa_online.training.config import StageArguments, first_difference
 from msa_online.training.config_reader import parse_arguments, read_arguments
 from msa_online.training.yaml_reader import ConfigurationError
 
@@ -358,3 +358,13 @@ def test_yaml_words_that_used_to_mean_false_are_words(read):
     assert changed.training.modulator_kwargs == {"apply": "off"}
     with pytest.raises(ConfigurationError, match="training.resume is 'yes', but must be bool"):
         read(MODEL, "training.resume=yes")
+
+
+def test_runs_differ_by_the_first_key_and_a_key_of_a_newer_version_has_its_default(read):
+    run = read(MODEL + "training: {epochs: 3}", "data.missing.seed=5").to_dict()
+    earlier = {**run, "training": {key: value for key, value in run["training"].items() if key != "decay"}}
+    assert first_difference(earlier, run, ()) is None
+    changed = {**run, "training": {**run["training"], "epochs": 4, "seed": 2}}
+    assert first_difference(earlier, changed, ()) == ("training.epochs", 3, 4)
+    assert first_difference(earlier, changed, {"training.epochs", "training.seed"}) is None
+    assert first_difference(earlier, {**run, "plugins": ["mine"]}, ()) == ("plugins", None, ["mine"])

@@ -161,7 +161,7 @@ def test_the_teacher_is_the_first_stages_best_epoch_and_not_its_last(runs, monke
     constant = {"decay": "constant", "warmup": 0.0}
     scores = iter([-0.1, -0.9])
     with monkeypatch.context() as scored:
-        scored.setattr("train.selection_score", lambda *_: next(scores))
+        scored.setattr("msa_online.training.run.selection_score", lambda *_: next(scores))
         two = runs.start("best first", stop_before=2 * STEPS, **constant)
     one_epoch = [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 1}]
     one = runs.start("one epoch", stop_before=STEPS, stages=one_epoch, **constant)
