@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From samples to padded batches, of clips and of precomputed features: the last step before the model."""
+"""Datasets, batch sampling and padding, for clips and for precomputed features."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
 
-EXCESS = 0.035  # most overlap of two epochs above that of a random order; a higher bound would save padding
-MEASURED = 128  # optimizer steps on which the overlap is measured
+EXCESS = 0.035  # allowed overlap of two epochs above that of a random order; more would save padding
+MEASURED = 128  # number of optimizer steps on which the overlap is measured
 
 
 class FeatureProcessor:
-    """Pads features of several samples to a batch, as `MSAProcessor` does with the features of clips."""
+    """Pads precomputed features to a batch, as `MSAProcessor` does for clips."""
 
     def pad(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Join samples into the batch that `MSAModel.forward` documents.
+        """Pad samples to the batch that `MSAModel.forward` documents.
 
         Args:
-            samples: Of each `<modality>_values` `(time, width)` and `modality_present` `(3,)`.
+            samples: Each with `<modality>_values` `(time, width)` and `modality_present` `(3,)`.
 
         Returns:
             `<modality>_values` `(batch, time, width)`, `<modality>_mask` `(batch, time)` bool and
@@ -48,12 +48,12 @@ class SplitDataset(Dataset):
     """Samples of one split as inputs of a model, each with its `labels` and its `index`.
 
     Args:
-        samples: The samples, in a fixed order: `index` in a batch counts along it.
-        lengths: Length of each sample, by which batches are cut.
+        samples: The samples, in a fixed order; `index` in a batch refers to it.
+        lengths: Length of each sample, for batches of similar length.
         label2id: Number of each class; None for regression.
 
     Attributes:
-        unit: What `lengths` count.
+        unit: Unit of `lengths`.
         processor: Pads samples to a batch.
     """
 
@@ -85,12 +85,12 @@ class SplitDataset(Dataset):
 
 
 class ClipDataset(SplitDataset):
-    """Raw clips, whose features are read from the cache when they are asked for.
+    """Raw clips; their features are read from the cache on access.
 
     Args:
         samples: The samples.
         keys: Cache key of each sample, by sample id.
-        cache: Store that `prepare` has filled.
+        cache: The cache that `prepare` has filled.
         processor: The model's processor.
         label2id: Number of each class; None for regression.
     """
@@ -111,30 +111,32 @@ class ClipDataset(SplitDataset):
         self.processor = processor
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """Inputs of one sample as `MSAProcessor.encode` gives them.
+        """Inputs of one sample, from `MSAProcessor.encode`.
 
         Raises:
-            CacheError: Its entry has left the cache since `prepare`.
+            CacheError: Its cache entry was deleted after `prepare`.
         """
         sample = self.samples[index]
         features = self.cache.load(self.keys[index])
         if features is None:
             raise CacheError(
-                f"the features of {sample.clip.path} have left the cache {self.cache.folder}: start again to "
-                "renew them"
+                f"the features of {sample.clip.path} were deleted from the cache {self.cache.folder}: start "
+                "again to extract them"
             )
         return self.processor.encode(features, sample.text)
 
 
 class FeatureDataset(SplitDataset):
-    """Precomputed features, read when they are asked for; a sample is as long as its longest modality.
+    """Precomputed features, read on access. The length of a sample is that of its longest modality.
 
     Args:
         corpus: The corpus.
-        samples: Samples of it.
+        samples: Samples of the corpus.
         widths: Width of each modality in the model.
-        label2id: Number of each class; None for regression. Raises `CorpusError` where a width differs from
-            that of the corpus.
+        label2id: Number of each class; None for regression.
+
+    Raises:
+        CorpusError: The corpus has other widths.
     """
 
     unit = "steps"
@@ -156,7 +158,7 @@ class FeatureDataset(SplitDataset):
     def inputs(self, index: int) -> dict[str, Tensor]:
         """Features of one sample: `<modality>_values` `(time, width)` and `modality_present` `(3,)` bool.
 
-        A modality that the sample lacks is one step of zeros, and not present.
+        A modality that the sample lacks is one step of zeros and not present.
         """
         row = self.samples[index].row
         values = {
@@ -172,7 +174,7 @@ class FeatureDataset(SplitDataset):
 def make_dataset(
     data: PreparedCorpus | FeatureCorpus, split: str, processor: MSAProcessor | None, config: MSAConfig
 ) -> SplitDataset:
-    """A split as samples for a model of `config`; precomputed features need no processor.
+    """Dataset of a split for a model of `config`; precomputed features need no processor.
 
     Raises:
         CorpusError: Precomputed features have other widths than the model.
@@ -188,28 +190,27 @@ def label2id_of(config: MSAConfig) -> dict[str, int] | None:
 
 
 class BucketBatchSampler:
-    """Batches of samples of similar length; every sample is in one batch of each epoch.
+    """Batches of samples of similar length; every sample occurs once per epoch.
 
-    An epoch is cut into optimizer steps of at most `batch_size * batches_per_step` samples, and each step
-    into `batches_per_step` micro-batches; sizes differ by at most one. The samples of a step depend only on
-    lengths, seed, epoch and that product, not on how a step is divided among processes and accumulation.
-    Micro-batches come in the order in which Accelerate distributes them over processes.
+    An epoch is divided into optimizer steps of at most `batch_size * batches_per_step` samples, and each step
+    into `batches_per_step` micro-batches; sizes differ by at most one. The samples of a step depend on
+    lengths, seed, epoch and that product only, not on the division into processes and accumulation.
+    Micro-batches are in the order in which Accelerate distributes them to processes.
 
-    Samples are sorted by length plus exponential noise, then cut into steps. More noise means more padding
-    and less `overlap` between the steps of two epochs. The noise is the least whose overlap is at most
-    `EXCESS` above that of a random order. Within a step the longest samples come first. Samples of
-    micro-batches that run at the same time are dealt out to the processes one by one, so that all processes
-    have similar work.
+    Samples are sorted by length plus exponential noise, then divided into steps. More noise means more
+    padding and less `overlap` between the steps of two epochs. The noise is the smallest whose overlap is at
+    most `EXCESS` above that of a random order. Within a step the longest samples come first. Micro-batches
+    that run at the same time take turns in the order of length, so that all processes have similar work.
 
     Args:
         lengths: Length of each sample.
-        batch_size: Most samples in a batch.
+        batch_size: Largest number of samples in a batch.
         batches_per_step: Micro-batches of an optimizer step, over all processes.
-        seed: Seed of the order; None keeps all samples in order of length, for evaluation.
-        processes: Processes that share the micro-batches; divides `batches_per_step`.
+        seed: Seed of the order; None sorts all samples by length, for evaluation.
+        processes: Number of processes that share the micro-batches; divides `batches_per_step`.
 
     Attributes:
-        largest: Most samples in a batch.
+        largest: Largest number of samples in a batch.
         steps: Optimizer steps of an epoch.
         batch_size: None in training, which tells Accelerate that sizes vary.
     """
@@ -235,10 +236,10 @@ class BucketBatchSampler:
         self.epoch = 0
 
     def start_epoch(self, epoch: int) -> None:
-        """Take the order of epoch number `epoch`.
+        """Use the order of epoch number `epoch`.
 
-        Not called `set_epoch`: Accelerate calls that with epochs counted from the start of the process, which
-        would undo a resumed run's.
+        It is not named `set_epoch`, because Accelerate calls a method of this name with epochs counted from
+        the start of the process, which would be wrong in a resumed run.
         """
         self.epoch = epoch
 
@@ -253,25 +254,25 @@ class BucketBatchSampler:
         random = np.random.default_rng([self.seed, self.epoch])
         sizes = micro_batch_sizes(len(self.lengths), self.steps, self.batches_per_step)
         for step, parts in zip(self._samples_of_steps(random), sizes, strict=True):
-            yield from self._dealt(step, parts, random)
+            yield from self._micro_batches(step, parts, random)
 
     def padding(self) -> float:
-        """Share of padding in the batches of the epoch, in [0, 1), counted in the units of `lengths`."""
+        """Share of padding in the batches of the epoch, in [0, 1), in units of `lengths`."""
         batches = [self.lengths[batch] for batch in self]
         padded = sum(len(batch) * batch.max() for batch in batches)
         return 1 - float(sum(batch.sum() for batch in batches) / max(padded, 1))
 
     def _samples_of_steps(self, random: np.random.Generator) -> list[np.ndarray]:
-        """Numbers of the samples of each step, in the order of the steps."""
+        """Indices of the samples of each step, in the order of the steps."""
         noise = random.exponential(self.noise, len(self.lengths))
         places = random.permutation(self.steps)
         steps = _cut(self.lengths + noise, self.steps, places)
         return [steps[rank] for rank in np.argsort(places)]
 
-    def _dealt(
+    def _micro_batches(
         self, step: np.ndarray, sizes: Sequence[int], random: np.random.Generator
     ) -> Iterator[list[int]]:
-        """Micro-batches of a step. An empty one gets the shortest sample as a placeholder of weight zero."""
+        """Micro-batches of a step; an empty one gets the shortest sample as a placeholder of weight zero."""
         longest_first = step[np.argsort(-self.lengths[step], kind="stable")]
         start = 0
         for first in range(0, len(sizes), self.processes):
@@ -288,16 +289,16 @@ class BucketBatchSampler:
 
 
 def micro_batch_sizes(samples: int, steps: int, parts: int) -> list[list[int]]:
-    """Samples in each of the `parts` micro-batches of each of the `steps` of an epoch; some may have none."""
+    """Sizes of the `parts` micro-batches of each of the `steps` of an epoch; some may be 0."""
     return [_even_sizes(size, parts) for size in _even_sizes(samples, steps)]
 
 
 def overlap(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
-    """Largest share of a step of `one` that is found in a single step of `other`, averaged over steps.
+    """Largest share of a step of `one` that is in a single step of `other`, averaged over steps.
 
     Args:
-        one: Numbers of the samples of each step of an epoch.
-        other: The same samples in the steps of another epoch.
+        one: Indices of the samples of each step of an epoch.
+        other: The same for another epoch.
 
     Returns:
         The mean share, in (0, 1].
@@ -309,9 +310,9 @@ def overlap(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
 
 
 def _least_noise(lengths: np.ndarray, steps: int) -> float:
-    """Least scale of exponential noise on lengths that keeps the overlap of two epochs within `EXCESS`.
+    """Smallest scale of exponential noise on lengths that keeps the overlap of two epochs within `EXCESS`.
 
-    The overlap is measured on pairs of epochs with `MEASURED` steps in all.
+    The overlap is measured on pairs of epochs with `MEASURED` steps in total.
     """
     if steps < 2:
         return 1.0
@@ -330,18 +331,18 @@ def _least_noise(lengths: np.ndarray, steps: int) -> float:
 
 
 def _cut(keys: np.ndarray, steps: int, places: np.ndarray) -> list[np.ndarray]:
-    """Cut the samples, sorted by `keys`, into steps; `places` says which step of the epoch each becomes."""
+    """Divide the samples, sorted by `keys`, into steps; `places` has the position of each in the epoch."""
     sizes = np.array(_even_sizes(len(keys), steps))[places]
     return np.split(np.argsort(keys, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 def _even_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` parts of `total` that differ by at most one, the larger first."""
+    """Sizes of `parts` parts of `total` that differ by at most one, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int = 0) -> DataLoader:
-    """Loader of padded batches; `workers` processes read ahead and change no result."""
+    """Loader of padded batches; `workers` processes prefetch and do not change the result."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -349,12 +350,12 @@ def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int
         persistent_workers=workers > 0,
         collate_fn=MSADataCollator(dataset.processor),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else starting it draws from the generator that dropout draws from
+        generator=torch.Generator(),  # otherwise starting it would use the generator of dropout
     )
 
 
 def in_order(loader: DataLoader) -> DataLoader:
-    """Another loader of all samples that `loader` draws its batches from, each once and by length."""
+    """A loader of all samples of the dataset of `loader`, each once, sorted by length."""
     sampler = BucketBatchSampler(loader.dataset.lengths, loader.batch_sampler.largest)
     return DataLoader(
         loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=torch.Generator()

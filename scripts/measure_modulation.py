@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Measure what a constant coefficient does to a modality's encoder under AdamW (METHODS P13).
+"""Measure what a constant coefficient does to a modality's encoder under AdamW (docs/methods/numerics.md).
 
     python scripts/measure_modulation.py FEATURES [key=value ...] [--modality text] [--coefficient 0.2]
 

@@ -35,7 +35,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainEBMC(nn.Module):
-    """EBMC's second stage as METHODS 1.2 and 1.3 read at first sight, for complete samples of a regression.
+    """EBMC's second stage as docs/methods/ebmc.md read at first sight, for complete samples of a regression.
 
     A module for everything, nine passes through the stacks one after the other, and the energies'
     gradients by differentiating twice. It computes the losses of `EBMCHead(cce="shared",

@@ -52,8 +52,8 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
     """
     runs = {run: read_panels(history) for run, history in histories.items()}
     titles = _union(runs.values())
-    if strange := [title for title in wanted if title not in titles]:
-        raise ValueError(f"nobody recorded {strange[0]!r}; there are {', '.join(titles)}")
+    if unknown := [title for title in wanted if title not in titles]:
+        raise ValueError(f"{unknown[0]!r} was not recorded; there are {', '.join(titles)}")
     titles = list(wanted) or titles
     columns = min(COLUMNS, len(titles))
     rows = -(-len(titles) // columns)

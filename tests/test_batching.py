@@ -291,5 +291,5 @@ def test_loading_draws_none_of_the_random_numbers_that_training_draws(dataset, w
 def test_a_cache_emptied_during_training_is_said_with_the_clip_and_the_remedy(dataset):
     for entry in dataset.cache.folder.rglob(f"{dataset.keys[1]}*"):
         entry.unlink()
-    with pytest.raises(OSError, match=r"mute\.mp4 have left the cache .*features: start again"):
+    with pytest.raises(OSError, match=r"mute\.mp4 were deleted from the cache .*features: start again"):
         in_one_batch(dataset)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on features made elsewhere, as a user runs it."""
+"""Training on precomputed features, as a user runs it."""
 
 import json
 import os
@@ -207,15 +207,15 @@ def test_a_split_too_small_for_its_rates_is_refused_before_anything_is_written(d
     ("changes", "expected"),
     [
         ({"feature_widths": {**WIDTHS, "audio": 74}}, "audio is 4 wide in the data and 74 in the model"),
-        ({"path": "{clips}"}, "means raw clips, but the model reads features.*extract-features"),
+        ({"path": "{clips}"}, "holds raw clips, but the model reads precomputed features.*extract-features"),
         (
             {"feature_widths": None, "text_encoder": "{encoder}"},
-            "features made elsewhere, but the model",
+            "holds precomputed features, but the model",
         ),
         ({"label_range": [-1, 1]}, r"is outside \[-1, 1\]"),
         ({"split_column": "mood"}, "split 'low' is unknown"),
         ({"path": "{clips}/features.pkl"}, "msa-online convert-features"),
-        ({"path": "{clips}", "split_column": "fold"}, "data.split_column=fold chooses among columns of feat"),
+        ({"path": "{clips}", "split_column": "fold"}, "data.split_column=fold applies to precomputed feat"),
     ],
 )
 def test_data_that_do_not_fit_the_model_are_refused_before_anything_is_written(
@@ -236,7 +236,7 @@ def test_fine_tuning_keeps_to_the_widths_of_its_checkpoint(document, train, tmp_
     MSAModel(MSAConfig(feature_widths=WIDTHS)).save_pretrained(tmp_path / "first")
     document["model"]["feature_widths"] = {**WIDTHS, "text": 768}
     document["training"]["init_from"] = str(tmp_path / "first")
-    with pytest.raises(ConfigurationError, match="has feature_widths .* but model.feature_widths says"):
+    with pytest.raises(ConfigurationError, match="has feature_widths .* but model.feature_widths is"):
         train(document)
 
 

@@ -131,7 +131,7 @@ def still_config(tiny_config):
 
 @pytest.fixture
 def features_config():
-    """A function that configures a head on features made elsewhere."""
+    """A function that configures a head on precomputed features."""
 
     def configure(head: str, **settings) -> MSAConfig:
         return MSAConfig(

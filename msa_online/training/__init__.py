@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: its configuration, its step, its stages, and what it leaves on disk."""
+"""Training: configuration, run, epoch loop, stages, teacher, optimizer and checkpoints."""

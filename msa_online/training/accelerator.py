@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start Accelerate: processes, precision, and what this project cannot train with."""
+"""Start Accelerate: processes and precision; refuse unsupported launches."""
 
 import ctypes
 import os
@@ -13,15 +13,15 @@ from msa_online.training.config import TrainingArguments
 from msa_online.training.precision import choose_precision
 from msa_online.training.yaml_reader import ConfigurationError
 
-# names of ways to divide a model in Accelerate's environment, and of the sizes that do so
+# ways to divide a model among processes, and sizes that do so, by their names in Accelerate's environment
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 DIVIDED = ("DP_SHARD", "TP", "CP", "SP")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-RETURNED_FROM = 4 << 20  # bytes; smaller blocks are reused by malloc itself
+RETURNED_FROM = 4 << 20  # bytes; malloc reuses smaller blocks itself
 
 
 def start_accelerator(training: TrainingArguments) -> Accelerator:
-    """Start Accelerate as the configuration and `accelerate launch` ask, and print processes and precision.
+    """Start Accelerate with the settings of configuration and launcher; print processes and precision.
 
     Raises:
         ConfigurationError: fp16 without a GPU, which would silently compute in fp32; a launch that divides
@@ -38,7 +38,7 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
         log_with=training.log_with,
         project_dir=f"{training.output_dir}/logs",
         step_scheduler_with_optimizer=False,
-        # stages, and heads that ignore part of an encoder, leave parameters without a gradient
+        # in some stages and heads, parameters get no gradient
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
@@ -52,20 +52,20 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
 
 
 def _refuse_divided_models() -> None:
-    """Refuse launches that leave a part of the model on each process, which would be published as a whole."""
+    """Refuse launches that divide the model among processes: checkpoints would contain one part only."""
     used = [name for key, name in SHARDING.items() if parse_flag_from_env(f"ACCELERATE_USE_{key}")]
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes = {key: os.environ.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1") for key in DIVIDED}
         used += [f"{key.lower()}_size={size}" for key, size in sizes.items() if size != "1"]
     if used:
         raise ConfigurationError(
-            f"{', '.join(used)}: a process would hold a part of the model only, and checkpoints would hold "
-            "that part; launch with data parallelism alone (--multi_gpu), or on one process"
+            f"{', '.join(used)}: each process, and each checkpoint, would hold only a part of the model; "
+            "launch with data parallelism only (--multi_gpu), or on one process"
         )
 
 
 def is_compiled(accelerator: Accelerator) -> bool:
-    """Whether `accelerate launch` asks for torch.compile."""
+    """Whether `accelerate launch` requests torch.compile."""
     return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
@@ -79,21 +79,21 @@ def _check_compilation(training: TrainingArguments, accelerator: Accelerator) ->
         )
     if training.measure_gradients:
         raise ConfigurationError(
-            "training.measure_gradients=true goes back through the model once for each loss, which "
-            "torch.compile does not allow: launch with --dynamo_backend no"
+            "training.measure_gradients=true runs backward once for each loss, which torch.compile does not "
+            "support: launch with --dynamo_backend no"
         )
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give freed tensors back to the system at once; other C libraries are left alone.
+    """Make glibc return freed tensors to the system at once; does nothing with other C libraries.
 
-    Left to itself it keeps what the batch of the longest texts once needed: a process that trains MPNet-base
-    then holds 5.7 GB instead of 3 to 4.
+    By default it keeps the memory of the batch with the longest texts: a process that trains MPNet-base then
+    takes 5.7 GB instead of 3 to 4.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, RETURNED_FROM)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's random numbers: what a model starts from, and its dropout."""
+    """Seed torch's random generator, for initialisation and dropout."""
     torch.manual_seed(seed)

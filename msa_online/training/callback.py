@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `transformers.Trainer` needs to train heads that keep running state."""
+"""Callback for `transformers.Trainer`, for heads with running state."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from msa_online.modeling_msa import MSAModel
 class RunningStateCallback(TrainerCallback):
     """Calls `head.end_step` after each optimizer step of a `transformers.Trainer`.
 
-    Heads with running state need it: without it the prototypes of `pase` stay as they were loaded. `train.py`
-    does it by itself.
+    Heads with running state need it: without it, the prototypes of `pase` would never change. `msa-online
+    train` does not need it.
     """
 
     def on_optimizer_step(self, *_: Any, model: MSAModel, **__: Any) -> None:
-        """Have the head of `model` take in the samples of the step."""
+        """Update the running state of the head of `model`."""
         model.head.end_step(taken=True)

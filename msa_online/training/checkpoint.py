@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: a loadable checkpoint of its best epoch, and the state that it resumes from."""
+"""The folder of a run: a loadable checkpoint of its best epoch, and the state to resume from."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class RunFolder:
 
     Args:
         path: The folder.
-        accelerator: Knows the main process, which alone writes.
+        accelerator: Identifies the main process, the only one that writes.
     """
 
     def __init__(self, path: str | Path, accelerator: Accelerator) -> None:
@@ -53,45 +53,45 @@ class RunFolder:
         """Check that the run may use the folder, without changing it.
 
         Raises:
-            ConfigurationError: It holds an earlier run, and neither `resume` nor `overwrite` is set; or files
-                that are not of a run; or it holds no state to resume, a damaged one, or that of a run with
-                another configuration; or it cannot be made.
+            ConfigurationError: The folder contains an earlier run, and neither `resume` nor `overwrite` is
+                set; it contains files that do not belong to a run; there is no state to resume, or it is
+                damaged or has another configuration; or the folder cannot be created.
         """
         if arguments.training.resume:
             self._check_resumable(arguments)
         elif (self.path / SETTINGS).exists() and not arguments.training.overwrite:
             raise ConfigurationError(
-                f"{self.path} holds an earlier run: say training.resume=true to go on with it, "
+                f"{self.path} holds an earlier run: set training.resume=true to continue it, "
                 "training.overwrite=true to replace it, or give another training.output_dir"
             )
         elif self.path.is_dir() and not (self.path / SETTINGS).exists() and any(self.path.iterdir()):
             raise ConfigurationError(
-                f"{self.path} holds files of no run (for example {next(self.path.iterdir()).name}): "
-                "give training.output_dir a folder of its own"
+                f"{self.path} holds files that belong to no run (for example "
+                f"{next(self.path.iterdir()).name}): give another training.output_dir"
             )
         elif reason := "it is a file" if self.path.is_file() else why_not_writable(self.path):
             raise ConfigurationError(
-                f"training.output_dir={self.path} cannot be made: {reason}; name another"
+                f"training.output_dir={self.path} cannot be created: {reason}; name another"
             )
 
     def open(self, arguments: RunArguments) -> None:
-        """Make the folder ready for a new run; that of an interrupted one is left as it is.
+        """Prepare the folder for a new run; the folder of a run to resume is not changed.
 
         Raises:
-            ConfigurationError: As `check`.
+            ConfigurationError: As in `check`.
         """
         self.check(arguments)
         self.accelerator.wait_for_everyone()  # all processes check before one writes
         if self.accelerator.is_main_process and not arguments.training.resume:
             if (self.path / SETTINGS).exists():
-                shutil.rmtree(self.path)  # only ever a folder that a run of ours has made
+                shutil.rmtree(self.path)  # the folder of a run, as `check` has verified
             self.path.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(self._record(arguments), sort_keys=False)
             _write_atomically(self.path / SETTINGS, settings)
         self.accelerator.wait_for_everyone()
 
     def _record(self, arguments: RunArguments) -> dict[str, Any]:
-        """The run as plain data, with what `accelerate launch` decided of it."""
+        """The configuration as plain data, with the settings of `accelerate launch`."""
         launch = {
             "processes": self.accelerator.num_processes,
             "mixed_precision": str(self.accelerator.mixed_precision),
@@ -114,13 +114,13 @@ class RunFolder:
             )
         require_settings(manifest, self.path / SETTINGS)
         published = self.path / SAFE_WEIGHTS_NAME
-        if published.exists():  # read again only after the last epoch
+        if published.exists():  # check it now: it is read only after the last epoch
             with _published(published), safe_open(published, framework="pt"):
                 pass
 
     def _why_nothing_to_resume(self) -> str:
         if not (self.path / SETTINGS).exists():
-            return f"{self.path}: nothing to resume: no run was started there; leave training.resume out"
+            return f"{self.path}: nothing to resume: no run was started there; leave out training.resume"
         if (self.path / SAFE_WEIGHTS_NAME).exists():
             return f"{self.path}: nothing to resume: the run has finished, or its state was deleted"
         return (
@@ -140,15 +140,15 @@ class RunFolder:
 
     @property
     def _state(self) -> Path | None:
-        """The newest whole state: a stop between the two renames of `save_state` leaves the older one."""
+        """The newest complete state; between the two renames of `save_state` this is the older one."""
         return next((state for name in (STATE, f"{STATE}.old") if (state := self.path / name).is_dir()), None)
 
     def save_state(self, model: MSAModel, parts: Mapping[str, Stateful]) -> None:
-        """Save all that a resumed run continues from; never leaves half a state behind.
+        """Save the state to resume from, atomically.
 
         Args:
             model: The model, not wrapped.
-            parts: What else has a state, by name: optimizer, schedules, modulator, progress.
+            parts: The other objects with a state, by name: optimizer, schedules, modulator, progress.
         """
         new, current, old = (self.path / name for name in (f"{STATE}.new", STATE, f"{STATE}.old"))
         if self.accelerator.is_main_process:
@@ -159,7 +159,7 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seal(new, self.accelerator.num_processes, self.path / SETTINGS)
-            if current.exists():  # else `old` is the only whole state that a resumed run would find
+            if current.exists():  # otherwise `old` is the only complete state
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(current, old)
             os.rename(new, current)
@@ -167,10 +167,10 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
 
     def load_state(self, model: MSAModel, parts: Mapping[str, Stateful]) -> None:
-        """Continue the run where `save_state` left it; arguments as there.
+        """Restore the state of `save_state`; takes the same arguments.
 
         Raises:
-            ConfigurationError: The state is damaged, incomplete, or that of another run.
+            ConfigurationError: The state is damaged or incomplete, or belongs to another run.
         """
         self._run_state(model, parts).read(self._state)
 
@@ -183,16 +183,16 @@ class RunFolder:
         )
 
     def forget_state(self) -> None:
-        """Remove what only an interrupted run needs."""
+        """Delete the state and the weights of stages, which a finished run does not need."""
         for name in (STATE, f"{STATE}.old", f"{STATE}.new", STAGES):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def stage_file(self, name: str) -> Path:
-        """File for weights or answers of a stage that a later stage needs."""
+        """File for weights or teacher targets of a stage."""
         return self.path / STAGES / f"{name}.safetensors"
 
     def keep_stage(self, name: str, model: MSAModel) -> None:
-        """Keep the weights of `model` as the best of stage `name`."""
+        """Save the weights of `model` as the best of stage `name`."""
         if self.accelerator.is_main_process:
             kept = self.stage_file(name)
             kept.parent.mkdir(exist_ok=True)
@@ -201,7 +201,7 @@ class RunFolder:
             os.replace(draft, kept)
 
     def publish(self, model: MSAModel, processor: MSAProcessor | None) -> None:
-        """Make the folder a checkpoint of `model` as it is now; each file is replaced whole.
+        """Save a checkpoint of `model` in the folder; each file is replaced atomically.
 
         A model of precomputed features has no processor.
         """
@@ -212,23 +212,23 @@ class RunFolder:
         model.save_pretrained(staging, state_dict=weights)
         if processor is not None:
             processor.save_pretrained(staging)
-        for file in staging.glob("*.safetensors"):  # the library lets only the owner read them
+        for file in staging.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(staging / CONFIG_NAME, file)
         for file in staging.iterdir():
             os.replace(file, self.path / file.name)
         staging.rmdir()
 
     def load_best(self, model: MSAModel) -> None:
-        """Give a model the weights that were published, without a second copy of it in memory.
+        """Load the published weights into a model, without a second copy in memory.
 
         Raises:
-            ConfigurationError: Nothing was published: no epoch of the last stage had a score; or the file is
-                damaged, or holds the weights of another model.
+            ConfigurationError: Nothing was published, because no epoch of the last stage had a score; or the
+                file is damaged, or contains the weights of another model.
         """
         published = self.path / SAFE_WEIGHTS_NAME
         if not published.exists():
             raise ConfigurationError(
-                f"{self.path}: no epoch had a validation score that is a number; lower the learning rates"
+                f"{self.path}: no epoch had a finite validation score; lower the learning rates"
             )
         with _published(published):
             missing, unexpected = load_model(model, published, strict=False)
@@ -242,13 +242,13 @@ class RunFolder:
 
 
 def require_space(folder: Path, model: MSAModel) -> None:
-    """Refuse to start a run whose checkpoints would not fit on the disk.
+    """Check that the checkpoints of a run fit on the disk.
 
-    A run holds the best weights, those of a teacher, and twice (while one replaces the other) a state of
-    weights and two moments.
+    A run stores the best weights, those of a teacher, and a state of weights and two moments; of the state,
+    two copies exist while one replaces the other.
 
     Raises:
-        ConfigurationError: Naming the bytes needed and those free.
+        ConfigurationError: They do not fit; names the bytes needed and those free.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = size * 3 + 2 * 3 * size
@@ -258,13 +258,13 @@ def require_space(folder: Path, model: MSAModel) -> None:
     if free < needed:
         raise ConfigurationError(
             f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give "
-            "another training.output_dir or make room"
+            "another training.output_dir or free disk space"
         )
 
 
 @contextmanager
 def _published(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading the published weights into a message that names them and the remedy."""
+    """Convert errors in reading the published weights to a message with the file and the remedy."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

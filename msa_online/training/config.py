@@ -18,13 +18,14 @@ NOT_SET_IN_YAML = ("text_config", "label_range", "plugins", "trained_on")
 
 @dataclass(frozen=True)
 class MissingArguments:
-    """Modalities missing at given rates from all splits, for the whole run: the `data.missing:` section.
+    """Modalities missing at given rates from all splits, fixed for the run: the `data.missing:` section.
 
     Attributes:
         rates: Share of samples that lack each modality, by name, in [0, 1), or one rate for all three; None
-            leaves the data as they are.
-        rounding: Rounding of the counts: "largest_remainder", or "official" as in BALM's code (METHODS A15).
-        seed: Seed of who lacks what; the same for all seeds of a study.
+            hides nothing.
+        rounding: Rounding of the counts: "largest_remainder", or "official" as in BALM's code
+            (docs/methods/protocols.md).
+        seed: Seed of the masks; the same for all seeds of a study.
     """
 
     rates: dict[str, float] | float | None = None
@@ -44,15 +45,15 @@ class DataArguments:
     """What to train on: the `data:` section.
 
     Attributes:
-        path: Folder, Hub repository or table (see the README on layouts); for a model of features, the folder
-            that `msa-online convert-features` or `extract-features` made, or an .npz file.
+        path: Folder, Hub repository or table (see docs/data.md); for a model of precomputed features, the
+            folder that `msa-online convert-features` or `extract-features` wrote, or an .npz file.
         task: "regression" or "classification".
-        label_column: Column that holds the label.
-        split_column: Column that holds the split; another than "split" among features only.
+        label_column: Column of the label.
+        split_column: Column of the split; other names than "split" are for precomputed features only.
         label_range: Lowest and highest legal label of a regression.
-        skip_broken: Go on without rows that cannot be used, instead of stopping.
-        split_seed: Seed of the speaker-grouped split made where the data brings none.
-        standardize: Shift and scale features made elsewhere by what the training split shows.
+        skip_broken: Leave out rows that cannot be used, instead of stopping.
+        split_seed: Seed of the speaker-grouped split that is made if the data have none.
+        standardize: Standardise precomputed features with the statistics of the training split.
         num_frames: Frames sampled from each clip.
         face_size: Height and width of a face crop in pixels.
         face_choice: Face to track if there are several: "largest" or "most_speaking".
@@ -60,7 +61,7 @@ class DataArguments:
         max_audio_seconds: Longest sound.
         prepare_workers: Processes that extract features; all cores by default.
         loader_workers: Processes that load batches; 0 loads them in the training process.
-        missing: Modalities hidden on purpose from training, validation and test samples.
+        missing: Modalities to hide from training, validation and test samples.
     """
 
     path: str = ""
@@ -89,7 +90,7 @@ class DataArguments:
 
     @property
     def legal_range(self) -> tuple[float, float] | None:
-        """Range labels have to lie in; None for classes."""
+        """Range of legal labels; None for classes."""
         return self.label_range if self.task == "regression" else None
 
 
@@ -99,8 +100,9 @@ class StageArguments:
 
     Attributes:
         name: One of the head's `stages`.
-        epochs: Longest duration.
-        patience: Epochs without a better validation score before the stage ends; None never ends it early.
+        epochs: Largest number of epochs.
+        patience: Epochs without a better validation score after which the stage ends; None never ends it
+            early.
     """
 
     name: str
@@ -113,34 +115,34 @@ class TrainingArguments:
     """How to train: the `training:` section.
 
     Attributes:
-        output_dir: The run's folder; it becomes a loadable checkpoint.
-        seed: Seed of initialisation, order, dropout and modality dropout.
-        epochs: Epochs of a run in one stage.
-        patience: Early stopping for a run in one stage.
-        stages: Stages of a head that has several, in place of `epochs` and `patience`.
-        batch_size: Most samples of one process in one forward pass.
-        accumulation: Forward passes of one process for each optimizer step.
+        output_dir: Folder of the run; it becomes a loadable checkpoint.
+        seed: Seed of initialisation, sample order, dropout and modality dropout.
+        epochs: Largest number of epochs of a run with one stage.
+        patience: Epochs without a better validation score after which a run with one stage stops.
+        stages: Stages of a head with several, instead of `epochs` and `patience`.
+        batch_size: Largest number of samples per process in a forward pass.
+        accumulation: Forward passes per process for each optimizer step.
         mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
-            `accelerate launch`, else bf16 where the device computes it natively, else fp16 on a GPU and fp32
-            on a CPU.
+            `accelerate launch`, else bf16 if the device computes it natively, else fp16 on a GPU and fp32 on
+            a CPU.
         text_learning_rate: Peak learning rate of the text encoder.
-        learning_rate: Peak learning rate of everything else.
-        weight_decay: AdamW's decay of matrices; vectors (biases, norms, scalings) are not decayed.
+        learning_rate: Peak learning rate of all other parameters.
+        weight_decay: AdamW's weight decay of matrices; vectors (biases, norms, scalings) have none.
         warmup: Share of all steps in which the learning rate rises.
-        decay: "linear": the learning rate then falls to zero; "constant": it stays.
+        decay: Learning rate after the warm-up: "linear" falls to zero, "constant" stays.
         clip_norm: Largest gradient norm; larger gradients are scaled down to it.
         modality_dropout: Share of training samples from which each modality is hidden, by name.
-        frame_dropout: Drop words, sound steps and faces of training samples at random rates; epochs are then
-            judged with half of them missing.
-        condition: The modalities, like "text+audio", that the last stage may see in training and in
-            evaluation (protocol per_condition); None trains one model for all seven (single_model).
-        freeze_text_encoder: Leave the text encoder's weights as they are.
+        frame_dropout: Drop words, sound steps and faces of training samples at random rates; validation then
+            drops half of them.
+        condition: Modalities, like "text+audio", that the last stage sees in training and evaluation
+            (protocol per_condition); None trains one model for all seven conditions (single_model).
+        freeze_text_encoder: Do not train the text encoder.
         modulator: Name in `MODULATORS`.
         modulator_kwargs: Keyword arguments of the modulator.
         init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
-        resume: Go on with an interrupted run in `output_dir`.
+        resume: Continue an interrupted run in `output_dir`.
         overwrite: Replace an earlier run in `output_dir`.
-        log_with: Trackers Accelerate knows: tensorboard, wandb, trackio, ...
+        log_with: A tracker that Accelerate supports: tensorboard, wandb, trackio, ...
         measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
     """
 
@@ -173,7 +175,7 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class RunArguments:
-    """A whole run.
+    """Configuration of a run.
 
     Attributes:
         model: Keyword arguments of `MSAConfig`: the `model:` section.
@@ -191,7 +193,7 @@ class RunArguments:
         """Configuration of the model to build; `classes` names the labels, empty for regression.
 
         Raises:
-            TextEncoderError: The text encoder's configuration is not to be had.
+            TextEncoderError: The text encoder's configuration is unavailable.
         """
         text_encoder = self.model.get("text_encoder")
         text_config = load_text_config(text_encoder) if text_encoder else None
@@ -199,7 +201,7 @@ class RunArguments:
         return MSAConfig(text_config=text_config, **fields)
 
     def output_fields(self, classes: Sequence[str]) -> dict[str, Any]:
-        """The part of a model's configuration that the task decides: label range, or names of the classes."""
+        """The fields of a model's configuration that depend on the task: label range, or class names."""
         if self.data.task == "regression":
             return {"label_range": list(self.data.label_range)}
         return {
@@ -208,7 +210,7 @@ class RunArguments:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as plain data, as a YAML file holds it; without `plugins` if there are none."""
+        """The run as plain data, as in a YAML file; without `plugins` if there are none."""
         plain = dataclasses.asdict(self)
         plain["data"]["label_range"] = list(self.data.label_range)
         if not self.plugins:
@@ -227,7 +229,7 @@ def first_difference(
         ignored: Keys of settings that may differ, with their sections.
 
     Returns:
-        The key and both values, None for a value that is not there; None if the runs are equal.
+        The key and both values, None for a missing value; None if the runs are equal.
     """
     before, now = _by_key(RunArguments().to_dict()) | _by_key(before), _by_key(now)
     for key in sorted((before.keys() | now.keys()) - set(ignored)):

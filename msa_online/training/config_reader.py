@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the configuration of a run, and refuse one that cannot work before anything is loaded."""
+"""Read and validate the configuration of a run, before anything is loaded."""
 
 import importlib
 import inspect
@@ -37,7 +37,7 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
         changes: Items like `training.epochs=3`; the value is read as YAML.
 
     Raises:
-        ConfigurationError: The file cannot be read or is no YAML, a key is unknown, a value has the wrong
+        ConfigurationError: The file cannot be read or is not YAML, a key is unknown, a value has the wrong
             type or is out of range, or a plug-in cannot be imported.
     """
     document = read_document(path)
@@ -77,7 +77,7 @@ def import_plugins(names: Sequence[str], origin: str) -> None:
 
 
 def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
-    """Build each part of the model once; returns the run with keyword arguments as the parts take them."""
+    """Build each part of the model once; returns the run with converted keyword arguments of the parts."""
     training = arguments.training
     try:
         arguments.data.extraction  # noqa: B018  validates itself
@@ -113,7 +113,7 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
 def _checked(
     part: type, given: tuple[Any, ...], keywords: Mapping[str, Any], origin: str, section: str
 ) -> dict[str, Any]:
-    """Build a part of the run once, so that it checks its settings; returns its typed keyword arguments."""
+    """Build a part of the run once, so that it validates its settings; returns its keyword arguments."""
     hints = get_type_hints(part.__init__)
     refuse_unknown(keywords, list(inspect.signature(part).parameters)[len(given) :], origin, section)
     keywords = {
@@ -126,10 +126,10 @@ def _checked(
 def _build_once(
     part: type, given: tuple[Any, ...], keywords: Mapping[str, Any], origin: str, section: str
 ) -> None:
-    """Build a part without memory for its weights; refuse one that fails or has empty weights."""
+    """Build a part on the meta device; refuse one that fails or has empty weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's, of empty weights: refused below
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of empty weights, refused below
             built = part(*given, **keywords)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {section}: {' '.join(str(error).split())}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validate the values of a configuration, without loading anything."""
+"""Validate configuration values, without loading anything."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,12 +18,12 @@ EXAMPLE_WIDTHS = "{text: 768, audio: 74, vision: 35}"
 
 
 def problems(arguments: RunArguments) -> Iterator[str]:
-    """Values that cannot work, each as a line with its key, the value and what is allowed."""
+    """Yield a message for each invalid value, with its key, the value and what is allowed."""
     data, training = arguments.data, arguments.training
     yield from _problems_of_inputs(arguments.model, training)
     yield from _problems_of_missing(data.missing, training)
     if not data.split_column:
-        yield "data.split_column is empty: name the column that holds the split"
+        yield "data.split_column is empty: name the column of the split"
     if data.task not in TASKS:
         yield f"data.task is {data.task!r}: one of {', '.join(TASKS)}"
     if not data.label_range[0] < data.label_range[1]:
@@ -98,7 +98,7 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
     ):
         yield f"model.feature_widths is {widths!r}: a width for each modality, like {EXAMPLE_WIDTHS}"
     if unread := [name for name in OF_RAW_CLIPS if name in model]:
-        yield f"model.{unread[0]} is of raw clips: leave it out beside model.feature_widths"
+        yield f"model.{unread[0]} applies to raw clips only: leave it out with model.feature_widths"
     if training.freeze_text_encoder:
         yield "training.freeze_text_encoder needs a text encoder, and model.feature_widths has none"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a run: read, prepared and loaded in batches."""
+"""The data of a run: reading, preparation and loaders."""
 
 import math
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ SMALL_SPLIT = 100  # samples: the standard error of an accuracy is then at most 
 
 
 def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
-    """The corpus of a run, of raw clips or of features, read and checked but not decoded.
+    """Read and validate the corpus of a run, of clips or precomputed features, without decoding clips.
 
     Raises:
-        CorpusError: Rows cannot be used and `skip_broken` is not said, or a split is empty.
-        ConfigurationError: Clips are to be split by another column than "split".
+        CorpusError: Rows cannot be used and `skip_broken` is not set, or a split is empty.
+        ConfigurationError: `split_column` is set for clips.
     """
     if is_precomputed_path(data.path):
         features = read_features(
@@ -50,8 +50,8 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
         return features
     if data.split_column != "split":
         raise ConfigurationError(
-            f"data.split_column={data.split_column} chooses among columns of features, but {data.path} means "
-            "clips: call the column of their metadata 'split'"
+            f"data.split_column={data.split_column} applies to precomputed features only, but {data.path} "
+            "means clips: name the column of their metadata 'split'"
         )
     corpus = read_corpus(
         data.path,
@@ -84,13 +84,13 @@ def prepare_data(
     accelerator: Accelerator,
     console: Console,
 ) -> PreparedCorpus | FeatureCorpus:
-    """Make the corpus ready for loading and show what was found; every rank ends with the same samples.
+    """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
-    Of clips, features are extracted that are not in the cache yet: by the main process, for which the others
-    wait however long it takes. `limits` is the most that a model reads of a clip; None for one of features.
+    Features of clips that are not in the cache are extracted by the main process, while the others wait.
+    `limits` are those of the model on clips; None for precomputed features.
 
     Raises:
-        CorpusError: Clips cannot be used and `skip_broken` is not said, or a split is empty without them.
+        CorpusError: Clips cannot be used and `skip_broken` is not set, or a split is empty without them.
         SystemExit: Extraction failed in another process, which reports it.
     """
     if isinstance(corpus, FeatureCorpus):
@@ -112,7 +112,7 @@ def make_loaders(
     arguments: RunArguments,
     accelerator: Accelerator,
 ) -> dict[str, DataLoader]:
-    """A loader for each split that has samples: the training split shuffled by seed, the others by length.
+    """A loader for each split with samples; the training split is shuffled, the others sorted by length.
 
     Raises:
         ConfigurationError: The training split has fewer samples than an optimizer step has micro-batches.
@@ -138,10 +138,10 @@ def make_loaders(
 
 
 def loaders_report(loaders: Mapping[str, DataLoader], epochs: int) -> list[str]:
-    """How the training split is cut into steps, and a warning for each split that is too small.
+    """Lines on the division of the training split into steps, and a warning for each split that is small.
 
     Args:
-        loaders: Loader of each split, as `make_loaders` gives them.
+        loaders: Loader of each split, from `make_loaders`.
         epochs: Epochs of the run.
     """
     sampler = loaders["train"].batch_sampler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognise a run that has diverged, and a model that is worse than a constant."""
+"""Detect diverged runs, and models that are worse than a constant."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.conditions import DIVERGED, metrics_of, selection_score
 
 ABSURD = 10.0
-"""A validation MAE of more than this many times the width of the label range means a diverged run."""
+"""A run has diverged if its validation MAE is above this many times the width of the label range."""
 
 
 class DivergedError(RuntimeError):
-    """Training has diverged; the message names the epoch, the figure and the remedy."""
+    """Training has diverged; the message names the epoch, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class ConstantModel:
-    """Gives every sample the same answer: the mean training label, or the most frequent training class.
+    """Predicts the same for every sample: the mean training label, or the most frequent training class.
 
-    A model that does worse has learned nothing.
+    A model that is worse has learned nothing.
 
     Attributes:
-        config: Says the task.
-        logits: The answer, `(outputs,)`.
+        config: Configuration of the model, for the task.
+        logits: The constant output, `(outputs,)`.
     """
 
     config: MSAConfig
@@ -42,13 +42,13 @@ class ConstantModel:
 
     @property
     def title(self) -> str:
-        """The answer in words."""
+        """Description of the prediction."""
         if self.config.is_regression:
             return f"the mean training label ({self.logits[0]:.3f})"
         return f"the most frequent training class ({self.config.id2label[int(self.logits.argmax())]})"
 
     def metrics(self, labels: Sequence[float]) -> dict[str, float]:
-        """Metrics of the constant on a split with `labels` `(samples,)`; its correlation is 0."""
+        """Metrics of the constant on a split with `labels` `(samples,)`; the correlation is 0."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a constant has no correlation
             return metrics_of(np.tile(self.logits, (len(labels), 1)), np.asarray(labels), self.config)
@@ -61,17 +61,17 @@ def check_epoch(
     label_range: tuple[float, float],
     scaler: GradScaler | None,
 ) -> None:
-    """Stop a run that has diverged before anything of the epoch is kept.
+    """Stop a run that has diverged, before anything of the epoch is saved.
 
     Args:
-        title: Names the epoch.
+        title: Name of the epoch.
         losses: Training losses of the epoch; empty if every step was skipped.
         metrics: Validation metrics of the epoch.
         label_range: Lowest and highest legal label of a regression.
-        scaler: Of fp16; while it searches for its scale, skipped steps are normal.
+        scaler: Scaler of fp16; while it searches for its scale, skipped steps are normal.
 
     Raises:
-        DivergedError: No step had a finite gradient, or the validation MAE is absurd.
+        DivergedError: No step had a finite gradient, or the validation MAE is far too large.
     """
     if not losses and (scaler is None or scaler.get_scale() < 1):
         raise DivergedError(f"{title}: every step was skipped, because no gradient was finite; {DIVERGED}")
@@ -83,12 +83,12 @@ def check_epoch(
 
 
 def is_worse(metrics: Mapping[str, float], constant: Mapping[str, float], is_regression: bool) -> bool:
-    """Whether a model scores below the constant model by the measure that epochs are chosen by."""
+    """Whether a model is worse than the constant model, by the metric that selects the best epoch."""
     return selection_score(metrics, is_regression) < selection_score(constant, is_regression)
 
 
 def constant_line(split: str, metrics: Mapping[str, float], constant: Mapping[str, float], title: str) -> str:
-    """One line that compares a model with the constant model `title` on a split."""
+    """One line that compares a model with the constant model on a split."""
     name, measure = ("mae", "MAE") if "mae" in metrics else ("f1_weighted", "weighted F1")
     line = f"{split}: {measure} {metrics[name]:.3f}; always predicting {title} gives {constant[name]:.3f}"
     if not is_worse(metrics, constant, name == "mae"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One epoch of training: the order of a step that mixed precision, accumulation and modulators allow."""
+"""One epoch of training, with mixed precision, accumulation and gradient modulation."""
 
 import math
 from collections import defaultdict
@@ -30,7 +30,7 @@ from msa_online.training.teacher import Teacher
 
 @dataclass
 class Progress:
-    """How far a run has come; saved with it.
+    """Progress of a run; saved with its state.
 
     Attributes:
         step: Optimizer steps taken.
@@ -47,26 +47,26 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the record."""
+        """Restore the record."""
         vars(self).update(state)
 
 
 @dataclass
 class TrainingLoop:
-    """What a run trains with, all of it prepared by Accelerate where it has to be.
+    """Trains epochs; model, optimizer and loaders are prepared by Accelerate.
 
     Attributes:
         accelerator: Devices, precision, accumulation and processes.
-        model: The model as Accelerate wrapped it.
-        optimizer: Its optimizer as Accelerate wrapped it.
+        model: The wrapped model.
+        optimizer: The wrapped optimizer.
         scheduler: Learning-rate schedule, stepped once per optimizer step taken.
-        modulator: Changes gradients at the one legal place.
-        hiding: Hides modalities of training samples.
+        modulator: Changes gradients once per optimizer step.
+        input_mask: Hides modalities of training samples.
         clip_norm: Largest gradient norm.
         seed: Seed of the run.
         measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
-        teacher: Whom the stage is taught by.
-        progress: How far the run has come.
+        teacher: Teacher of the current stage.
+        progress: Progress of the run.
     """
 
     accelerator: Accelerator
@@ -83,7 +83,7 @@ class TrainingLoop:
 
     @property
     def bare_model(self) -> MSAModel:
-        """The model without what Accelerate wraps around it: DDP, torch.compile."""
+        """The model without wrappers such as DDP and torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def train_epoch(self, loader: DataLoader, *, stage: str, epoch: int, title: str) -> dict[str, float]:
@@ -93,10 +93,10 @@ class TrainingLoop:
         and gradients are means over all samples of the step.
 
         Args:
-            loader: Prepared loader of the training split, its batches from a `BucketBatchSampler`.
+            loader: Prepared loader of the training split, with batches from a `BucketBatchSampler`.
             stage: Name of the training stage.
             epoch: Epochs finished before this one.
-            title: What the progress bar says.
+            title: Title of the progress bar.
 
         Returns:
             Mean of every loss and diagnostic over the epoch's finite steps, by name; `loss` is the weighted
@@ -131,7 +131,7 @@ class TrainingLoop:
     def _weights(self, loader: DataLoader) -> Iterator[float]:
         """Weight of each micro-batch of this process: its size divided by the mean size in its step.
 
-        Accumulation and DDP average gradients over micro-batches regardless of their sizes; this corrects it.
+        Accumulation and DDP average gradients over micro-batches whatever their sizes; this corrects it.
         """
         accumulation, processes = self.accelerator.gradient_accumulation_steps, self.accelerator.num_processes
         parts = accumulation * processes
@@ -140,7 +140,7 @@ class TrainingLoop:
                 yield mine * parts / sum(sizes)
 
     def _forward_backward(self, batch: Mapping[str, Tensor], weight: float, measure: bool) -> "MicroBatch":
-        """Losses and diagnostics of a micro-batch, detached; gradients are left on the parameters."""
+        """Run forward and backward of a micro-batch; returns its losses and diagnostics, detached."""
         output = self.model(**batch, output_internals=True)
         if measure:
             self._measure(output.losses)
@@ -152,7 +152,7 @@ class TrainingLoop:
         return MicroBatch(_detached(reported), _detached(observed), weight)
 
     def _measure(self, losses: Mapping[str, Tensor]) -> None:
-        """Note the norm of the gradient that each loss alone, unweighted, would give."""
+        """Record the gradient norm of each unweighted loss."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for name, loss in losses.items():
             if not loss.requires_grad:
@@ -163,11 +163,13 @@ class TrainingLoop:
             self._gradient_norms[f"gradient/{name}"] = norm.item()
 
     def _step(self, window: Sequence["MicroBatch"], stage: str, epoch: int) -> dict[str, float]:
-        """Unscale once, modulate, clip, step (METHODS 8.1); skip everything on a non-finite gradient.
+        """Unscale once, modulate, clip, step; skip the whole step if a gradient is not finite.
+
+        docs/methods/numerics.md, "Order of a step", has the reasons.
 
         Returns:
-            Losses and diagnostics averaged over the accumulation window and the ranks, and what the modulator
-            did; empty for a skipped step.
+            Losses and diagnostics averaged over the accumulation window and the ranks, and the log of the
+            modulator; empty for a skipped step.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self._clipped if parameter.grad is not None]
@@ -205,11 +207,12 @@ class TrainingLoop:
         return record
 
     def _fetch(self, window: Sequence["MicroBatch"], whole: Mapping[str, Tensor]) -> dict[str, float]:
-        """What a step has to know on the host, in its one sync.
+        """Copy all scalars of a step to the host, in one synchronisation.
 
         Args:
-            window: Scalars of its micro-batches, averaged by weight over them and over the ranks.
-            whole: Scalars of its whole gradients, the same on every rank.
+            window: Scalars of its micro-batches; their weighted means over the window and the ranks are
+                returned.
+            whole: Scalars of the accumulated gradients, equal on all ranks.
         """
         names = [*window[0].reported, *window[0].observed]
         means = torch.stack([micro.values() for micro in window]).mean(dim=0)
@@ -218,7 +221,7 @@ class TrainingLoop:
         return dict(zip([*names, *whole], torch.cat([means, of_gradients]).tolist(), strict=True))
 
     def _skip(self) -> None:
-        """Drop the gradients; GradScaler lowers its scale in a step that then has nothing to take."""
+        """Drop the gradients; the step then only lets GradScaler lower its scale."""
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -247,7 +250,7 @@ class MicroBatch:
 
     Attributes:
         reported: Losses and diagnostics.
-        observed: What the modulator wants to know at the step.
+        observed: Statistics of the modulator.
         weight: Its size divided by the mean size of the micro-batches of the step.
     """
 
@@ -256,7 +259,7 @@ class MicroBatch:
     weight: float
 
     def values(self) -> Tensor:
-        """All of them, weighted, those reported first."""
+        """All scalars, weighted; the reported ones first."""
         return self.weight * torch.stack([*self.reported.values(), *self.observed.values()])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run hides on purpose, and from which split."""
+"""Input masks of a run, by split."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from msa_online.training.config import MissingArguments, TrainingArguments
 
 
 def draw_split_masks(data: PreparedCorpus | FeatureCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
-    """The mask of each split that has samples; none at all where no missing rates are asked for.
+    """The mask of each split with samples; empty without missing rates.
 
     Raises:
         CorpusError: A split is too small for the rates.
@@ -41,13 +41,13 @@ def occurring_modalities(
     masks: Mapping[str, SplitMask],
     stages: int,
 ) -> tuple[str, ...]:
-    """Modalities that at least one training sample shows in at least one stage.
+    """Modalities that are visible in at least one training sample in at least one stage.
 
     Args:
         data: The data of the run.
-        training: Names the condition of the last stage, if any.
+        training: Training settings, for the condition of the last stage.
         masks: The mask of each split; empty without missing rates.
-        stages: Number of training stages; those before the last show everything.
+        stages: Number of training stages; in all but the last, everything is visible.
     """
     seen = masks["train"].seen if masks else data.present("train")
     visible = CONDITIONS[training.condition] if training.condition and stages == 1 else MODALITIES
@@ -62,17 +62,17 @@ def make_input_masks(
     model: MSAModel,
     processor: MSAProcessor | None,
 ) -> dict[str, InputMask]:
-    """What is hidden in "train", in "valid", where the epochs are judged, and from a "teacher" of "train".
+    """Input masks for training ("train"), validation ("valid") and the teacher's training split ("teacher").
 
     Args:
         data: The data of the run.
-        training: Says what is hidden where there are no masks.
-        masks: The mask of each split, which then is all that is hidden.
-        model: The model, its encoders fitted.
-        processor: Its processor; None for a model of features.
+        training: Training settings; they apply if there are no masks.
+        masks: The mask of each split of a run with missing rates; nothing else is hidden then.
+        model: The model, with fitted encoders.
+        processor: Its processor; None for a model of precomputed features.
 
     Raises:
-        TextEncoderError: Words are to be dropped, and the tokenizer has no token to put in their place.
+        TextEncoderError: Words have to be dropped, and the tokenizer has no unknown token.
     """
     if masks:
         return {**masks, "teacher": masks["train"]}

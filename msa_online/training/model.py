@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a run: built anew, or fine-tuned from a checkpoint."""
+"""Build the model of a run, new or from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -23,15 +23,15 @@ from msa_online.training.yaml_reader import ConfigurationError
 def build_model(
     arguments: RunArguments, classes: Sequence[str], console: Console
 ) -> tuple[MSAModel, MSAProcessor | None]:
-    """A new model with a pretrained text encoder, or one fine-tuned from `init_from`, and its processor.
+    """Build a model with a pretrained text encoder, or from the checkpoint `init_from`, and its processor.
 
     Fine-tuning prints what was loaded and what is new. A model of precomputed features has no processor.
 
     Raises:
         TextEncoderError: The text encoder is unavailable.
-        CheckpointError: `init_from` is no checkpoint, is damaged, or has no encoder that can be used.
-        ConfigurationError: `init_from` has another text encoder or other widths than the configuration names,
-            or the data are clips where the model reads features, or the reverse.
+        CheckpointError: `init_from` is not a checkpoint, is damaged, or has no encoder that can be used.
+        ConfigurationError: `init_from` has another text encoder or other widths than the configuration; or
+            the data are clips and the model reads features, or the reverse.
     """
     training, data = arguments.training, arguments.data
     if training.init_from:
@@ -59,26 +59,26 @@ def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) ->
     """Check that model and data are both of raw clips, or both of features."""
     if widths is None and is_precomputed_path(data.path):
         raise ConfigurationError(
-            f"data.path={data.path} holds features made elsewhere, but the model reads raw clips: say "
+            f"data.path={data.path} holds precomputed features, but the model reads raw clips: set "
             "model.text_encoder=null and their widths in model.feature_widths, or name a corpus of clips"
         )
     if widths is not None and not is_precomputed_path(data.path):
         raise ConfigurationError(
-            f"data.path={data.path} means raw clips, but the model reads features made elsewhere "
-            f"(model.feature_widths): make them with `msa-online extract-features {data.path} FOLDER "
-            "--text-encoder NAME`, or name a model.text_encoder in place of the widths"
+            f"data.path={data.path} holds raw clips, but the model reads precomputed features "
+            f"(model.feature_widths): extract them with `msa-online extract-features {data.path} FOLDER "
+            "--text-encoder NAME`, or set model.text_encoder instead of the widths"
         )
 
 
 def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
-    """The configuration of `init_from`, changed by what the `model:` section says, with this run's labels."""
+    """The configuration of `init_from`, changed by the `model:` section, with the labels of this run."""
     source = arguments.training.init_from
     config = load_config(source)
     for key in ("text_encoder", "feature_widths"):
         before = getattr(config, key)
         if without_path(named := arguments.model.get(key, before)) != without_path(before):
             raise ConfigurationError(
-                f"training.init_from={source} has {key} {before!r}, but model.{key} says {named!r}"
+                f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}"
             )
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
@@ -95,10 +95,10 @@ def fit_encoders(
     arguments: RunArguments,
     masks: Mapping[str, SplitMask],
 ) -> None:
-    """Standardise precomputed features by the training split; front-ends of raw clips learn their scaling.
+    """Standardise precomputed features with the training split; encoders of raw clips learn their scaling.
 
-    Fine-tuning goes on with the statistics of `init_from`, which its weights are used to. What `masks` hide
-    from training counts nowhere.
+    Fine-tuning keeps the statistics of `init_from`, which its weights were trained with. Modalities that
+    `masks` hide do not count.
 
     Raises:
         CorpusError: The features have other widths than the model.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient modulator of a run, checked against model, schedule and data."""
+"""Build the gradient modulator of a run, and check it against model, schedule and data."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -19,54 +19,54 @@ from msa_online.training.yaml_reader import ConfigurationError
 def make_modulator(
     training: TrainingArguments, model: MSAModel, epochs: int, accelerator: Accelerator
 ) -> GradientModulator:
-    """The modulator of a run, which has to fit the model and the schedule.
+    """Build the modulator of a run and attach it to the model.
 
     Args:
-        training: Names it.
-        model: Whose gradients it is to change.
-        epochs: Epochs of the run.
-        accelerator: Knows whether the model is compiled.
+        training: Training settings, with the name of the modulator.
+        model: The model.
+        epochs: Number of epochs of the run.
+        accelerator: Tells whether the model is compiled.
 
     Raises:
-        ConfigurationError: The model has nothing of a modality that the modulator acts on, or no unimodal
-            predictions that it needs; its window lies behind the last epoch; the model is compiled and the
-            modulator needs its inner states; or the modulator itself does not fit the model.
+        ConfigurationError: The model has no trained parameters of a modality that the modulator acts on, or
+            lacks unimodal predictions that it needs; its epochs start after the last epoch; the model is
+            compiled and the modulator needs inner states; or the modulator refuses the model.
     """
     modulator = MODULATORS[training.modulator](**training.modulator_kwargs)
     name = f"training.modulator={training.modulator}"
     if modulator.differentiates_features and is_compiled(accelerator):
         raise ConfigurationError(
-            f"{name} takes gradients by states inside the model, which torch.compile leaves out: launch with "
-            "--dynamo_backend no, or say training.modulator=identity"
+            f"{name} takes gradients by states inside the model, which torch.compile does not allow: launch "
+            "with --dynamo_backend no, or set training.modulator=identity"
         )
     owned = model.modality_parameters()
     for modality in modulator.modalities:
         if not any(parameter.requires_grad for parameter in owned[modality]):
             able = [other for other in MODALITIES if any(value.requires_grad for value in owned[other])]
-            remedy = f"say training.modulator_kwargs.modalities={able}".replace("'", "")
+            remedy = f"set training.modulator_kwargs.modalities={able}".replace("'", "")
             if "modalities" not in signature(type(modulator)).parameters:
-                remedy = "take another head, or training.modulator=identity"
+                remedy = "use another head, or training.modulator=identity"
             raise ConfigurationError(
                 f"{name} acts on {modality}, but model.head={model.config.head} has no trained parameters of "
                 f"its own for {modality}: {remedy}"
             )
-    answer = _dry_run(model)
+    output = _dry_run(model)
     if modulator.needs_modality_logits:
-        lacking = set(modulator.modalities) - set(answer.modality_logits)
+        lacking = set(modulator.modalities) - set(output.modality_logits)
         if lacking:
             raise ConfigurationError(
                 f"{name} compares modalities by their own predictions, but model.head={model.config.head} "
-                f"predicts nothing from {', '.join(sorted(lacking))} alone: take a head with unimodal "
+                f"predicts nothing from {', '.join(sorted(lacking))} alone: use a head with unimodal "
                 "predictors, like late_fusion, or training.modulator=identity"
             )
     if modulator.epochs is not None and modulator.epochs[0] >= epochs:
         raise ConfigurationError(
             f"{name} acts from epoch {modulator.epochs[0]} on, but the run has {epochs} epochs, counted from "
-            "0: lower training.modulator_kwargs.epochs, or say null for all epochs"
+            "0: lower training.modulator_kwargs.epochs, or set null for all epochs"
         )
-    widths = {name: state.shape[-1] for name, state in answer.features.items()}
+    widths = {name: state.shape[-1] for name, state in output.features.items()}
     try:
-        modulator.attach(model, widths, answer.fused.shape[-1])
+        modulator.attach(model, widths, output.fused.shape[-1])
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error}") from error
     return modulator
@@ -75,13 +75,13 @@ def make_modulator(
 def fit_modulator(
     modulator: GradientModulator, training: TrainingArguments, occurring: Sequence[str], console: Console
 ) -> None:
-    """Have a modulator leave out the modalities that never occur in training, and print which.
+    """Make a modulator leave out the modalities that never occur in training, and print which.
 
     Args:
         modulator: The modulator, attached to the model.
-        training: Names it, and possibly its modalities.
-        occurring: Modalities that training shows.
-        console: Where the line goes.
+        training: Training settings, with its name and possibly its modalities.
+        occurring: Modalities that occur in training.
+        console: Console for the message.
 
     Raises:
         ConfigurationError: The configuration names a modality that never occurs, or fewer than two are left.
@@ -96,11 +96,11 @@ def fit_modulator(
     if len(left) < 2:
         raise ConfigurationError(
             f"training.modulator={training.modulator} compares {', '.join(modulator.modalities)}, but "
-            f"{none_has}, which leaves fewer than two to compare: say training.modulator=identity"
+            f"{none_has}, which leaves fewer than two to compare: set training.modulator=identity"
         )
     if "modalities" in training.modulator_kwargs:
         raise ConfigurationError(
-            f"training.modulator_kwargs.modalities names {', '.join(absent)}, but {none_has}: say "
+            f"training.modulator_kwargs.modalities names {', '.join(absent)}, but {none_has}: set "
             f"training.modulator_kwargs.modalities=[{', '.join(left)}]"
         )
     modulator.leave_out(absent)
@@ -111,12 +111,12 @@ def fit_modulator(
 
 @torch.no_grad()
 def _dry_run(model: MSAModel) -> MSAOutput:
-    """What a model's head says of one empty sample: it shows what the head reports, and how wide."""
-    nothing = {
+    """Output of the model for one empty sample, for the names and widths in it."""
+    empty = {
         name: ModalitySequence.of(torch.zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.bool))
         for name, width in model.config.widths.items()
     }
     training = model.training
-    answer = model.eval().decide(nothing)
+    output = model.eval().decide(empty)
     model.train(training)
-    return answer
+    return output

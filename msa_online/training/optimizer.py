@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with a learning rate for the text encoder and one for the rest; linear warm-up and decay."""
+"""AdamW with separate learning rates for the text encoder and the rest; linear warm-up and decay."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ PARTS = {"encoders.text.": "text_encoder", PROBES: "probes"}
 def make_optimizer(
     model: MSAModel, *, learning_rate: float, text_learning_rate: float, weight_decay: float
 ) -> AdamW:
-    """AdamW over the trainable parameters, in groups that share learning rate, decay and modality.
+    """AdamW over the trainable parameters, in groups of equal learning rate, weight decay and modality.
 
-    A group says what it holds: `name` is "text_encoder", "probes" (of a modulator) or "rest", `modality` is
-    whose parameters they are, None for shared ones. Vectors (biases, norms, scalings) are not decayed. A
-    frozen text encoder contributes no group. The step is torch's fused one, a single pass over memory; on the
-    meta device, which has no such kernel, it is the default.
+    The `name` of a group is "text_encoder", "probes" (of a modulator) or "rest"; its `modality` is that of
+    its parameters, None for shared ones. Vectors (biases, norms, scalings) have no weight decay. A frozen
+    text encoder has no group. The step is torch's fused kernel, a single pass over memory; the meta device
+    has none and uses the default.
     """
     rates = {"text_encoder": text_learning_rate, "probes": learning_rate, "rest": learning_rate}
     owners = {
@@ -34,7 +34,7 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "rest")
-            is_vector = parameter.ndim <= 1 or name.endswith("bias")  # biases side by side are a matrix
+            is_vector = parameter.ndim <= 1 or name.endswith("bias")  # stacked biases are matrices
             key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)
     is_meta = any(parameter.is_meta for parameters in groups.values() for parameter in parameters)
@@ -55,7 +55,7 @@ def make_optimizer(
 
 @contextmanager
 def scaled_rates(optimizer: Optimizer, factors: Mapping[str, float]) -> Iterator[None]:
-    """Multiply the learning rate of each modality's parameters by its factor, for as long as this lasts."""
+    """Multiply the learning rate of each modality's parameters by its factor within a `with` block."""
     before = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= factors.get(group["modality"], 1.0)
@@ -67,9 +67,9 @@ def scaled_rates(optimizer: Optimizer, factors: Mapping[str, float]) -> Iterator
 
 
 def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LRScheduler:
-    """Learning rate rising over the first `warmup` share of `steps` optimizer steps, then as `decay` says.
+    """Learning rate that rises over the first `warmup` share of `steps` optimizer steps.
 
-    "linear" falls to zero at the last step; "constant" stays.
+    After that, `decay` "linear" falls to zero at the last step, and "constant" stays.
     """
     name = {"linear": "linear", "constant": "constant_with_warmup"}[decay]
     return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the mixed precision of a run by what the device computes natively."""
+"""Choose the mixed precision of a run, by what the device computes natively."""
 
 import os
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Precision:
     """The mixed precision of a run.
 
     Attributes:
-        name: "no", "fp16" or "bf16", or another that `accelerate launch` was given.
+        name: "no", "fp16" or "bf16", or another one given to `accelerate launch`.
         reason: Why it was chosen.
-        warning: What the user should know about it; None if nothing.
+        warning: Warning for the user, or None.
     """
 
     name: str
@@ -39,22 +39,22 @@ def choose_precision(requested: str, key: str) -> Precision:
     Args:
         requested: One of `PRECISIONS`. "auto" follows an explicit fp16, bf16 or fp8 of `accelerate launch`.
             Otherwise it takes bf16 if the device computes it natively, else fp16 on a GPU and fp32 on a CPU.
-        key: Name of the setting that holds `requested`, for messages.
+        key: Name of the setting `requested`, for messages.
 
     Raises:
         ValueError: fp16 on a CPU, where Accelerate would silently compute in fp32.
     """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # unless it is passed on, CPUs get no process group
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # needed for a process group on CPUs
     device = PartialState(cpu=on_cpu).device
     reason = key
-    # the launcher's "no" cannot be told from its default
+    # the launcher's "no" cannot be distinguished from its default
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested == "auto" and launched != "no":
         requested, reason = launched, "accelerate launch"
     if requested == "auto":
         return native_precision(device)
     if requested == "fp16" and device.type == "cpu":
-        raise ValueError(f"fp16 needs a GPU ({reason} asks for it): on a CPU say {key}=auto or no")
+        raise ValueError(f"fp16 needs a GPU ({reason} requests it): on a CPU set {key}=auto or no")
     emulated = requested == "bf16" and device.type == "cpu" and not cpu_computes_bf16()
     return Precision(requested, reason, EMULATED_BF16 if emulated else None)
 

@@ -36,21 +36,21 @@ from msa_online.training.teacher import appoint_teacher
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run consists of, built and checked.
+    """All objects of a run, built and checked.
 
     Attributes:
-        arguments: Its configuration.
-        accelerator: Accelerate, started.
-        console: Where the main process prints; silent on the others.
+        arguments: Configuration of the run.
+        accelerator: The started Accelerator.
+        console: Console of the main process; silent in the others.
         folder: The run's folder.
         processor: Makes inputs of raw clips; None for precomputed features.
         schedule: Stages and the best epoch so far.
         loop: Trains one epoch.
-        loaders: Loader of each split, prepared by Accelerate. Nothing is masked in them.
-        sampler: Order of the training split. On several processes a prepared loader holds only a shard of it.
-        masks: Mask of each split of a run at missing rates; else empty.
-        for_teacher: Training split in a fixed order, as a teacher sees it.
-        for_validation: Validation split, as epochs are judged on it.
+        loaders: Loader of each split, prepared by Accelerate, without masks.
+        sampler: Batch sampler of the training split. A prepared loader of several processes has only a shard.
+        masks: Mask of each split of a run with missing rates; else empty.
+        for_teacher: Training split in a fixed order, with the masks of a teacher.
+        for_validation: Validation split with the masks of validation.
     """
 
     arguments: RunArguments
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def parts(self) -> dict[str, Stateful]:
-        """What a resumed run restores beside the weights, by name."""
+        """State that a resumed run restores in addition to the weights, by name."""
         return {
             "optimizer": self.loop.optimizer,
             "scheduler": self.loop.scheduler,
@@ -79,31 +79,31 @@ class Run:
 
     @property
     def constant(self) -> ConstantModel:
-        """The model that always predicts the same, which a trained one is compared with."""
+        """The constant model that the trained one is compared with."""
         return ConstantModel.fit(self.loaders["train"].dataset.labels, self.loop.bare_model.config)
 
 
 def train(arguments: RunArguments, command: str) -> None:
-    """Carry out the run that `arguments` describe; `command` is how it was called, for the record."""
+    """Carry out the run that `arguments` describe; `command` is the command line, for the record."""
     accelerator = start_accelerator(arguments.training)
     carry_out(arguments, command, accelerator)
-    # the wrapped model goes first: as the last to hold the process group it may wait for its threads for ever
+    # free the wrapped model first: as the last owner of the process group it may wait for its threads forever
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -> None:
-    """A whole run with Accelerate started, from the data to the model card."""
+    """A complete run, from the data to the model card, with a started Accelerator."""
     run = build(arguments, accelerator)
     fit(run)
     finish(run, command)
 
 
 def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
-    """Read the data, build the model, and check that they fit each other.
+    """Read the data, build the model, and check that they match.
 
-    Everything that can be wrong with the input is found here: quick checks come before the slow extraction
-    of features, and all of them before anything of an earlier run is touched.
+    All problems of the input are found here: quick checks come before the slow extraction of features, and
+    all checks before anything of an earlier run is changed.
     """
     training = arguments.training
     console = open_console(quiet=not accelerator.is_main_process)
@@ -172,12 +172,12 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
 
 
 def fit(run: Run) -> None:
-    """Train and validate epoch by epoch, stage by stage; the run's folder holds the best epoch afterwards."""
+    """Train and validate all epochs of all stages; the run's folder then contains the best epoch."""
     training, accelerator = run.arguments.training, run.accelerator
     folder, schedule, loop = run.folder, run.schedule, run.loop
     accelerator.init_trackers("msa_online")
     if not accelerator.is_main_process:
-        seed_everything(training.seed + accelerator.process_index)  # the model is alike, dropout need not be
+        seed_everything(training.seed + accelerator.process_index)  # models are equal, dropout may differ
     if training.resume:
         folder.load_state(loop.bare_model, run.parts)
         run.console.print(f"resuming after epoch {schedule.epoch}")
@@ -217,7 +217,7 @@ def fit(run: Run) -> None:
 def finish(run: Run, command: str) -> None:
     """Score the best epoch, write its card and print the tables.
 
-    The test split is looked at here and nowhere before.
+    The test split is used here for the first time.
     """
     accelerator, folder, loaders = run.accelerator, run.folder, run.loaders
     model, training = run.loop.bare_model, run.arguments.training
@@ -229,13 +229,13 @@ def finish(run: Run, command: str) -> None:
     splits = [split for split in ("valid", "test") if split in loaders]
     results = {split: _score(run, split, conditions) for split in splits}
     shares = {}
-    if set(conditions) == set(CONDITIONS):  # else it never learned to do without a modality
+    if set(conditions) == set(CONDITIONS):  # otherwise it has not learned to predict without a modality
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in splits}
     constant = run.constant
     floors = {split: constant.metrics(loaders[split].dataset.labels) for split in splits}
-    judged_by = MISSING_RATES if run.masks else conditions[-1]  # as in validation
+    condition = MISSING_RATES if run.masks else conditions[-1]  # as in validation
     comparison = [
-        constant_line(split, scores[judged_by], floors[split], constant.title)
+        constant_line(split, scores[condition], floors[split], constant.title)
         for split, scores in results.items()
     ]
     model.config.trained_on = {
@@ -259,7 +259,7 @@ def finish(run: Run, command: str) -> None:
 
 
 def _score(run: Run, split: str, conditions: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Metrics of a split by modality condition, and under the run's own mask if it has missing rates."""
+    """Metrics of a split by modality condition, and with the run's own mask if it has missing rates."""
     model, loader = run.loop.bare_model, run.loaders[split]
     scores = evaluate_conditions(model, loader, run.accelerator, conditions)
     if run.masks:
@@ -269,7 +269,7 @@ def _score(run: Run, split: str, conditions: Iterable[str]) -> dict[str, dict[st
 
 
 def _record(run: Run, command: str) -> dict[str, Any]:
-    """What a checkpoint remembers of its training, results apart."""
+    """Training record of a checkpoint, without the results."""
     data, training = run.arguments.data, run.arguments.training
     record: dict[str, Any] = {
         "data": data.path,
@@ -298,7 +298,7 @@ def _record(run: Run, command: str) -> dict[str, Any]:
 
 
 def protocol_of(training: TrainingArguments, masks: Mapping[str, SplitMask]) -> str:
-    """Name of the protocol: what the run may see in training, for its record."""
+    """Name of the training protocol, for the record."""
     if masks:
         realised = masks["train"].realised
         rates = (f"{name} {rate} ({realised[name]:.3f})" for name, rate in masks["train"].rates.items())

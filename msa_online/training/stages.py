@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of training, and the search for the best epoch within each."""
+"""Stages of training, and the search for the best epoch in each."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from msa_online.training.yaml_reader import ConfigurationError
 
 
 class StageSchedule:
-    """Runs through stages that end after a number of epochs, or earlier on a validation plateau.
+    """Sequence of stages that end after a number of epochs, or earlier at a validation plateau.
 
-    The search for the best epoch restarts with each stage, because stages are judged by different things. The
-    whole state is plain data and goes into the checkpoint.
+    The search for the best epoch restarts with each stage, because stages have different validation scores.
+    The state is plain data and part of the checkpoint.
 
     Args:
         stages: The stages in order, at least one.
@@ -29,33 +29,33 @@ class StageSchedule:
 
     @property
     def finished(self) -> bool:
-        """No epoch is left to train."""
+        """Whether all epochs are trained."""
         return self.position >= len(self.stages)
 
     @property
     def stage(self) -> StageArguments:
-        """The stage that is being trained."""
+        """The current stage."""
         return self.stages[self.position]
 
     @property
     def passed(self) -> tuple[str, ...]:
-        """Names of the stages that are over."""
+        """Names of the finished stages."""
         return tuple(stage.name for stage in self.stages[: self.position])
 
     @property
     def is_last_stage(self) -> bool:
-        """The checkpoint of this stage is the one that is published."""
+        """Whether this is the last stage, whose best epoch is published."""
         return self.position == len(self.stages) - 1
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of all stages when none ends early."""
+        """Number of epochs of all stages if none ends early."""
         return sum(stage.epochs for stage in self.stages)
 
     def advance(self, score: float) -> bool:
-        """Count a finished epoch with its validation `score`, higher is better; is it the stage's best?
+        """Record the validation `score` of a finished epoch; returns whether it is the best of the stage.
 
-        A score that is not a number never is.
+        Higher is better; NaN is never the best.
         """
         self.epoch += 1
         self.epoch_in_stage += 1
@@ -76,19 +76,19 @@ class StageSchedule:
         return self.stage.patience is not None and without_gain >= self.stage.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands."""
+        """The state of the schedule."""
         return {name: value for name, value in vars(self).items() if name != "stages"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` was taken."""
+        """Restore the state of the schedule."""
         vars(self).update(state)
 
 
 def make_schedule(training: TrainingArguments, stages_of_head: Sequence[str]) -> StageSchedule:
-    """The schedule a configuration asks for: all stages of the head, or some, or in another order.
+    """The schedule of a configuration, which may leave out stages of the head or change their order.
 
     Raises:
-        ConfigurationError: The head has no such stage, one is named twice, or the one that trains the
+        ConfigurationError: The head does not have a stage, a stage is named twice, or the one that trains the
             prediction is left out.
     """
     if training.stages is None:

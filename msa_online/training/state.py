@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state a run resumes from, as files of plain data: safetensors, JSON and a manifest of checksums."""
+"""The state that a run resumes from, as plain data: safetensors, JSON and a manifest of checksums."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ FORMAT = 1
 MODEL = "model.safetensors"
 SETTINGS = "run.yaml"
 RUN = "run"  # optimizer, schedules, modulator and progress
-TENSOR, TUPLE, ITEMS = "$tensor", "$tuple", "$items"  # what JSON has no word for
+TENSOR, TUPLE, ITEMS = "$tensor", "$tuple", "$items"  # types that JSON does not have
 FORMER_FILES = ("random_states_0.pkl", "optimizer.bin")
 REMEDY = "put the file back, or start the run again with training.overwrite=true"
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
-"""What json, safetensors and torch raise on content that no run has written."""
+"""Errors that json, safetensors and torch raise on invalid content."""
 
 
 class Stateful(Protocol):
     """An object that can be saved and resumed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, None, and dicts, lists and tuples of them."""
+        """The state as tensors, numbers, strings, None, and dicts, lists and tuples of these."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
         """Continue from `state`."""
@@ -44,7 +44,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a resumed run continues from.
+    """The complete state of a run.
 
     A state is a folder:
 
@@ -55,9 +55,9 @@ class RunState:
 
     Args:
         model: The model, not wrapped.
-        parts: What else has a state, by name: optimizer, schedules, modulator, progress.
+        parts: The other objects with a state, by name: optimizer, schedules, modulator, progress.
         device: Device of this process.
-        rank: Number of this process.
+        rank: Rank of this process.
         processes: Number of processes.
     """
 
@@ -68,17 +68,17 @@ class RunState:
     processes: int
 
     def write(self, folder: Path) -> None:
-        """Write the files of this process; the folder exists. `seal` it when all processes have written."""
+        """Write the files of this process to an existing folder; `seal` it when all processes are done."""
         if self.rank == 0:
             save_model(self.model, str(folder / MODEL))
             _write_tree({name: part.state_dict() for name, part in self.parts.items()}, folder / RUN)
         _write_tree(_random_numbers(self.device), folder / _of_rank(self.rank))
 
     def read(self, folder: Path) -> None:
-        """Continue from the state in a folder.
+        """Restore the state in a folder.
 
         Raises:
-            ConfigurationError: The state is damaged, incomplete, or that of another run.
+            ConfigurationError: The state is damaged or incomplete, or belongs to another run.
         """
         manifest = verify(folder)
         with _explained(folder / MANIFEST):
@@ -89,22 +89,22 @@ class RunState:
         with _explained(folder / f"{RUN}.json"):
             saved = _read_tree(folder / RUN)
             if saved.keys() != self.parts.keys():
-                raise ValueError(f"it holds {', '.join(saved)}, not {', '.join(self.parts)}")
+                raise ValueError(f"it contains {', '.join(saved)}, not {', '.join(self.parts)}")
             for name, part in self.parts.items():
                 if saved[name].keys() != part.state_dict().keys():
-                    raise ValueError(f"it holds the {name} of another run")
+                    raise ValueError(f"it contains the {name} of another run")
                 part.load_state_dict(saved[name])
         with _explained(folder / f"{_of_rank(self.rank)}.json"):
             _restore_random_numbers(_read_tree(folder / _of_rank(self.rank)), self.device)
 
 
 def seal(folder: Path, processes: int, settings: Path) -> None:
-    """Write the manifest, without which a state is not read; all its other files are complete.
+    """Write the manifest of a complete state; a state without it is not read.
 
     Args:
         folder: The state.
-        processes: Processes that have written into it.
-        settings: The configuration of the run, which the state then belongs to.
+        processes: Number of processes that have written to it.
+        settings: The configuration file of the run; its checksum becomes part of the manifest.
     """
     files = {name: _measure(folder / name, flush=True) for name in _files(processes)}
     manifest = {"format": FORMAT, "processes": processes, SETTINGS: _measure(settings), "files": files}
@@ -112,7 +112,7 @@ def seal(folder: Path, processes: int, settings: Path) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check that a state is complete and as it was written; its content is hashed, not interpreted.
+    """Check that a state is complete and unchanged; its content is hashed, not interpreted.
 
     Args:
         folder: The state.
@@ -121,13 +121,13 @@ def verify(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        ConfigurationError: Naming the file, what differs, and the remedy.
+        ConfigurationError: It is not; names the file, what differs, and the remedy.
     """
     if not (folder / MANIFEST).exists() and any((folder / name).exists() for name in FORMER_FILES):
         raise ConfigurationError(
-            f"{folder}: the state of an earlier version, in pickles; reading a pickle can run any code, so "
-            "they are not read: start the run again with training.overwrite=true, or finish it with the "
-            "version that began it"
+            f"{folder}: the state of an earlier version, in pickles; they are not read, because a pickle can "
+            "run any code: start the run again with training.overwrite=true, or finish it with the version "
+            "that began it"
         )
     with _explained(folder / MANIFEST):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -144,26 +144,26 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def require_settings(manifest: Mapping[str, Any], settings: Path) -> None:
-    """Check that a state was written under the configuration of its run.
+    """Check that the configuration of a run is the one that its state was written with.
 
     Args:
         manifest: The manifest of the state.
-        settings: The file of the configuration.
+        settings: The configuration file of the run.
 
     Raises:
-        ConfigurationError: It is missing or another one.
+        ConfigurationError: The file is missing or has changed.
     """
     with _explained(settings):
         if _measure(settings) != manifest.get(SETTINGS):
-            raise ValueError("it is not the configuration that the state was written under")
+            raise ValueError("it is not the configuration that the state was written with")
 
 
 def _measure(path: Path, flush: bool = False) -> dict[str, Any]:
-    """Size and SHA-256 of a file; `flush` also waits until the disk holds it."""
+    """Size and SHA-256 of a file; with `flush`, wait until it is on the disk."""
     with open(path, "rb+" if flush else "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if flush:
-            os.fsync(file.fileno())  # or a power cut could leave the manifest without what it lists
+            os.fsync(file.fileno())  # otherwise a power cut could leave a manifest without its files
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
@@ -171,7 +171,7 @@ def _compare(found: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     if found["bytes"] != written["bytes"]:
         raise ValueError(f"{found['bytes']} bytes, not the {written['bytes']} that were written")
     if found["sha256"] != written["sha256"]:
-        raise ValueError("the checksum is not that of what was written")
+        raise ValueError("the checksum differs from that of the file that was written")
 
 
 def _of_rank(rank: int) -> str:
@@ -185,7 +185,7 @@ def _files(processes: int) -> list[str]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading `path` into a message that names it and the remedy."""
+    """Convert errors in reading `path` to a message with the path and the remedy."""
     try:
         yield
     except FileNotFoundError as error:
@@ -198,7 +198,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _random_numbers(device: torch.device) -> dict[str, Any]:
-    """State of the generators of this process."""
+    """State of the random generators of this process."""
     algorithm, key, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
@@ -235,7 +235,7 @@ def _read_tree(stem: Path) -> dict[str, Any]:
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON has it; tensors go into `tensors` and leave their name there."""
+    """Convert `value` to JSON types; tensors are added to `tensors` and replaced by their name."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):05d} {place}"
         value = value.detach().cpu()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen teacher of a stage: answers of the best model of an earlier stage on each training sample."""
+"""The teacher of a stage: targets from the best model of an earlier stage for each training sample."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,20 +22,20 @@ from msa_online.training.yaml_reader import ConfigurationError
 
 
 class Teacher:
-    """Answers of a frozen model on the training split, looked up by sample.
+    """Targets of a frozen model for the training split, looked up by sample.
 
-    The model itself is gone by then: it is in no module tree, no optimizer and no published checkpoint, and
-    nothing can switch its dropout on.
+    The model itself is not kept: it is in no module tree, optimizer or published checkpoint, and its dropout
+    cannot be switched on.
 
     Args:
-        answers: `(samples, ...)` float32, in the order of `index`; None for a stage without a teacher.
+        answers: Targets `(samples, ...)` float32, in the order of `index`; None without a teacher.
     """
 
     def __init__(self, answers: Tensor | None = None) -> None:
         self.answers = answers
 
     def join(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `teacher` `(batch, ...)`, where there is one."""
+        """The batch with `teacher` `(batch, ...)`, if there is a teacher."""
         if self.answers is None:
             return dict(batch)
         self.answers = self.answers.to(batch["index"].device)
@@ -45,36 +45,36 @@ class Teacher:
 def appoint_teacher(
     model: MSAModel, schedule: StageSchedule, folder: RunFolder, loader: DataLoader, accelerator: Accelerator
 ) -> Teacher:
-    """The teacher of the current stage; without answers if the head or the schedule has none.
+    """The teacher of the current stage; an empty `Teacher` if the head or the schedule has none.
 
     Args:
         model: The student, not wrapped.
-        schedule: Knows the stage and those before it.
-        folder: Holds the best weights of those, and keeps the answers for a resumed run.
-        loader: Prepared loader of the whole training split.
-        accelerator: Gives precision and gathers over ranks.
+        schedule: The schedule, with the current stage and those before it.
+        folder: Folder of the run, with the best weights of earlier stages; the targets are saved there.
+        loader: Prepared loader of the complete training split.
+        accelerator: Provides autocast, and gathers over ranks.
 
     Raises:
-        ConfigurationError: The weights of the teacher are gone or damaged.
+        ConfigurationError: The weights of the teacher are missing or damaged.
     """
     taught_by = model.head.teachers.get(schedule.stage.name)
     if taught_by not in schedule.passed:
         return Teacher()
     answers = folder.stage_file(f"{schedule.stage.name}_teacher")
     if not answers.exists():
-        asked = _ask(model, taught_by, folder.stage_file(taught_by), loader, accelerator)
+        targets = _targets(model, taught_by, folder.stage_file(taught_by), loader, accelerator)
         if accelerator.is_main_process:
             draft = answers.with_suffix(".new")
-            save_file({"answers": asked}, draft)
+            save_file({"answers": targets}, draft)
             os.replace(draft, answers)
         accelerator.wait_for_everyone()
     return Teacher(_reading(answers, load_file, answers)["answers"])
 
 
-def _ask(
+def _targets(
     model: MSAModel, taught_by: str, weights: Path, loader: DataLoader, accelerator: Accelerator
 ) -> Tensor:
-    """Have the best model of stage `taught_by` answer on every training sample, `(samples, ...)`."""
+    """Targets of the best model of stage `taught_by` for all training samples, `(samples, ...)`."""
     frozen = deepcopy(model)
     _reading(weights, load_model, frozen, weights)
     frozen.head.start_stage(taught_by)
@@ -83,7 +83,7 @@ def _ask(
 
 
 def _reading(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """`read(*arguments)`, with an error that names the file and the remedy."""
+    """Call `read(*arguments)`; errors are reported with the file and the remedy."""
     try:
         return read(*arguments)
     except (OSError, SafetensorError, RuntimeError) as error:

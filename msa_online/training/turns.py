@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow work that one process does for all, while the others wait for as long as it takes."""
+"""Slow work that one process does for all, while the others wait without a time limit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,24 +14,24 @@ from torch.distributed import ProcessGroup
 from feature_extractors.worker import WorkerError
 
 PATIENCE = timedelta(days=7)
-"""The group of training gives up after 10 to 30 minutes, which is right for its steps."""
+"""Time limit for waiting. The process group of training gives up after 10 to 30 minutes."""
 Result = TypeVar("Result")
 
 
 def in_turn(work: Callable[[], Result], accelerator: Accelerator) -> Result:
     """Call `work` in the main process first, then in one process of each other machine, then in the rest.
 
-    Work that leaves its results on the disk is thus done once for each disk; the others find it done.
+    Work that stores its results on the disk is thus done once per disk; later calls find the results.
 
     Args:
-        work: May take hours.
-        accelerator: Knows the processes.
+        work: The work, which may take hours.
+        accelerator: The Accelerator of the run.
 
     Returns:
         What `work` returned in this process.
 
     Raises:
-        SystemExit: `work` failed in another process, which has raised its error there.
+        SystemExit: `work` failed in another process, which raised the error.
         WorkerError: Another process was killed.
     """
     if accelerator.num_processes == 1:
@@ -48,7 +48,7 @@ def in_turn(work: Callable[[], Result], accelerator: Accelerator) -> Result:
 
 @contextmanager
 def _patient_group() -> Iterator[ProcessGroup]:
-    """A group of all processes beside that of training; on the CPU, so that no collective of a GPU waits."""
+    """A second group of all processes with a long time limit; on the CPU, so that no GPU collective waits."""
     group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     yield group
     distributed.destroy_process_group(group)
@@ -61,7 +61,7 @@ def _work_and_report(work: Callable[[], Result], group: ProcessGroup) -> Result:
         done = True
     finally:
         if not done:
-            with suppress(WorkerError):  # the error of `work` is what the user has to see
+            with suppress(WorkerError):  # the user has to see the error of `work`
                 _any_failed(True, group)
     if _any_failed(False, group):
         raise SystemExit(1)
@@ -75,7 +75,7 @@ def _any_failed(failed: bool, group: ProcessGroup) -> bool:
         distributed.all_reduce(count, group=group)
     except RuntimeError as error:
         raise WorkerError(
-            "another process of this run was ended from outside, perhaps by the system for lack of memory; "
-            "features that were extracted stay in the cache: start again to go on from there"
+            "another process of this run was killed, perhaps because the memory was full; extracted features "
+            "are in the cache: start again to continue"
         ) from error
     return count.item() > 0

@@ -43,7 +43,7 @@ def read_document(path: str | Path, kind: str = "configuration") -> dict[str, An
     """The keys of a YAML file; `kind` says in messages what the file is.
 
     Raises:
-        ConfigurationError: The file cannot be read, is no YAML, or holds no keys.
+        ConfigurationError: The file cannot be read, is not YAML, or has no keys.
     """
     try:
         document = read_yaml(Path(path).read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read_change(change: str) -> tuple[str, Any]:
     """Key and value of a change like `training.epochs=3`; the value is read as YAML.
 
     Raises:
-        ConfigurationError: The change has no key or no value, or the value is no YAML.
+        ConfigurationError: The change has no key or no value, or the value is not YAML.
     """
     key, equals, text = change.partition("=")
     if not (key and equals):
@@ -76,7 +76,7 @@ def apply_change(document: dict[str, Any], change: str) -> None:
     """Set the key that a change like `training.epochs=3` names, in place.
 
     Raises:
-        ConfigurationError: As `read_change`, or a part of the key is no section.
+        ConfigurationError: As in `read_change`; or a part of the key is not a section.
     """
     key, value = read_change(change)
     *sections, name = key.split(".")
@@ -90,7 +90,7 @@ def apply_change(document: dict[str, Any], change: str) -> None:
 
 
 def structure(kind: type[T], values: Any, origin: str, section: str = "") -> T:
-    """Make dataclass `kind` of plain data.
+    """Convert plain data to dataclass `kind`.
 
     Args:
         kind: The dataclass. A field that is a dataclass is a section; so is each item of a list of them.
@@ -131,14 +131,14 @@ def refuse_unknown(
     section: str = "",
     inner: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse names that are not known, naming the nearest one.
+    """Refuse unknown names; the message names a similar one.
 
     Args:
         names: The names.
-        known: What they may be.
-        origin: Where they come from.
-        section: Section they stand in.
-        inner: Full key of what belongs one section further down, by name.
+        known: The known names.
+        origin: Where the names come from, for messages.
+        section: Section of the names.
+        inner: Full keys of the section below, by name, for the message.
 
     Raises:
         ConfigurationError: A name is unknown.
@@ -153,7 +153,7 @@ def refuse_unknown(
 
 
 def typed(value: Any, hint: Any, origin: str, section: str, name: str) -> Any:
-    """`value` as the annotation `hint` asks for; whole numbers and text like 1e-5 pass for floats.
+    """Convert `value` to the type of annotation `hint`; whole numbers and text like 1e-5 convert to float.
 
     Each member of a union is tried in turn.
 
@@ -185,7 +185,7 @@ def typed(value: Any, hint: Any, origin: str, section: str, name: str) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as a plain annotation asks for; raises `TypeError` or `ValueError`."""
+    """Convert `value` to the type of a plain annotation; raises `TypeError` or `ValueError`."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is tuple and isinstance(value, list) and len(value) == len(inner):
         return tuple(map(_convert, value, inner))

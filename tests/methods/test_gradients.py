@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores, coefficients, norms and noise, each against what its equation says (METHODS 4.8 - 4.10)."""
+"""Scores, coefficients, norms and noise against their equations, (4.8) to (4.10) of docs/methods/cpsl.md."""
 
 import itertools
 import math

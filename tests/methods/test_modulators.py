@@ -221,7 +221,7 @@ def test_what_it_says_can_be_recorded(name, step):
 
 
 def models(tiny_config: MSAConfig) -> dict[str, MSAConfig]:
-    """A configuration for each head, on raw clips and on features made elsewhere."""
+    """A configuration for each head, on raw clips and on precomputed features."""
     widths = {"text": 6, "audio": 4, "vision": 5}
     clips = tiny_config.to_dict()
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OGM-GE on the gradients of a real model, against a naive computation of METHODS 5."""
+"""OGM-GE on the gradients of a real model, against a naive computation of docs/methods/ogm.md."""
 
 import math
 

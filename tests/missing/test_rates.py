@@ -230,7 +230,7 @@ def test_the_table_shows_nominal_beside_realised_rates():
 
 
 def test_the_mean_gradient_over_all_masks_is_scaled_by_how_often_a_branch_is_seen():
-    """METHODS 3.12 on a linear branch, exactly: all 2^n masks, each with its probability."""
+    """(3.12) of docs/methods/balm.md on a linear branch, exactly: all 2^n masks with their probabilities."""
     samples, rate = 5, 0.3
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(samples, 4, 3, dtype=torch.float64, generator=generator)

@@ -81,7 +81,7 @@ def test_a_run_is_fine_tuned_with_the_folder_of_its_text_encoder_named_again(
     assert type(second) is MSAModel
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
     model["text_encoder"] = str(tiny_text_encoder.with_name("another"))
-    with pytest.raises(ConfigurationError, match="has text_encoder .* but model.text_encoder says .*another"):
+    with pytest.raises(ConfigurationError, match="has text_encoder .* but model.text_encoder is .*another"):
         build_model(parse_arguments(document), (), Console(quiet=True))
 
 

@@ -118,7 +118,9 @@ def test_overwrite_never_deletes_what_the_run_did_not_write(path):
 def test_a_folder_that_cannot_be_made_is_refused_before_the_clips_are_decoded(tmp_path, inside):
     (tmp_path / "notes").write_text("a file")
     path = tmp_path / "notes" / "run" if inside else tmp_path / "notes"
-    with pytest.raises(ConfigurationError, match="training.output_dir=.*notes.* cannot be made: .* a file"):
+    with pytest.raises(
+        ConfigurationError, match="training.output_dir=.*notes.* cannot be created: .* a file"
+    ):
         Run(path).folder.check(configured(path))
 
 

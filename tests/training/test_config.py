@@ -314,7 +314,7 @@ def test_a_model_of_features_needs_widths_and_no_text_encoder(read):
         ("model: {feature_widths: {text: 8, audio: 0, vision: 8}}", "a width for each modality"),
         ("model: {feature_widths: {text: 8, audio: wide, vision: 8}}", "a width for each modality"),
         ("model: {feature_widths: 8}", "model.feature_widths is 8"),
-        (f"model: {{{WIDTHS}, audio_width: 8}}", "model.audio_width is of raw clips"),
+        (f"model: {{{WIDTHS}, audio_width: 8}}", "model.audio_width applies to raw clips only"),
         (f"model: {{{WIDTHS}}}\ntraining: {{freeze_text_encoder: true}}", "needs a text encoder"),
         (f"model: {{{WIDTHS}}}\ndata: {{split_column: ''}}", "data.split_column is empty"),
         (f"model: {{{WIDTHS}}}\ndata: {{standardize: 1}}", "data.standardize is 1, but must be bool"),

@@ -252,7 +252,7 @@ def taught(config, rows, **settings) -> Trial:
 @pytest.mark.needs("ebmc")
 @pytest.mark.parametrize("stage", ["enhance", "balance"])
 def test_accumulated_halves_are_one_batch_for_what_is_linear_in_the_batch(stage, ebmc_config, rows):
-    """The gap of the energies and the contrast are not: they compare what a batch holds (METHODS 8.6)."""
+    """The energy gap and the contrastive loss compare the samples of a batch (docs/methods/numerics.md)."""
     ends = {}
     for name, config in (("linear", ebmc_config(emc=0.0, msd=0.0)), ("all", ebmc_config())):
         for batch_size, accumulation in ((8, 1), (4, 2)):

@@ -198,7 +198,7 @@ def test_a_modality_without_parameters_of_its_own_is_refused_naming_those_that_h
     model = features_model("cpsl")  # its text is not encoded, and features have no encoder
     expected = (
         r"training.modulator=ogm acts on text, but model.head=cpsl has no trained parameters of its own for "
-        r"text: say training.modulator_kwargs.modalities=\[audio, vision\]"
+        r"text: set training.modulator_kwargs.modalities=\[audio, vision\]"
     )
     with pytest.raises(ConfigurationError, match=expected):
         make_modulator(training("ogm"), model, 10, accelerator)
@@ -209,7 +209,7 @@ def test_a_modality_without_parameters_of_its_own_is_refused_naming_those_that_h
 
 @pytest.mark.needs("cpsl", "shapley")
 def test_a_modulator_of_all_modalities_is_refused_a_head_without_a_remedy_it_does_not_have(accelerator):
-    expected = "shapley acts on text, .*: take another head, or training.modulator=identity"
+    expected = "shapley acts on text, .*: use another head, or training.modulator=identity"
     with pytest.raises(ConfigurationError, match=expected):
         make_modulator(training("shapley"), features_model("cpsl"), 10, accelerator)
 
@@ -438,7 +438,7 @@ def test_a_modulator_left_with_one_modality_is_refused_and_not_silent(
     """Alone, BALM would stop it from learning and the others would do nothing."""
     expected = (
         f"training.modulator={modulator} compares {compared}, but no training sample has "
-        f"{' or '.join(absent)}, which leaves fewer than two to compare: say training.modulator=identity"
+        f"{' or '.join(absent)}, which leaves fewer than two to compare: set training.modulator=identity"
     )
     with pytest.raises(ConfigurationError, match=expected):
         run_on(train, tmp_path, absent, modulator, head="cpsl" if modulator == "conflict" else "late_fusion")

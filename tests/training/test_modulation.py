@@ -195,7 +195,7 @@ def travelled(make_trial, config, rows, coefficient: float, apply: str) -> list[
 def test_under_adam_a_constant_coefficient_slows_only_as_a_learning_rate(
     features_config, feature_rows, make_trial
 ):
-    """Adam divides the length of a gradient by its own running size (METHODS P13)."""
+    """Adam divides a gradient by its own running size (docs/methods/numerics.md)."""
     still = features_config("late_fusion", dropout=0.0)
     plain = travelled(make_trial, still, feature_rows, 1.0, "gradient")
     scaled = travelled(make_trial, still, feature_rows, 0.2, "gradient")

@@ -260,7 +260,7 @@ def test_scaled_rates_are_whole_again_afterwards_and_the_schedule_does_not_notic
 
 
 def test_adam_divides_a_factor_on_gradients_out_and_keeps_one_on_the_rate(tiny_model):
-    """A coefficient that stays the same slows nothing after some 1 / (1 - beta2) steps (METHODS P13)."""
+    """A constant coefficient has no effect after about 1 / (1 - beta2) steps (docs/methods/numerics.md)."""
     gradient = torch.tensor([0.7, -0.2, 1.3])
     paces = {}
     for apply, steps in (("gradient", 6000), ("lr", 1000)):

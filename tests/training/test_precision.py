@@ -48,10 +48,10 @@ def test_what_the_launcher_was_given_explicitly_holds(monkeypatch, launched, exp
 
 
 def test_fp16_on_a_cpu_is_refused_whoever_asks_for_it(monkeypatch):
-    with pytest.raises(ValueError, match=r"fp16 needs a GPU \(key asks for it\).* key=auto or no"):
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU \(key requests it\).* key=auto or no"):
         choose_precision("fp16", "key")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="accelerate launch asks for it"):
+    with pytest.raises(ValueError, match="accelerate launch requests it"):
         choose_precision("auto", "key")
 
 

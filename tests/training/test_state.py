@@ -133,7 +133,7 @@ def test_a_state_of_another_run_is_refused(folder, settings):
         require_settings(verify(folder), settings)
     with pytest.raises(ConfigurationError, match=r"model\.safetensors.*size mismatch"):
         state_of(Part({"step": 0}), torch.nn.Linear(3, 1)).read(folder)
-    with pytest.raises(ConfigurationError, match="run.json.*it holds part, not optimizer"):
+    with pytest.raises(ConfigurationError, match="run.json.*it contains part, not optimizer"):
         state_of(Part({"step": 0}), name="optimizer").read(folder)
     with pytest.raises(ConfigurationError, match="run.json.*the part of another run"):
         state_of(Part({"kappa": None})).read(folder)

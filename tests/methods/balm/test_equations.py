@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BALM equation by equation: calibration of features, progress and coefficients (METHODS 3.2, 3.6)."""
+"""BALM equation by equation (docs/methods/balm.md): calibration of features, progress and coefficients."""
 
 import copy
 import itertools
@@ -270,7 +270,7 @@ def test_printed_coefficients_are_those_of_the_equation():
 
 
 def test_smoothed_coefficients_are_those_of_the_rule():
-    """METHODS 3.3, step by step on plain numbers."""
+    """The guarded form of choice B5, step by step on plain numbers."""
     found = divergences(2)
     running, expected = None, []
     for each in found:
@@ -452,7 +452,7 @@ def test_a_step_whose_samples_all_lack_a_modality_rebalances_the_others(absent):
 
 @pytest.mark.parametrize("guard", ["smooth", "none"])
 def test_a_corpus_without_a_modality_is_rebalanced_over_the_two_it_has(guard, tiny_model):
-    """All coefficients used to stay at 1 for the whole run, without a word (METHODS A31)."""
+    """All coefficients used to stay at 1 for the whole run, without a message (choice B15)."""
     modulator = MODULATORS["rebalance"](guard=guard)
     modulator.attach(tiny_model, dict.fromkeys(MODALITIES, 16), 16)
     modulator.leave_out(["text"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spatial term of BALM (3.9, A13) once more, one sample at a time, and beside the weights' form.
+"""The spatial term of BALM (3.9) computed again, one sample at a time, and compared with the form on weights.
 
-The published code compares the last weights of head and probes; METHODS 3.3 reads "direction" as that of
-their gradients, or of the gradients by the states. Where last layers are linear the three hang together.
+The published code compares the last weights of head and probes. docs/methods/balm.md reads "direction" as
+that of their gradients, or of the gradients by the states. With linear last layers the three are related.
 The head is late fusion: test_contract.py checks for every head what this term needs of it.
 """
 
@@ -334,7 +334,7 @@ def test_of_classes_under_orthonormal_weights_the_cosine_is_that_of_the_weight_g
 
 @every_task
 def test_the_closed_form_of_the_weight_gradient_is_that_of_the_task_loss(outputs, make_gappy):
-    """METHODS B7, on the last layer of late fusion: (1/B) sum (p - y) h^T, twice the residual of a score."""
+    """Choice B7 on the last layer of late fusion: (1/B) sum (p - y) h^T; for a score, twice the residual."""
     case = Case("late_fusion", outputs, make_gappy(5, MIXED))
     output = case.ask()
     (found,) = torch.autograd.grad(output.losses["task"], case.model.head.classifier.weight)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CP/SL head does, with each of its switches, and what it never does (METHODS 4.6, 11)."""
+"""The CP/SL head with each of its settings (docs/methods/cpsl.md)."""
 
 import math
 from collections import Counter
@@ -155,7 +155,7 @@ def test_losses_reach_a_front_end_only_through_the_latents(loss, make_cpsl, make
     assert not any(gradient.any() for gradient in left)
 
 
-# reconstruction (4.6) and diversity (4.7, A19)
+# reconstruction (4.6) and diversity (4.7)
 
 
 def test_a_decoder_that_gives_back_its_input_costs_nothing(make_cpsl, make_gappy):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conflict-aware penalty: when it falls, how much, and on what (METHODS 4.8 - 4.10, 4.6)."""
+"""The conflict-aware penalty: when it applies, and how much ((4.8) to (4.10), docs/methods/cpsl.md)."""
 
 import itertools
 import math

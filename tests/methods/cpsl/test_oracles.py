@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CP/SL once more, from METHODS 4.2, 4.3 and 11 alone: one sample, one token and one time step at a time.
+"""CP/SL implemented again from docs/methods/cpsl.md: one sample, one token and one time step at a time.
 
 Nothing here is batched, padded or masked: what is absent is left out. Forward, every loss and the gradient of
 every parameter and of every input have to agree with the head's.
@@ -124,7 +124,7 @@ class Oracle:
         return {time: value for time, (value, seen) in enumerate(pairs) if seen}
 
     def scaled(self, m: str, sequence) -> list[list[Tensor | None]]:
-        """X_m on the token grid, in the units of the running extremes (C7); None where unobserved."""
+        """X_m on the token grid, in the units of the running extremes (Q7); None where unobserved."""
         raw = [average_over_tokens(self.observed(sequence, i), len(self.text[i])) for i in self.batch]
         low, high, batches = (self.buffers[f"scaling.{m}.{key}"] for key in ("low", "high", "batches"))
         seen = [x.detach() for sample in raw for x in sample if x is not None]
@@ -153,7 +153,7 @@ class Oracle:
         return self.mu[m][i][j] + eps * torch.sqrt(self.sigma2[m][i][j] + 1e-6)
 
     def own_state(self, m: str, sequence, i: int, noise) -> Tensor:
-        """Mean of Z_m over the steps of m itself (A32); the learned state where m is absent."""
+        """Mean of Z_m over the steps of m itself (Q11); the learned state where m is absent."""
         low, high = (self.buffers[f"scaling.{m}.{key}"] for key in ("low", "high"))
         latents = []
         for time, x in self.observed(sequence, i).items():
@@ -195,7 +195,7 @@ class Oracle:
         return mean([term(i, j) for i, j in observed])
 
     def losses(self, labels: Tensor) -> dict[str, Tensor]:
-        """All losses, unweighted (4.5 to 4.7, A19)."""
+        """All losses, unweighted, (4.5) to (4.7)."""
 
         def rebuilding(m: str, i: int, j: int) -> Tensor:
             inner = torch.relu(self.linear(f"decoders.{m}.0", self.z[m][i][j]))
@@ -347,7 +347,7 @@ def test_fusion_takes_place_on_the_texts_tokens_or_on_a_single_one_without_text(
     assert token_grid(sequence_of(mask)).tolist() == [*mask[:2].tolist(), [True, False, False]]
 
 
-# running extremes (4.3, C7; A20)
+# running extremes (Q7)
 
 BATCHES = [
     ModalitySequence.of(

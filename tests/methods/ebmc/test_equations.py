@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What EBMC's energies, losses and trust promise by themselves (METHODS 1.7 and 11), in float64."""
+"""Properties of EBMC's energies, losses and trust (docs/methods/ebmc.md), in float64."""
 
 import math
 from itertools import permutations
@@ -201,7 +201,7 @@ def test_alignment_is_rewarded_and_confusion_is_punished():
 
 
 def test_the_inverted_contrast_of_the_first_implementation_is_not_ours():
-    """METHODS E1: three similarities added inside one exponent, the pair itself among its negatives."""
+    """Choice E1: three similarities added inside one exponent, the pair itself among its negatives."""
 
     def inverted(shared: Tensor, temperature: float) -> Tensor:
         unit = shared / shared.norm(dim=-1, keepdim=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What EBMC does in each of its stages, with each of its switches, and what it never does (METHODS 1.7)."""
+"""The EBMC head in each of its stages, with each of its settings (docs/methods/ebmc.md)."""
 
 import itertools
 from functools import partial
@@ -220,7 +220,7 @@ def test_the_energies_never_train_the_predictors_they_are_read_from(
 
 
 def test_energies_that_no_state_can_change_move_no_state(make_ebmc, make_sequences):
-    """METHODS A8: unequal energies stay unequal where every gradient of an energy vanishes."""
+    """Choice E16: unequal energies stay unequal where every gradient of an energy vanishes."""
     head = make_ebmc()
     with torch.no_grad():
         for name, parameter in head.named_parameters():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EBMC once more, from METHODS 1.2, 1.3 and 11 alone: one sample, one modality and one time step at a time.
+"""EBMC implemented again from docs/methods/ebmc.md: one sample, one modality and one time step at a time.
 
 Nothing here is batched, padded or masked: what is absent is left out. Forward, every loss and the gradient of
 every parameter have to agree with the head's; gradients of energies are found by differentiating twice.
@@ -109,7 +109,7 @@ class Oracle:
         ]
 
     def read(self, m: str, steps: list[Tensor]) -> Tensor:
-        """z_m: projection, expert stacks, routing, mean over time (METHODS 1.2, E22)."""
+        """z_m: projection, expert stacks, routing, mean over time ("Reading a modality", E22)."""
         projected = [self.linear(f"projections.{m}", step) for step in steps]
         if not projected:
             if not self.tokens:
@@ -257,7 +257,7 @@ class Oracle:
         return mean(terms)
 
     def energy(self, m: str, i: int, z: Tensor, label: Tensor) -> Tensor:
-        """E_i(m) (1.7) as amended by A1 to A3: the predictor's weights are constants."""
+        """E_i(m) (1.7); the predictor's weights are constants (E23)."""
         weight = self.weights[f"predictors.{m}.weight"].detach()
         bias = self.weights[f"predictors.{m}.bias"].detach()
         predicted = weight @ z + bias
@@ -292,7 +292,7 @@ class Oracle:
         return gap + FACTORS["energy_gradient"] * sum(steepness)
 
     def imtd(self, teacher: Tensor) -> Tensor:
-        """1.12 to 1.15 with A4; a sample that has nothing is drawn to nobody."""
+        """(1.12) to (1.15); a sample without any modality has no teacher."""
         samples = []
         for i in self.batch:
             there = [m for m in MODALITIES if self.present[i][m]]

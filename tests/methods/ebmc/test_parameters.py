@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EBMC's published sizes, to the parameter (METHODS 6.2 and 6.3); nothing is allocated."""
+"""EBMC's published sizes, exact to the parameter (docs/methods/online_setting.md); nothing is allocated."""
 
 from collections import Counter
 

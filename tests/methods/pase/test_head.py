@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head PaSE: classes of scores, calibration, alignment, fusion; equations of METHODS 2.3."""
+"""The PaSE head (docs/methods/pase.md): classes of scores, calibration, alignment, fusion."""
 
 import itertools
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapley modulation: coefficients, utilities, measurements and the plateau; METHODS 2.7 - 2.10."""
+"""Shapley modulation, (2.7) to (2.10): coefficients, utilities, measurements and the plateau."""
 
 import copy
 import json
