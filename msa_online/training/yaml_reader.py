@@ -200,7 +200,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 def _name_of(hint: Any) -> str:
     """An annotation in words: "int or null"."""
-    name = re.sub(r"\w+\.", "", inspect.formatannotation(hint)).replace("tuple[", "list[")
+    name = re.sub(r"\b(tuple|Sequence)\[", "list[", re.sub(r"\w+\.", "", inspect.formatannotation(hint)))
     return name.replace(" | ", " or ").replace("None", "null")
 
 

@@ -87,4 +87,4 @@ def test_a_process_killed_in_extraction_ends_the_others_with_what_to_do(
 ):
     statuses, printed = on_two_processes(RANK, tmp_path, tmp_path, "killed", make_corpus("good"))
     assert statuses == [-9, 1], "".join(printed)
-    assert "start again to go on from there" in printed[1] and "Traceback" not in printed[1]
+    assert "start again to continue" in printed[1] and "Traceback" not in printed[1]
