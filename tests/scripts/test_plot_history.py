@@ -46,7 +46,7 @@ def test_histories_become_a_picture(arguments, plot, tmp_path):
     [
         (["one/history.json"], "picture.png"),
         (["one/config.json", "curves.png"], "config.json is no history of a run"),
-        (["one/history.json", "curves.png", "--panels", "enrgy"], "'enrgy' was not recorded; there are .*energy"),
+        (["one/history.json", "curves.png", "--panels", "enrgy"], "'enrgy' was not recorded; .*energy"),
     ],
 )
 def test_a_wrong_call_is_explained_and_draws_nothing(arguments, said, plot, tmp_path):
