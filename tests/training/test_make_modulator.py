@@ -410,7 +410,7 @@ def test_under_one_condition_and_under_missing_rates_what_never_occurs_is_left_o
 @pytest.mark.parametrize("modulator", [name for name in REAL if takes(name, {"modalities": []})])
 def test_a_modality_that_is_named_and_never_occurs_is_refused_before_training(modulator, train, tmp_path):
     expected = (
-        "training.modulator_kwargs.modalities names text, but no training sample has text: say "
+        "training.modulator_kwargs.modalities names text, but no training sample has text: set "
         r"training.modulator_kwargs.modalities=\[audio, vision\]"
     )
     named = {"modalities": list(MODALITIES)}
