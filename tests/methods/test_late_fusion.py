@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from msa_online.methods import LateFusionHead
 from msa_online.modalities import MODALITIES, ModalitySequence
+from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 
@@ -29,7 +30,7 @@ def test_forward_is_the_equation_in_its_docstring():
     joined = torch.cat([pooled(name) for name in MODALITIES])
     hidden = F.gelu(state["fusion.0.weight"] @ joined + state["fusion.0.bias"])
     expected = state["classifier.weight"] @ hidden + state["classifier.bias"]
-    torch.testing.assert_close(head(sequences).logits[0], expected)
+    assert_equation("5.2", "fused prediction", head(sequences).logits[0], expected, rtol=1e-7, atol=1e-7)
 
 
 def test_unimodal_loss_counts_only_samples_that_have_the_modality():
@@ -45,4 +46,4 @@ def test_unimodal_loss_counts_only_samples_that_have_the_modality():
     output = head(sequences, labels)
     errors = {name: (logits.squeeze(-1) - labels) ** 2 for name, logits in output.modality_logits.items()}
     expected = errors["text"][0] + errors["audio"].mean() + errors["vision"].mean()
-    torch.testing.assert_close(output.losses["unimodal"], expected)
+    assert_equation("5.3", "loss unimodal", output.losses["unimodal"], expected, rtol=1e-7, atol=1e-7)

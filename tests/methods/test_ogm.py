@@ -9,6 +9,7 @@ import torch
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import ModulationContext, OGMModulator
 from msa_online.modalities import MODALITIES
+from tests.equations import assert_equation
 
 SEED = 5
 
@@ -96,14 +97,17 @@ def test_each_modality_is_damped_as_the_equation_says(task, strength, tiny_confi
         expected[name] = 1 - math.tanh(strength * score / mean) if score > mean else 1.0
     assert sorted(expected.values())[-1] == 1.0 and min(expected.values()) < 0.8
     log = step.modulation.log
-    assert {name: log[f"coefficient/{name}"] for name in MODALITIES} == pytest.approx(expected, rel=1e-5)
-    assert {name: log[f"score/{name}"] for name in MODALITIES} == pytest.approx(scores, rel=1e-5)
+    found = {name: log[f"score/{name}"] for name in MODALITIES}
+    assert_equation("5.4", "scores", found, scores, rtol=1e-5, atol=1e-12)
+    found = {name: log[f"coefficient/{name}"] for name in MODALITIES}
+    assert_equation("5.5", "coefficients", found, expected, rtol=1e-5, atol=1e-12)
     spread = (max(scores.values()) - min(scores.values())) / (max(scores.values()) + min(scores.values()))
     assert log["imbalance/degree"] == pytest.approx(spread, rel=1e-3)
     owners = step.owners()
     for name, gradient in step.gradients().items():
         factor = expected.get(owners.get(name), 1.0)
-        torch.testing.assert_close(gradient, factor * step.before[name], rtol=1e-5, atol=1e-12)
+        quantity, before = f"gradient of {name}", factor * step.before[name]
+        assert_equation("5.6", quantity, gradient, before, rtol=1e-5, atol=1e-12)
 
 
 def test_noise_falls_on_the_matrices_and_kernels_of_every_modality(tiny_config, uneven_batch):

@@ -16,6 +16,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAOutput
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.yaml_reader import ConfigurationError
+from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}  # those of the encoded batches
 MIXED = [[True, True, True], [True, False, True], [False, True, False], [False, False, False]]
@@ -64,7 +65,8 @@ def test_gates_are_those_of_the_equations_one_sample_and_step_at_a_time(make_gap
             gate = 2 / (1 + torch.exp(-raw))
             for step, there in enumerate(sequences[name].mask[row]):
                 expected = gate * sequences[name].values[row, step] if there else torch.zeros_like(gate)
-                torch.testing.assert_close(calibrated[name].values[row, step], expected)
+                quantity = f"calibrated {name}, sample {row}, step {step}"
+                assert_equation("3.3", quantity, calibrated[name].values[row, step], expected, rtol=1e-7)
 
 
 def test_gates_lie_between_zero_and_two(make_sequences):
@@ -262,10 +264,11 @@ def test_printed_coefficients_are_those_of_the_equation():
     """(3.8): the first progress is D_0 itself, and a negative sum makes coefficients large and negative."""
     start, second = {"text": 2.0, "audio": 1.0, "vision": 1.0}, {"text": 2.3, "audio": 0.6, "vision": 1.2}
     first, then = follow([start, second], "none")
-    assert first == pytest.approx({"text": 0.5, "audio": 0.75, "vision": 0.75})
+    halves = {"text": 0.5, "audio": 0.75, "vision": 0.75}
+    assert_equation("3.8", "coefficients of the first step", first, halves, rtol=1e-6, atol=1e-12)
     deltas = {"text": -0.3, "audio": 0.4, "vision": -0.2}  # together -0.1
     expected = {name: (-0.1 - delta) / (-0.1 + 1e-8) for name, delta in deltas.items()}
-    assert then == pytest.approx(expected)
+    assert_equation("3.8", "coefficients of the second step", then, expected, rtol=1e-6, atol=1e-12)
     assert then == pytest.approx({"text": -2.0, "audio": 5.0, "vision": -1.0}, rel=1e-5)
 
 
@@ -282,7 +285,8 @@ def test_smoothed_coefficients_are_those_of_the_rule():
         shares = [gain / (gains[0] + gains[1] + gains[2]) for gain in gains]
         expected.append([0.5 * (1 - share) + 0.5 * 2 / 3 for share in shares])
     for kappa, numbers in zip(follow(found, "smooth"), expected, strict=True):
-        assert [kappa[name] for name in MODALITIES] == pytest.approx(numbers)
+        found_here = [kappa[name] for name in MODALITIES]
+        assert_equation("3.8", "smoothed coefficients", found_here, numbers, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("guard", ["smooth", "none"])
@@ -344,8 +348,10 @@ def test_divergences_are_those_of_the_equations(outputs):
         p, q = distributions
         kl = sum(one * math.log(one / other) for one, other in zip(p, q, strict=True))
         mse = sum((one - other) ** 2 for one, other in zip(p, q, strict=True)) / len(p)
-        assert kl_from_fused(fused, alone)[row].item() == pytest.approx(kl)
-        assert squared_distance(fused, alone)[row].item() == pytest.approx(mse)
+        assert_equation("3.6", "divergence", kl_from_fused(fused, alone)[row], kl, rtol=1e-6, atol=1e-12)
+        assert_equation(
+            "3.6", "squared distance", squared_distance(fused, alone)[row], mse, rtol=1e-6, atol=1e-12
+        )
     if outputs == 1:
         torch.testing.assert_close(kl_from_fused(-fused, -alone), kl_from_fused(fused, alone))
 

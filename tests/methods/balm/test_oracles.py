@@ -20,6 +20,7 @@ from msa_online.methods import HEADS, MODULATORS, HeadOutput
 from msa_online.methods.base import BalancingHead
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAOutput
+from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}  # those of the encoded batches
 KAPPA = {"text": 0.5, "audio": 0.9, "vision": 0.6}
@@ -121,7 +122,8 @@ def test_the_spatial_term_is_what_one_sample_at_a_time_gives(outputs, form, pres
     case = Case("late_fusion", outputs, make_gappy(5, present), mod_form=form)
     found = cosines(case)
     assert max(abs(value) for values in found.values() for value in values) > 0.05
-    assert case.spatial().item() == pytest.approx(expected_spatial(found, KAPPA, form), rel=1e-9)
+    expected = expected_spatial(found, KAPPA, form)
+    assert_equation("3.9", "spatial term", case.spatial(), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["cggm", "abs"])
@@ -130,7 +132,7 @@ def test_coefficients_below_zero_turn_the_wanted_direction_round(form, make_gapp
     case = Case("late_fusion", 1, make_gappy(5), mod_form=form)
     case.modulator.kappa = {"text": -2.0, "audio": 5.0, "vision": -1.0}
     expected = expected_spatial(cosines(case), case.modulator.kappa, form)
-    assert case.spatial().item() == pytest.approx(expected, rel=1e-9)
+    assert_equation("3.9", "spatial term with coefficients below zero", case.spatial(), expected, atol=1e-12)
 
 
 def directions_of_probes(case: Case) -> dict[str, Tensor]:
@@ -177,7 +179,9 @@ def test_its_gradient_is_that_of_finite_differences_and_reaches_no_probe(outputs
             with torch.no_grad():
                 parameter.view(-1)[place] -= shift
         slope = (ends[0] - ends[1]) / 2e-6
-        assert gradient.view(-1)[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-8), name
+        steepest = gradient.view(-1)[place]
+        quantity = f"gradient of the spatial term by {name}"
+        assert_equation("3.9", quantity, steepest, slope, rtol=1e-4, atol=1e-8)
         checked.append(name)
     owned = case.model.modality_parameters()
     names = {id(parameter): name for name, parameter in case.model.named_parameters()}
@@ -196,7 +200,7 @@ def test_probes_are_trained_by_their_own_errors_and_nothing_else_is(make_gappy):
         rows = [row for row in range(5) if output.present[name][row]]
         errors = [error_of(output.probe_logits[name][row], case.labels[row]).item() for row in rows]
         expected += sum(errors) / len(errors)
-    assert probe.item() == pytest.approx(expected)
+    assert_equation("3.5", "loss of the probes", probe, expected, rtol=1e-6, atol=1e-12)
     assert all(name.startswith("probes.") for name in case.gradients(probe))
     everyone = {name for name, _ in case.model.named_parameters() if name.startswith("probes.")}
     assert case.gradients(case.modulator.extra_losses(case.ask(), case.labels)["probe"]).keys() == everyone
@@ -206,7 +210,8 @@ def test_the_coefficients_are_those_of_the_step_before(make_gappy):
     """(3.10): none in the first step, where L_mod is 0."""
     case = Case("late_fusion", 1, make_gappy(5), spatial_weight=0.4)
     weighted = case.spatial().item()
-    assert weighted == pytest.approx(0.4 * expected_spatial(cosines(case), KAPPA, "cggm"))
+    expected = 0.4 * expected_spatial(cosines(case), KAPPA, "cggm")
+    assert_equation("3.10", "weighted spatial term", weighted, expected, rtol=1e-6, atol=1e-12)
     case.modulator.observe(case.ask(), case.labels)  # what this step will bring counts in the next
     assert case.spatial().item() == weighted
     case.modulator.kappa = None
@@ -276,11 +281,11 @@ def test_for_linear_layers_the_abs_form_is_that_of_the_published_code(make_gappy
     case = linear_case(1, make_gappy(5), monkeypatch)
     case.labels = torch.linspace(20, 30, 5, dtype=torch.float64)  # all predictions are too low
     published = sum(abs(KAPPA[name] * weight_cosine(case, name)) for name in MODALITIES) / 3
-    assert case.spatial().item() == pytest.approx(published, rel=1e-9)
+    assert_equation("3.9", "spatial term of linear layers, abs form", case.spatial(), published, atol=1e-12)
     cggm = linear_case(1, make_gappy(5), monkeypatch, "cggm")
     cggm.labels = case.labels
     ancestor = sum(KAPPA[name] * (1 - weight_cosine(cggm, name)) for name in MODALITIES) / 3
-    assert cggm.spatial().item() == pytest.approx(ancestor, rel=1e-9)
+    assert_equation("3.9", "spatial term of linear layers, cggm form", cggm.spatial(), ancestor, atol=1e-12)
 
 
 def test_for_linear_layers_the_cosine_is_that_of_the_weights_times_that_of_their_gradients(
@@ -302,7 +307,7 @@ def test_for_linear_layers_the_cosine_is_that_of_the_weights_times_that_of_their
             values.append(sides * weight_cosine(case, name))
         total += abs(KAPPA[name] * sum(values) / len(values))
     assert signs == {1.0, -1.0}
-    assert case.spatial().item() == pytest.approx(total / 3, rel=1e-9)
+    assert_equation("3.9", "spatial term by gradients of the weights", case.spatial(), total / 3, atol=1e-12)
 
 
 def test_of_classes_under_orthonormal_weights_the_cosine_is_that_of_the_weight_gradients(
@@ -325,7 +330,7 @@ def test_of_classes_under_orthonormal_weights_the_cosine_is_that_of_the_weight_g
             residual[label] -= 1
             values.append(cosine(torch.outer(residual, state), of_probe))
         total += abs(KAPPA[name] * sum(values) / len(values))
-    assert case.spatial().item() == pytest.approx(total / 3, rel=1e-9)
+    assert_equation("3.9", "spatial term of classes", case.spatial(), total / 3, atol=1e-12)
     with torch.no_grad():  # in a basis of its own, the probe's weight gradients no longer compare
         turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
         case.model.probes["text"].weight.copy_(basis @ turn)

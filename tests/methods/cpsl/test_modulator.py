@@ -13,6 +13,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.methods import MODULATORS, ConflictModulator, ModulationContext
 from msa_online.methods.cpsl import find_conflicts
 from msa_online.modalities import MODALITIES
+from tests.equations import assert_equation
 
 PAIR = ("audio", "vision")
 
@@ -50,10 +51,12 @@ def test_only_the_better_modality_with_the_larger_gradient_is_penalised(better, 
     modulation = modulator.modulate(context)
     expected = {better: damped * (penalty if better == larger else 1.0), worse: 1.0}
     for name in PAIR:
-        assert modulation.log[f"coefficient/{name}"] == pytest.approx(expected[name], rel=1e-6)
+        found = modulation.log[f"coefficient/{name}"]
+        assert_equation("4.9", f"coefficient of {name}", found, expected[name], rtol=1e-6, atol=1e-12)
         assert modulation.log[f"conflict/{name}"] == float(name == better == larger)
         for parameter, gradient in zip(context.modality_parameters[name], before[name], strict=True):
-            torch.testing.assert_close(parameter.grad, expected[name] * gradient, rtol=1e-6, atol=0)
+            scaled = expected[name] * gradient
+            assert_equation("4.10", f"gradient of {name}", parameter.grad, scaled, rtol=1e-6, atol=0)
 
 
 def test_the_penalty_is_exact():

@@ -18,6 +18,7 @@ from torch import Tensor
 from msa_online import MSAModel
 from msa_online.methods.cpsl import RunningMinMax, resample, token_grid
 from msa_online.modalities import MODALITIES, ModalitySequence
+from tests.equations import assert_equation
 
 ENCODED = ("audio", "vision")
 HIDDEN = 8
@@ -40,6 +41,8 @@ PRESENT = {
     "no audio": [[True, False, True]] * 5,
     "nothing": [[False, False, False]] * 5,
 }
+LOSSES = {"task": "4.6", "recon": "4.6", "unimodal": "4.6", "stat": "4.5", "div": "4.7"}
+"""Number of the equation of each loss."""
 MODES = ("evaluation", "first batch", "later batch")
 MOMENTUM = torch.tensor(0.1).double()  # a number of fp32 whatever the precision of the head
 
@@ -54,10 +57,6 @@ def make_cpsl(make_head):
 def mean(values: list[Tensor]) -> Tensor:
     """Mean of scalars; zero of none."""
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
-
-
-def assert_same(what: str, found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{what}: {text}")
 
 
 def average_over_tokens(steps: dict[int, Tensor], tokens: int) -> list[Tensor | None]:
@@ -263,21 +262,28 @@ def test_the_equations_taken_step_by_step_give_what_the_head_gives(case, make_cp
 
     for i in oracle.batch:
         for m in MODALITIES:
-            assert_same(f"features of {m}", output.features[m][i], oracle.features[i][m])
-            assert_same(f"logits of {m}", output.modality_logits[m][i], oracle.alone[i][m])
-        assert_same("fused", output.fused[i], oracle.fused[i])
-        assert_same("logits", output.logits[i], oracle.logits[i])
+            assert_equation(
+                "4.2", f"pooled state of {m}, sample {i}", output.features[m][i], oracle.features[i][m]
+            )
+            assert_equation(
+                "4.6",
+                f"prediction from {m} alone, sample {i}",
+                output.modality_logits[m][i],
+                oracle.alone[i][m],
+            )
+        assert_equation("4.3", f"state of sample {i} after (4.2)", output.fused[i], oracle.fused[i])
+        assert_equation("4.3", f"prediction of sample {i}", output.logits[i], oracle.logits[i])
     for name, value in head.named_buffers():
         if not name.endswith("batches"):
-            assert_same(name, value, oracle.buffers[name])
+            assert_equation("Equations", f"running extremes, {name}", value, oracle.buffers[name])
     for m in ENCODED:
         variance = oracle.over_steps(m, lambda i, j, m=m: oracle.sigma2[m][i][j].mean())
-        assert_same(f"variance of {m}", output.diagnostics[f"variance/{m}"], variance.detach())
+        assert_equation("4.1", f"variance of {m}", output.diagnostics[f"variance/{m}"], variance)
 
     expected = oracle.losses(labels)
     assert output.losses.keys() == expected.keys()
     for name, loss in expected.items():
-        assert_same(name, output.losses[name], loss)
+        assert_equation(LOSSES[name], f"loss {name}", output.losses[name], loss)
     assert_same_gradients(head, leaves, output.losses, expected)
 
 
@@ -294,7 +300,7 @@ def assert_same_gradients(head, leaves: dict, losses: dict, expected: dict) -> N
         for total in (one, other)
     )
     for name, gradient, by_hand in zip(wanted_of, found, wanted, strict=True):
-        assert_same(f"gradient of {name}", gradient, by_hand)
+        assert_equation("4.6", f"gradient of the weighted losses by {name}", gradient, by_hand)
 
 
 def sequence_of(mask: Tensor, width: int = 3, seed: int = 0) -> ModalitySequence:
@@ -329,7 +335,7 @@ def test_gaps_and_padding_on_either_side_are_left_out_of_each_tokens_average(ste
             average = expected.get(place)
             assert found.mask[i, place] == (average is not None)
             state = found.values[i, place]
-            assert_same("state", state, torch.zeros_like(state) if average is None else average)
+            torch.testing.assert_close(state, torch.zeros_like(state) if average is None else average)
 
 
 def test_no_observed_step_is_lost_between_the_tokens():
@@ -402,8 +408,8 @@ def test_extremes_follow_those_of_the_batches_and_wait_where_nothing_is_observed
                 low[feature] += MOMENTUM.item() * (min(column) - low[feature])
                 high[feature] += MOMENTUM.item() * (max(column) - high[feature])
         scaling = after(BATCHES[:number])
-        assert_same("low", scaling.low, torch.tensor(low, dtype=torch.float64))
-        assert_same("high", scaling.high, torch.tensor(high, dtype=torch.float64))
+        assert_equation("Equations", "lowest values", scaling.low, low)
+        assert_equation("Equations", "highest values", scaling.high, high)
     assert scaling.batches == 3
 
 

@@ -17,6 +17,7 @@ from msa_online.methods.ebmc import (
     teacher_variance,
     trust_weights,
 )
+from tests.equations import assert_equation
 
 BATCH, WIDTH = 6, 5
 EVERY = torch.ones(3, BATCH, dtype=torch.bool)
@@ -56,7 +57,7 @@ def test_the_energys_gradient_in_closed_form_is_the_one_autograd_finds(kind):
     trial = Energies(kind)
     energies, closed = trial()
     (found,) = torch.autograd.grad(energies.sum(), trial.states)
-    torch.testing.assert_close(closed, found, rtol=1e-10, atol=1e-12)
+    assert_equation("1.11", "gradient of the energy in closed form", closed, found, rtol=1e-10, atol=1e-12)
     assert closed.abs().min() > 0
 
 
@@ -69,7 +70,7 @@ def test_the_closed_form_holds_where_a_log_variance_has_reached_its_bounds():
     log_variance = (trial.states @ trial.weights.mT + trial.biases)[..., 1]
     assert (log_variance < -6).any() and (log_variance > 3).any() and (log_variance == 3).any()
     (found,) = torch.autograd.grad(energies.sum(), trial.states)
-    torch.testing.assert_close(closed, found, rtol=1e-10, atol=1e-12)
+    assert_equation("1.11", "gradient of the energy in closed form", closed, found, rtol=1e-10, atol=1e-12)
 
 
 def test_the_closed_form_holds_where_modalities_are_absent():
@@ -78,7 +79,7 @@ def test_the_closed_form_holds_where_modalities_are_absent():
     trial = Energies("score judged by disagreement", present)
     energies, closed = trial()
     (found,) = torch.autograd.grad(energies.sum(), trial.states)
-    torch.testing.assert_close(closed, found, rtol=1e-10, atol=1e-12)
+    assert_equation("1.11", "gradient of the energy in closed form", closed, found, rtol=1e-10, atol=1e-12)
 
 
 @every_kind
@@ -88,7 +89,8 @@ def test_the_gap_pushes_each_state_along_its_energy_by_the_distance_from_the_mea
     (by_gap,) = torch.autograd.grad(energy_gap(energy, torch.ones(3).bool()), trial.states, retain_graph=True)
     (by_energy,) = torch.autograd.grad(energy.sum(), trial.states)
     above = (energy - energy.mean()).detach()[:, None, None]
-    torch.testing.assert_close(by_gap, 2 * 3 * above * by_energy, rtol=1e-10, atol=1e-14)
+    expected = 2 * 3 * above * by_energy
+    assert_equation("1.10", "gradient of the gap", by_gap, expected, rtol=1e-10, atol=1e-14)
 
 
 @every_kind
@@ -109,7 +111,8 @@ def test_a_small_step_down_the_gap_brings_the_energies_together(kind):
 def test_the_gap_is_three_times_the_squared_distances_from_the_mean_and_knows_no_order(seed):
     energy, everyone = random(3, seed=seed), torch.ones(3).bool()
     gap = energy_gap(energy, everyone)
-    torch.testing.assert_close(gap, 3 * (energy - energy.mean()).square().sum(), rtol=1e-12, atol=0)
+    expected = 3 * (energy - energy.mean()).square().sum()
+    assert_equation("1.8", "gap in its second form", gap, expected, rtol=1e-12, atol=0)
     assert gap > 0
     for order in permutations(range(3)):
         torch.testing.assert_close(energy_gap(energy[list(order)], everyone), gap, rtol=1e-12, atol=0)
@@ -129,7 +132,7 @@ def test_a_modality_that_nobody_has_plays_no_part_in_the_gap():
 def test_trust_has_its_reference_values(floor, expected):
     variance = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).square().reshape(1, 3, 1)
     found = trust_weights(variance, torch.ones(1, 3).bool(), floor)[0]
-    assert found.tolist() == pytest.approx(expected, abs=5e-5)
+    assert_equation("1.12", "trust", found, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("classes", [1, 4])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msa_online.methods.ebmc import disentanglement_loss, invariance_loss
 from msa_online.modalities import MODALITIES
+from tests.equations import assert_equation
 
 FACTORS = {  # all different and none 1, so that one left out or put in the wrong place shows
     "temperature": 0.3,
@@ -52,6 +54,8 @@ PRESENT = {
     ],
     "no audio": [[True, False, True]] * 5,
 }
+LOSSES = {"task": "1.16", "unimodal": "1.16", "msd": "1.4", "cce": "1.6", "emc": "1.9"}
+"""Number of the equation of each loss; that of `imtd` depends on the task."""
 HEADS = 2
 DEPTH = 2
 
@@ -59,10 +63,6 @@ DEPTH = 2
 def mean(values: list[Tensor]) -> Tensor:
     """Mean of scalars; zero of none."""
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
-
-
-def assert_same(what: str, found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{what}: {text}")
 
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:
@@ -213,18 +213,6 @@ class Oracle:
         return loss + 0.5 * (torch.exp(-v) * (predicted[0].detach() - label) ** 2 + v)
 
     def msd(self, labels: Tensor) -> Tensor:
-        tau = self.scalar("temperature", (0.01, 0.5), FACTORS["temperature"])
-        invariance = []
-        for m in MODALITIES:
-            anchors = {i: anchor for i in self.batch if (anchor := self.anchor(m, i)) is not None}
-            for i in self.with_modality(m):
-                if i in anchors:
-                    similar = {k: torch.exp(cosine(self.shared[i][m], a) / tau) for k, a in anchors.items()}
-                    invariance.append(-torch.log(similar[i] / sum(similar.values())))
-        apart = []
-        for one, other in combinations(MODALITIES, 2):
-            both = [i for i in self.batch if self.present[i][one] and self.present[i][other]]
-            apart.append(mean([cosine(self.private[i][one], self.private[i][other]) ** 2 for i in both]))
         told = [
             mean([
                 self.task(self.linear(f"private_predictors.{m}", self.private[i][m]), labels[i])
@@ -233,8 +221,33 @@ class Oracle:
             for m in MODALITIES
         ]  # fmt: skip
         return (
-            mean(invariance) + FACTORS["decorrelation"] * mean(apart) + FACTORS["private_task"] * mean(told)
+            self.invariance()
+            + FACTORS["decorrelation"] * self.decorrelation()
+            + FACTORS["private_task"] * mean(told)
         )
+
+    def temperature(self) -> Tensor:
+        return self.scalar("temperature", (0.01, 0.5), FACTORS["temperature"])
+
+    def invariance(self) -> Tensor:
+        """L_inv (1.1)."""
+        tau = self.temperature()
+        invariance = []
+        for m in MODALITIES:
+            anchors = {i: anchor for i in self.batch if (anchor := self.anchor(m, i)) is not None}
+            for i in self.with_modality(m):
+                if i in anchors:
+                    similar = {k: torch.exp(cosine(self.shared[i][m], a) / tau) for k, a in anchors.items()}
+                    invariance.append(-torch.log(similar[i] / sum(similar.values())))
+        return mean(invariance)
+
+    def decorrelation(self) -> Tensor:
+        """L_dis (1.2)."""
+        apart = []
+        for one, other in combinations(MODALITIES, 2):
+            both = [i for i in self.batch if self.present[i][one] and self.present[i][other]]
+            apart.append(mean([cosine(self.private[i][one], self.private[i][other]) ** 2 for i in both]))
+        return mean(apart)
 
     def anchor(self, m: str, i: int) -> Tensor | None:
         """agg_i of 1.1 without m itself; None where the sample has no other modality."""
@@ -367,16 +380,32 @@ def test_the_equations_taken_sample_by_sample_give_what_the_head_gives(trial):
     output = head(sequences, labels, teacher)
     for i in oracle.batch:
         for m in MODALITIES:
-            assert_same(f"z of {m}", output.features[m][i], oracle.z[i][m])
+            assert_equation(
+                "Reading a modality", f"z of {m}, sample {i}", output.features[m][i], oracle.z[i][m]
+            )
             alone = oracle.predicted[i][m][: oracle.outputs]
-            assert_same(f"logits of {m}", output.modality_logits[m][i], alone)
+            assert_equation(
+                "1.7", f"linear prediction from z of {m}, sample {i}", output.modality_logits[m][i], alone
+            )
         if oracle.balancing:
-            assert_same("logits", output.logits[i], oracle.logits[i])
+            assert_equation(
+                "Fusion and total", f"fused prediction of sample {i}", output.logits[i], oracle.logits[i]
+            )
+
+    shared, private = (
+        torch.stack([torch.stack([row[m] for row in rows]) for m in MODALITIES])
+        for rows in (oracle.shared, oracle.private)
+    )
+    present = torch.tensor([[row[m] for row in oracle.present] for m in MODALITIES])
+    tau = oracle.temperature()
+    assert_equation("1.1", "alignment", invariance_loss(shared, present, tau), oracle.invariance())
+    assert_equation("1.2", "decorrelation", disentanglement_loss(private, present), oracle.decorrelation())
 
     expected = oracle.losses(labels, teacher)
     assert list(output.losses) == list(expected)
+    equations = LOSSES | {"imtd": "1.14" if oracle.outputs > 1 else "1.15"}
     for name, loss in expected.items():
-        assert_same(name, output.losses[name], loss)
+        assert_equation(equations[name], f"loss {name}", output.losses[name], loss)
 
     # each loss with a weight of its own, so that no two errors cancel
     totals = [
@@ -389,7 +418,7 @@ def test_the_equations_taken_sample_by_sample_give_what_the_head_gives(trial):
         for total in totals
     )
     for name, one, other in zip(parameters, found, wanted, strict=True):
-        assert_same(f"gradient of {name}", one, other)
+        assert_equation("1.16", f"gradient of the weighted losses by {name}", one, other)
 
 
 @pytest.mark.parametrize(
@@ -400,4 +429,6 @@ def test_the_equations_taken_sample_by_sample_give_what_the_head_gives(trial):
 )
 def test_a_teacher_says_what_its_private_predictors_say_and_how_sure_it_is(trial):
     head, oracle, sequences, _, _ = trial
-    assert_same("teaching", head.teach(sequences), oracle.teaching())
+    assert_equation(
+        "1.13", "predictions and log-variances of the teacher", head.teach(sequences), oracle.teaching()
+    )

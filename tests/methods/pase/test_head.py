@@ -14,6 +14,7 @@ from msa_online.methods import HEADS
 from msa_online.methods.pase.head import EntropyGate, PaSEHead, score_bins
 from msa_online.methods.pase.transport import transport_plan
 from msa_online.modalities import MODALITIES
+from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}
 SCORES = torch.tensor([-2.2, -1.0, 0.1, 1.2, 2.4, 0.4, -0.6, 1.9])
@@ -111,7 +112,8 @@ def test_weights_are_those_of_the_entropies(gappy):
             favour[row] = math.exp(-entropy / math.log(len(known)))
         for row, value in favour.items():
             expected = len(favour) * value / sum(favour.values())
-            assert found[row, sample].item() == pytest.approx(expected, rel=1e-6)
+            quantity = f"weight of {MODALITIES[row]} in sample {sample}"
+            assert_equation("2.5", quantity, found[row, sample], expected, rtol=1e-6, atol=1e-12)
 
 
 def test_modalities_that_are_as_sure_as_each_other_weigh_the_same(make_sequences):
@@ -212,8 +214,8 @@ def test_the_alignment_is_that_of_every_pair_both_ways(gappy):
     assert not seen.known[1, 3] and seen.known[0, 3]
     expected = align_naively(seen.values.detach(), seen.known)
     for name in ("cal/match", "cal/reg", "cal/omega"):
-        assert output.diagnostics[name].item() == pytest.approx(expected[name], rel=1e-5, abs=1e-9)
-    assert output.losses["cal"].item() == pytest.approx(expected["cal"], rel=1e-5)
+        assert_equation("2.4", name, output.diagnostics[name], expected[name], rtol=1e-5, atol=1e-9)
+    assert_equation("2.4", "loss cal", output.losses["cal"], expected["cal"], rtol=1e-5, atol=1e-12)
     pairs = [value.item() for name, value in output.diagnostics.items() if name.startswith("transport/")]
     assert sum(pairs) == pytest.approx(expected["cal"], rel=1e-5)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.layers.shapley import SUBSETS, shapley_values
-from msa_online.methods import ModulationContext
+from msa_online.methods import HEADS, ModulationContext
 from msa_online.methods.pase.head import TRANSPORTS
 from msa_online.methods.pase.modulator import LOSSES, ShapleyModulator, equilibrium, prototype_utility
 from msa_online.modalities import MODALITIES
+from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 PUBLISHED = {
@@ -28,16 +29,20 @@ PUBLISHED = {
 def test_the_published_utility_gives_the_reference_values():
     worth = {subset: torch.tensor(prototype_utility(subset, PUBLISHED)) for subset in SUBSETS}
     contributions = {name: share.item() for name, share in shapley_values(worth).items()}
-    assert list(contributions.values()) == pytest.approx([0.1658, 0.0941, 0.0646], abs=5e-5)
-    assert list(equilibrium(contributions).values()) == pytest.approx([0.5431, 0.7310, 1.0], abs=5e-5)
+    expected, scale = [0.1658, 0.0941, 0.0646], [0.5431, 0.7310, 1.0]
+    found = list(contributions.values())
+    assert_equation("2.7", "contributions under the published utility", found, expected, rtol=0, atol=5e-5)
+    found = list(equilibrium(contributions).values())
+    assert_equation("2.8", "coefficients under the published utility", found, scale, rtol=0, atol=5e-5)
 
 
 def test_a_pair_counts_for_the_two_modalities_it_joins():
     assert TRANSPORTS == ("transport/text+audio", "transport/text+vision", "transport/audio+vision")
     assert prototype_utility(frozenset(), PUBLISHED) == 0
-    assert prototype_utility(frozenset({"audio"}), PUBLISHED) == pytest.approx(0.6 + 0.4 / 1.9)
+    one = prototype_utility(frozenset({"audio"}), PUBLISHED)
+    assert_equation("2.10", "utility of audio", one, 0.6 + 0.4 / 1.9, rtol=1e-6, atol=1e-12)
     two = prototype_utility(frozenset({"vision", "text"}), PUBLISHED)
-    assert two == pytest.approx(0.6 / 1.6 + 0.4 / 2.5)
+    assert_equation("2.10", "utility of a pair", two, 0.6 / 1.6 + 0.4 / 2.5, rtol=1e-6, atol=1e-12)
 
 
 def test_the_least_contributing_modality_learns_at_full_rate_and_others_slower_the_more_they_give():
@@ -50,8 +55,8 @@ def test_the_least_contributing_modality_learns_at_full_rate_and_others_slower_t
         assert found[ranked[0]] == 1.0
         assert found[ranked[0]] > found[ranked[1]] > found[ranked[2]]
         least = contributions[ranked[0]]
-        for name, value in contributions.items():
-            assert found[name] == pytest.approx(math.exp(least / value - 1), rel=1e-5)
+        expected = {name: math.exp(least / value - 1) for name, value in contributions.items()}
+        assert_equation("2.8", "coefficients", found, expected, rtol=1e-5, atol=1e-12)
         scaled = equilibrium({name: 7e4 * value for name, value in contributions.items()})
         assert scaled == pytest.approx(found, rel=1e-9)
 
@@ -100,7 +105,7 @@ def context(model: MSAModel, statistics, epoch: int = 0, step: int = 0) -> Modul
     return ModulationContext(model.modality_parameters(), numbers, "train", epoch=epoch, step=step, seed=0)
 
 
-@pytest.mark.parametrize("head", ["late_fusion", "pase", "cpsl"])
+@pytest.mark.parametrize("head", HEADS)
 def test_the_loss_under_a_subset_is_that_of_a_prediction_from_it(head):
     model, inputs = make_model(head).train(), make_inputs()
     found = observe(attached(model), model, inputs)
@@ -122,7 +127,7 @@ def contributions_of(modulator: ShapleyModulator, model: MSAModel, inputs) -> di
     return modulator.contributions | {"measured": (seen[LOSSES[0]] - seen[LOSSES[-1]]).item()}
 
 
-@pytest.mark.parametrize("head", ["late_fusion", "pase", "cpsl"])
+@pytest.mark.parametrize("head", HEADS)
 def test_contributions_add_up_to_the_loss_that_is_saved(head):
     model = make_model(head).train()
     found = contributions_of(attached(model), model, make_inputs())
@@ -130,7 +135,7 @@ def test_contributions_add_up_to_the_loss_that_is_saved(head):
     assert sum(found[name] for name in MODALITIES) == pytest.approx(found["measured"], rel=1e-5)
 
 
-@pytest.mark.parametrize("head", ["late_fusion", "pase", "cpsl"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_modality_that_nobody_has_contributes_exactly_nothing(head):
     model = make_model(head).train()
     present = torch.tensor([True, True, False]).expand(8, 3)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msa_online.methods.pase.prototypes import PrototypeBanks, prototype_contrast, prototype_cost
+from tests.equations import assert_equation
 
 CLASSES, WIDTH = 4, 6
 EXACT = {"atol": 1e-6, "rtol": 0}
@@ -60,14 +61,14 @@ def test_the_first_samples_of_a_class_are_its_prototype_and_later_ones_move_it()
         for number in range(CLASSES):
             if member[modality, :, number].any():
                 expected[modality, number] = class_mean(first, member, modality, number)
-    torch.testing.assert_close(banks.means, expected, **EXACT)
+    assert_equation("2.1", "prototypes of the first step", banks.means, expected, **EXACT)
     assert banks.known.tolist() == member.any(dim=1).tolist()
     assert not banks.known[1, 3] and not banks.known[:, 2].any()
     later = membership([3] * 8)
     step(banks, then, later)
     for modality in (0, 2):
         moved = 0.9 * expected[modality, 3] + 0.1 * then[modality].mean(dim=0)
-        torch.testing.assert_close(banks.means[modality, 3], moved, **EXACT)
+        assert_equation("2.1", "prototype of the second step", banks.means[modality, 3], moved, **EXACT)
     torch.testing.assert_close(banks.means[1, 3], then[1].mean(dim=0), **EXACT)  # at first sight
     assert not banks.known[:, 2].any()
     torch.testing.assert_close(banks.means[:, :3], expected[:, :3], atol=0, rtol=0)  # not in the batch
@@ -230,7 +231,7 @@ def test_the_contrast_is_that_of_the_paper_over_classes_that_are_known(temperatu
     seen = banks.with_batch(states, member)
     found = prototype_contrast(states, seen, member, temperature)
     expected = naive_contrast(states, seen.values, seen.known, member, temperature)
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    assert_equation("2.2", "contrast of each modality", found, expected, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("classes", [[0, 1], [0, 1, 2], [0, 1, 2, 3]])
@@ -292,7 +293,7 @@ def test_costs_are_squared_distances_of_directions():
     one, other = (torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     found = prototype_cost(one, other)
     expected = torch.cdist(F.normalize(one, dim=-1), F.normalize(other, dim=-1)) ** 2
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_equation("2.3", "cost between prototypes", found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(prototype_cost(7 * other, 0.1 * one), found.mT, atol=1e-5, rtol=0)
     assert found.min() > -1e-6 and found.max() < 4 + 1e-6
 
