@@ -133,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(refuse=predict.error)
 
     describe = commands.add_parser("describe", help="show the parts of a model and their parameters")
-    describe.add_argument("source", metavar="CONFIG_OR_CHECKPOINT")
+    describe.add_argument(
+        "source", metavar="CONFIG_OR_CHECKPOINT", help="file, shipped name, run or Hub repository"
+    )
     describe.add_argument("--json", action="store_true", help="print JSON")
     _add_plugin(describe)
 

@@ -160,6 +160,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(capsys, tmp_path,
 def test_describe_prints_json_a_script_can_read(capsys):
     assert main(["describe", str(REPOSITORY / "configs" / "late_fusion_mpnet.yaml"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
+    assert main(["describe", "late_fusion_mpnet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == document
     parameters = document["parameters"]
     assert parameters["total"] == sum(count for part, count in parameters.items() if part != "total")
 

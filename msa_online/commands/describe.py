@@ -3,6 +3,7 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -10,13 +11,17 @@ from rich.text import Text
 from msa_online.commands.json_output import write_json
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.evaluation.tables import conditions_table, shares_table, show
+from msa_online.shipped_configs import shipped
 from msa_online.training.config_reader import import_plugins
 
 
 def run(options: Namespace, console: Console) -> None:
     """Show the parts of a model, their parameters, the shapes inside, and how a checkpoint scored."""
     import_plugins(options.plugin, "--plugin")
-    description = describe(options.source)
+    source = options.source
+    if source in shipped() and not Path(source).exists():
+        source = shipped()[source]
+    description = describe(source)
     if options.json:
         write_json(asdict(description), "-", console)
         return

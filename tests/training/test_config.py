@@ -193,7 +193,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ("training: {warmup: -0.1}", "training.warmup is -0.1"),
         ("training: {mixed_precision: fp8}", "training.mixed_precision is 'fp8': one of auto, no"),
         ("training: {resume: true, overwrite: true}", "exclude each other"),
-        ("training: {stages: [{name: a, epochs: 0}]}", "stage 'a' has 0 epochs"),
+        ("training: {stages: [{name: a, epochs: 0}]}", "epochs of stage 'a' is 0: at least 1"),
         (
             "training: {modality_dropout: {sound: 0.1}}",
             "modality_dropout names 'sound': one of text, audio, vision",
