@@ -528,9 +528,11 @@ def test_get_models_says_where_a_model_is(capsys, tmp_path, monkeypatch):
 
 
 def test_configs_lists_what_is_shipped_and_prints_one(capsys):
+    from msa_online.shipped_configs import description, shipped
+
     assert main(["configs"]) == 0
     printed = capsys.readouterr().out
-    assert "ablations/ebmc" in printed and "The baseline that every balancing method has to beat" in printed
+    assert all(name in printed and description(path) in printed for name, path in shipped().items())
     assert main(["configs", "late_fusion"]) == 0
     assert capsys.readouterr().out == (REPOSITORY / "configs" / "late_fusion.yaml").read_text()
 
