@@ -4,6 +4,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def ours(names: set[str]) -> set[str]:
 def test_imports_point_down(module):
     above = {name for name in ours(imported(MODULES[module])) if level(name) > level(module)}
     assert not above, f"{module} stands below {', '.join(sorted(above))}"
+
+
+def test_imports_have_no_circle():
+    """Also those inside functions, which Python would allow."""
+    graph = {name: ours(imported(path)) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("feature_extractors")))
