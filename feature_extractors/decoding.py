@@ -30,7 +30,7 @@ from feature_extractors.clip import (
 from feature_extractors.collecting import FrameSampler, WaveformCollector
 from feature_extractors.limits import Deadline
 from feature_extractors.opening import open_media
-from feature_extractors.pictures import PictureConverter
+from feature_extractors.pictures import PictureConverter, decoder_of
 
 if TYPE_CHECKING:
     import av
@@ -478,6 +478,7 @@ def _decoded_frames(
 
     streams = [container.streams[index] for index in collectors]
     units = {stream.index: float(stream.time_base) for stream in streams}
+    decoders = {stream.index: decoder_of(stream) for stream in streams}
     for packet in _packets(container, streams):
         collector = collectors[packet.stream.index]
         if not to_end:
@@ -488,9 +489,9 @@ def _decoded_frames(
         if isinstance(collector, FrameSampler):
             index, pts = packet.stream.index, packet.pts
             skip = pts is not None and collector.may_skip(pts * units[index] - origin)
-            packet.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
+            decoders[index].skip_frame = "NONREF" if skip else "DEFAULT"
         try:
-            frames = packet.decode()
+            frames = decoders[packet.stream.index].decode(packet)
         except av.error.FFmpegError:  # skip a damaged packet, as players do
             continue
         for frame in frames:

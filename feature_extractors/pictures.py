@@ -48,11 +48,34 @@ SDR_GAMMA = 2.2
 TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 """Linear light with BT.2020 primaries to BT.709 primaries (ITU-R BT.2087)."""
 
+NEW_SIDE_DATA = range(28, 48)
+"""Numbers of FFmpeg's kinds of side data that PyAV does not know."""
+
 STRAIGHT = 1.0
 """Rotations that differ from quarter turns by fewer degrees than this are quarter turns."""
 
 FLAGS_ITS_FRAMES = {"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vc1", "wmv3", "vp8", "vp9", "av1"}
 """Codecs whose frames say themselves whether they are interlaced; for others the container is believed."""
+
+
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that return transparency for codecs whose usual decoder drops it."""
+
+
+def decoder_of(stream: "av.stream.Stream") -> "av.CodecContext":
+    """The stream's decoder, or one that also returns the transparency that the container declares."""
+    import av
+
+    own = stream.codec_context
+    declared = {name.lower(): value for name, value in stream.metadata.items()}.get("alpha_mode") == "1"
+    if not declared or own.name not in ALPHA_DECODERS:
+        return own
+    try:
+        decoder = av.CodecContext.create(ALPHA_DECODERS[own.name], "r")
+    except av.codec.codec.UnknownCodecError:  # an FFmpeg built without libvpx
+        return own
+    decoder.thread_count, decoder.options = 1, {"max_pixels": str(limits.MAX_PIXELS)}
+    return decoder
 
 
 class DecodedFrame(NamedTuple):
@@ -113,7 +136,8 @@ class PictureConverter:
             frame = _on_black(frame, colors)
         size = self._size(frame.width, frame.height, this.pixel_aspect)
         if transfer in (PQ, HLG):
-            return upright(tone_map(self._reformat(frame, size, "rgb48le", colors), transfer), matrix)
+            signal = self._reformat(frame, size, "rgb48le", colors)
+            return upright(tone_map(signal, transfer, wide=this.frame.color_primaries != BT709), matrix)
         return upright(self._reformat(frame, size, "rgb24", colors), matrix)
 
     def _size(self, width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
@@ -188,7 +212,13 @@ def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
     """The (2, 2) matrix that takes stored (x, y) to shown (x, y) directions; None if there is none."""
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        side_data = frame.side_data
+    except ValueError:  # PyAV knows fewer kinds of it than FFmpeg and then gives none at all
+        side_data = _filtered([frame], *(f"sidedata=delete:type={kind}" for kind in NEW_SIDE_DATA))[
+            0
+        ].side_data
+    data = side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5] / 65536.0
@@ -239,26 +269,32 @@ def _deinterlaced(
     this: DecodedFrame, before: DecodedFrame | None, after: DecodedFrame | None
 ) -> "av.VideoFrame":
     """The first field of a frame, the lines between filled in from itself and its neighbours (bwdif)."""
-    import av
-
-    frame, base = this.frame, Fraction(1, 25)
+    frame = this.frame
     shape = (frame.width, frame.height, frame.format.name)
     near = [each.frame for each in (before, this, after) if each is not None]
     near = [each for each in near if (each.width, each.height, each.format.name) == shape]
+    return _filtered(near, f"bwdif=mode=send_frame:parity={this.fields}:deint=all")[near.index(frame)]
+
+
+def _filtered(frames: "list[av.VideoFrame]", *filters: str) -> "list[av.VideoFrame]":
+    """Frames of one size and format after a chain of FFmpeg's filters that give one frame for each."""
+    import av
+
+    first, base = frames[0], Fraction(1, 25)
     graph = av.filter.Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=shape[0], height=shape[1], format=frame.format, time_base=base)
-    filtered = graph.add("bwdif", f"mode=send_frame:parity={this.fields}:deint=all")
-    graph.link_nodes(source, filtered, graph.add("buffersink")).configure()
-    times = [(each.pts, each.time_base) for each in near]
-    for number, each in enumerate(near):
-        each.pts, each.time_base = number, base
-        graph.vpush(each)
+    source = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=base)
+    chain = [graph.add(*each.split("=", 1)) for each in filters]
+    graph.link_nodes(source, *chain, graph.add("buffersink")).configure()
+    times = [(frame.pts, frame.time_base) for frame in frames]
+    for number, frame in enumerate(frames):
+        frame.pts, frame.time_base = number, base
+        graph.vpush(frame)
     graph.vpush(None)
-    results = [graph.vpull() for _ in near]
-    for each, (pts, time_base) in zip(near, times, strict=True):
-        each.pts, each.time_base = pts, time_base
-    return results[near.index(frame)]
+    results = [graph.vpull() for _ in frames]
+    for frame, (pts, time_base) in zip(frames, times, strict=True):
+        frame.pts, frame.time_base = pts, time_base
+    return results
 
 
 def _has_alpha(frame: "av.VideoFrame") -> bool:
@@ -275,12 +311,13 @@ def _on_black(frame: "av.VideoFrame", color_matrix: int) -> "av.VideoFrame":
     return av.VideoFrame.from_ndarray(composed, "rgb24")
 
 
-def tone_map(signal: np.ndarray, transfer: int) -> np.ndarray:
+def tone_map(signal: np.ndarray, transfer: int, wide: bool = True) -> np.ndarray:
     """An HDR picture as SDR: diffuse white becomes white, brighter highlights are compressed.
 
     Args:
-        signal: RGB values (height, width, 3), uint16, with BT.2020 primaries.
+        signal: RGB values (height, width, 3), uint16.
         transfer: `PQ` or `HLG`.
+        wide: Whether the primaries are those of BT.2020; otherwise those of BT.709.
 
     Returns:
         The picture (height, width, 3), uint8 RGB, with BT.709 primaries.
@@ -289,7 +326,8 @@ def tone_map(signal: np.ndarray, transfer: int) -> np.ndarray:
     if transfer == HLG:  # the display's part (OOTF, ITU-R BT.2100): system gamma 1.2 on the luminance
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light = light * np.maximum(luminance, 1e-6)[..., None] ** 0.2 * HLG_PEAK
-    light = np.maximum(light @ (TO_BT709.T / REFERENCE_WHITE).astype(np.float32), 0)
+    primaries = TO_BT709 if wide else np.eye(3)
+    light = np.maximum(light @ (primaries.T / REFERENCE_WHITE).astype(np.float32), 0)
     peak = light.max(axis=-1, keepdims=True)
     room = 1 - KNEE
     compressed = KNEE + room * np.tanh((peak - KNEE) / room)

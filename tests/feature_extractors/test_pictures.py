@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings as cameras make them: what is kept of a frame is what a viewer would see."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -51,10 +52,11 @@ def write_video(
             setattr(stream.codec_context, name, value)
         if matrix is not None:
             stream.set_display_matrix(matrix)
-        for picture in pictures:
+        for number, picture in enumerate(pictures):
             if isinstance(picture, np.ndarray):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
                 picture = picture.reformat(format=pixel_format)
+            picture.pts, picture.time_base = number, Fraction(1, 10)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
@@ -367,6 +369,31 @@ def test_transparent_pictures_stand_on_black(tmp_path, portrait, suffix, codec, 
         write_video(path, [frame] * count, codec=codec, pixel_format=pixel_format, options={})
     (ours, *_) = frames_of(path)
     assert difference(ours, portrait * (alpha[..., None] / 255.0)) < 3
+
+
+def test_transparent_webm_stands_on_black(tmp_path, portrait):
+    alpha = np.full(portrait.shape[:2], 255, np.uint8)
+    alpha[128:] = 0
+    frame = av.VideoFrame.from_ndarray(np.dstack([portrait, alpha]), "rgba").reformat(format="yuva420p")
+    path = write_video(
+        tmp_path / "clip.webm",
+        [frame] * 3,
+        codec="libvpx-vp9",
+        pixel_format="yuva420p",
+        options={"crf": "10", "b": "2000000"},
+    )
+    frames = frames_of(path)
+    assert len(frames) == 3 and difference(frames[1], portrait * (alpha[..., None] > 0)) < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_by_their_exif_orientation(tmp_path, portrait, orientation):
+    encoded = cv2.imencode(".jpg", portrait[:192, :, ::-1])[1].tobytes()
+    entry = struct.pack("<HHHIHHI", 1, 0x112, 3, 1, orientation, 0, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entry
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encoded[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + encoded[2:])
+    assert difference(frames_of(path)[0], cv2.imread(str(path))[..., ::-1]) < 3
 
 
 def _encoded(frame: av.VideoFrame, codec: str, pixel_format: str) -> bytes:
