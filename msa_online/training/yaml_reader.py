@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 T = TypeVar("T")
+CHECKED = (bool, int, float, str, list, tuple, dict, Sequence)  # a plug-in may have other annotations
 TRUTHS = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
 
 
@@ -187,13 +188,15 @@ def typed(value: Any, hint: Any, origin: str, section: str, name: str) -> Any:
 def _convert(value: Any, hint: Any) -> Any:
     """Convert `value` to the type of a plain annotation; raises `TypeError` or `ValueError`."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind not in CHECKED:
+        return value
     if kind is tuple and isinstance(value, list) and len(value) == len(inner):
         return tuple(map(_convert, value, inner))
     if kind in (list, Sequence) and inner and isinstance(value, list):
         return [_convert(each, inner[0]) for each in value]
     if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
         return float(value)
-    if kind is Any or (kind not in (float, Sequence) and type(value) is kind):
+    if type(value) is kind is not float:
         return value
     raise TypeError
 

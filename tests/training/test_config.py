@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -7,7 +10,7 @@ import yaml
 from msa_online.methods import HEADS
 from msa_online.training.config import StageArguments, first_difference
 from msa_online.training.config_reader import parse_arguments, read_arguments
-from msa_online.training.yaml_reader import ConfigurationError
+from msa_online.training.yaml_reader import ConfigurationError, typed
 
 MODEL = "model: {text_encoder: bert-base-uncased}\n"
 
@@ -368,3 +371,20 @@ def test_runs_differ_by_the_first_key_and_a_key_of_a_newer_version_has_its_defau
     assert first_difference(earlier, changed, ()) == ("training.epochs", 3, 4)
     assert first_difference(earlier, changed, {"training.epochs", "training.seed"}) is None
     assert first_difference(earlier, {**run, "plugins": ["mine"]}, ()) == ("plugins", None, ["mine"])
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (Mapping[str, float], {"text": 1}),
+        (Literal["a", "b"], "a"),
+        (Path, "folder"),
+        (Sequence[int] | None, [1, 2]),
+        (tuple[int, int] | int, [1, 2]),
+        (list, [1, "a"]),
+        (Any, {"a": [None]}),
+    ],
+)
+def test_annotations_of_a_plug_in_are_no_obstacle(hint, value):
+    made = typed(value, hint, "run.yaml", "model.head_kwargs", "it")
+    assert made == (tuple(value) if hint == tuple[int, int] | int else value)
