@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line of `msa-online`; `train.py` is its command `train`.
 
-It stands outside the package because importing `msa_online` imports torch and transformers (several seconds),
-and asking for help should not. For the same reason the keys of a configuration are read from the source of
-the dataclasses that declare them.
+It is outside the package, because importing `msa_online` imports torch and transformers (several seconds),
+and `--help` should not. For the same reason the keys of a configuration are read from the source code of the
+dataclasses that declare them.
 """
 
 import argparse
@@ -32,7 +32,7 @@ A study is a YAML file:
     seeds: [1111, 1112, 1113]
     changes: {training.batch_size: 64}        to the configuration, in all variants
     variants:
-      EBMC: {}                                changes of each variant; they win over those of all
+      EBMC: {}                                changes of each variant; they override `changes`
       without MSD: {model.loss_weights.msd: 0}
     settings:                                 if there are any, every variant runs in each; curves.png
       rate 0.3: {data.missing.rates: 0.3}
@@ -42,7 +42,7 @@ A study is a YAML file:
 key=value changes all variants (data.path=features); without a dot it changes the study itself (seeds=[1111],
 output_dir=runs/mine). A study that was stopped continues where it stopped."""
 NUM_FRAMES = "frames sampled from each clip (default 8)"
-SKIP_BROKEN = "go on without rows that cannot be used"
+SKIP_BROKEN = "leave out rows that cannot be used"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,18 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-text-tokens",
         type=_at_least(3),
         default=128,
-        help="report texts that a model with this limit would cut (default 128, that of training)",
+        help="report texts that a model with this limit truncates (default 128, as in training)",
     )
     prepare.add_argument(
         "--max-audio-seconds",
         type=_positive,
         default=30.0,
-        help="report sounds that a model with this limit would cut (default 30, that of training)",
+        help="report sounds that a model with this limit truncates (default 30, as in training)",
     )
     prepare.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="count tokens as this encoder does (default: count words, which misses some cut texts)",
+        help="count tokens with this encoder (default: count words, which misses some truncated texts)",
     )
 
     evaluate = commands.add_parser(
@@ -91,8 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", help="folder of a run, or Hub repository")
     evaluate.add_argument("data", help="as for prepare; for a model of features, a folder of them or an .npz")
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    evaluate.add_argument("--label-column", help="column of the labels (default: the one trained on)")
-    evaluate.add_argument("--split-column", help="column of the splits, among features (default: as above)")
+    evaluate.add_argument("--label-column", help="column of the labels (default: as in training)")
+    evaluate.add_argument(
+        "--split-column", help="column of the splits, for features (default: as in training)"
+    )
     evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
     evaluate.add_argument(
         "--mixed-precision",
@@ -101,25 +103,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="default auto: what the device computes natively",
     )
     evaluate.add_argument(
-        "--json", metavar="FILE", help="write all metrics to FILE; - prints them in place of the table"
+        "--json", metavar="FILE", help="write all metrics to FILE; - prints them instead of the table"
     )
     evaluate.add_argument(
         "--frame-rates",
         choices=("input", "feature"),
         help="score with 0, 10, ... 90%% of words, sound steps and faces missing, before the encoders "
-        "(input) or after them (feature), in place of the conditions",
+        "(input) or after them (feature), instead of the conditions",
     )
     evaluate.add_argument(
-        "--frame-seed", type=int, default=1111, help="with --frame-rates: seed of the draw (default 1111)"
+        "--frame-seed", type=int, default=1111, help="with --frame-rates: random seed (default 1111)"
     )
     evaluate.add_argument(
-        "--nested", action="store_true", help="with --frame-rates: a higher rate drops what a lower one does"
+        "--nested",
+        action="store_true",
+        help="with --frame-rates: higher rates also drop all that lower ones drop",
     )
     _add_extraction(evaluate)
     _add_plugin(evaluate)
     evaluate.set_defaults(refuse=evaluate.error)
 
-    predict = commands.add_parser("predict", help="predict from raw clips, sound files, or text alone")
+    predict = commands.add_parser("predict", help="predict from raw clips, audio files, or text only")
     predict.add_argument("clips", nargs="*", metavar="CLIP", help="media files")
     predict.add_argument("--model", required=True, help="folder of a run, or Hub repository")
     predict.add_argument("--text", action="append", help="transcript; once for each clip, in their order")
@@ -127,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--skip-broken",
         action="store_true",
-        help="go on after a clip that cannot be used; the output holds its error, the exit status is 1",
+        help="continue after a clip that cannot be used; the output has its error, the exit status is 1",
     )
     _add_plugin(predict)
     predict.set_defaults(refuse=predict.error)
@@ -139,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_argument("--json", action="store_true", help="print JSON")
     _add_plugin(describe)
 
-    models = commands.add_parser("get-models", help="bring pretrained files into the cache")
+    models = commands.add_parser("get-models", help="download pretrained files to the cache")
     models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
 
     synthesize = commands.add_parser("synthesize", help="render the synthetic corpus of talking clips")
@@ -147,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--clips", type=_at_least(1), default=240)
     synthesize.add_argument("--seed", type=int, default=1111)
     for name, strength in (("text", 1.0), ("audio", 0.6), ("vision", 0.8)):
-        synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of its cue, 0 to 1")
+        synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of the cue, 0 to 1")
     synthesize.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
     synthesize.set_defaults(refuse=synthesize.error)
 
@@ -161,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _TrainingHelp(argparse.Action):
-    """Print the keys of a configuration, which are read only when they are asked for."""
+    """Print the keys of a configuration; they are read on demand only."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(training_help())
@@ -192,7 +196,7 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
     study.add_argument(
         "--only", metavar="VARIANT", action="append", default=[], help="run this variant; repeatable"
     )
-    study.add_argument("--table", action="store_true", help="train nothing, only make the table again")
+    study.add_argument("--table", action="store_true", help="train nothing, only write the table again")
 
 
 def _add_convert_features(commands: argparse._SubParsersAction) -> None:
@@ -201,24 +205,24 @@ def _add_convert_features(commands: argparse._SubParsersAction) -> None:
     )
     convert.add_argument("source", metavar="FILE", help=".pkl in MMSA's layout, or .npz")
     convert.add_argument("folder", metavar="FOLDER", help="a new folder")
-    convert.add_argument("--metadata", metavar="CSV", help="labels, splits and text, found by the column id")
+    convert.add_argument("--metadata", metavar="CSV", help="labels, splits and text, matched by column id")
     convert.add_argument("--label-column", help="column of the labels (default: label or regression_labels)")
     convert.add_argument("--split-column", default="split", help="column of the splits (default split)")
     convert.add_argument(
-        "--valid-share", type=_share, metavar="SHARE", help="take this share of training for validation"
+        "--valid-share", type=_share, metavar="SHARE", help="share of training to use for validation"
     )
     _add_level(convert)
     convert.add_argument(
         "--non-finite",
         default="refuse",
         choices=("refuse", "zero"),
-        help="what to do about NaN and infinities",
+        help="how to treat NaN and infinities",
     )
     convert.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
 
 
 def _add_extract_features(commands: argparse._SubParsersAction) -> None:
-    extract = commands.add_parser("extract-features", help="make a corpus of features out of raw clips")
+    extract = commands.add_parser("extract-features", help="extract a corpus of features from raw clips")
     extract.add_argument("data", metavar="CLIPS", help="as for prepare")
     extract.add_argument("folder", metavar="FOLDER", help="a new folder")
     extract.add_argument("--text-encoder", required=True, metavar="NAME", help="name or folder of an encoder")
@@ -240,26 +244,26 @@ def _add_plugin(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import this module of yours first, if the checkpoint needs it; repeatable",
+        help="import this module first, if the checkpoint needs it; repeatable",
     )
 
 
 def _share(text: str) -> float:
-    """A type of options: numbers between 0 and 1."""
+    """Option type: numbers between 0 and 1."""
     if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share: a number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number between 0 and 1")
     return float(text)
 
 
 def _positive(text: str) -> float:
-    """A type of options: finite numbers above 0."""
+    """Option type: finite numbers above 0."""
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return float(text)
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:
-    """A type of options: whole numbers from `lowest` on."""
+    """Option type: whole numbers from `lowest` on."""
 
     def whole_number(text: str) -> int:
         if int(text) < lowest:
@@ -281,10 +285,10 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-        name: With its sections: "data.missing.rates"; "[]" stands for each item of a list.
-        kind: Its type, as annotated.
-        default: Its default as YAML writes it; None if it has to be given.
-        meaning: What it is for.
+        name: Name with its sections: "data.missing.rates"; "[]" means each item of a list.
+        kind: Annotated type.
+        default: Default in YAML; None if the key is required.
+        meaning: Description.
     """
 
     name: str
@@ -345,9 +349,9 @@ class _Source:
         self.body = ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body
 
     def constant(self, name: str) -> Any:
-        """The value a name has at the top of the module, or of the module it is imported from.
+        """Value of a name at module level, or of the module it is imported from.
 
-        Of a dict the keys, because its values may be classes.
+        For a dict, its keys, because the values may be classes.
         """
         for node in self.body:
             if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -362,7 +366,7 @@ class _Source:
         raise LookupError(name)
 
     def keys(self, class_name: str, section: str) -> list[Key]:
-        """Keys that a dataclass declares; those of the dataclasses in its fields stand in their place."""
+        """Keys of a dataclass; a field that is a dataclass is replaced by its keys."""
         classes = {node.name: node for node in self.body if isinstance(node, ast.ClassDef)}
         meanings = _attributes(ast.get_docstring(classes[class_name]))
         found = []
@@ -388,25 +392,25 @@ class _Source:
 
 
 def _attributes(docstring: str) -> dict[str, str]:
-    """Meanings by name, from the section "Attributes" of a docstring."""
+    """Descriptions by name, from the section "Attributes" of a docstring."""
     entries = re.split(r"^    (?=\w+: )", docstring.partition("Attributes:\n")[2], flags=re.MULTILINE)
     pairs = (entry.partition(": ") for entry in entries)
     return {name: " ".join(meaning.split()) for name, colon, meaning in pairs if colon}
 
 
 def main(argv: list[str] | None = None, program: str | None = None) -> int:
-    """Read the command line and carry it out; returns the exit status.
+    """Parse the command line and run the command; returns the exit status.
 
     Args:
-        argv: Words of the command line; by default those of this process.
-        program: How a training run was called, for its record; by default as `msa-online train`.
+        argv: Arguments; by default those of this process.
+        program: Command line of a training run, for its record; by default `msa-online train`.
     """
     try:
         try:
             return _run(_parse(argv, program))
         finally:
             sys.stdout.flush()  # an error here is caught; an error at exit is not
-    except BrokenPipeError:  # the reader has ended, like `head`
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -415,7 +419,7 @@ def _parse(argv: list[str] | None, program: str | None) -> argparse.Namespace:
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if "changes" in options and not any(word.startswith("-") for word in rest):
-        options.changes = [*options.changes, *rest]  # argparse takes no key=value behind an option
+        options.changes = [*options.changes, *rest]  # argparse accepts no key=value after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.program = program
@@ -423,7 +427,7 @@ def _parse(argv: list[str] | None, program: str | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # before torch and tqdm: DDP warns of a flag that stages need; a study shows its own progress
+    # before importing torch and tqdm: DDP warns of a flag that stages need; a study shows its own progress
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if options.command == "study":
         os.environ.setdefault("TQDM_DISABLE", "1")

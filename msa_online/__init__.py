@@ -2,8 +2,8 @@
 """Robust multimodal sentiment analysis from raw video.
 
 Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of
-transformers, so that `AutoModel.from_pretrained` opens a checkpoint without remote code. No model and no
-network is touched.
+transformers, so that `AutoModel.from_pretrained` loads a checkpoint without remote code. The import loads no
+model and uses no network.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor

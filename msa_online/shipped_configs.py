@@ -13,26 +13,26 @@ FOLDER = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs
 
 
 def shipped() -> dict[str, Path]:
-    """Every shipped file by its name: the path under `configs/` without the suffix."""
+    """All shipped files by name, the path under `configs/` without the suffix."""
     paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in paths}
 
 
 def find_configuration(name: str, folder: str = "") -> Path:
-    """A file of that name, else the shipped configuration of that name.
+    """The file of this name, or else the shipped configuration of this name.
 
     Args:
         name: Path of a file, or name of a shipped configuration.
-        folder: Where in `configs/` a name is looked up first, like "ablations/".
+        folder: Folder of `configs/` that is searched first, like "ablations/".
 
     Raises:
-        ConfigurationError: There is neither; the message names the nearest shipped one.
+        ConfigurationError: There is neither; the message names a similar shipped one.
     """
     return Path(name) if Path(name).is_file() else find_shipped(name, folder)
 
 
 def find_shipped(name: str, folder: str = "") -> Path:
-    """The shipped configuration of that name; arguments and errors as in `find_configuration`."""
+    """The shipped configuration of this name; arguments and errors as in `find_configuration`."""
     known = shipped()
     short = name.removeprefix("configs/").removesuffix(".yaml")
     for candidate in (folder + short, short):
@@ -46,7 +46,7 @@ def find_shipped(name: str, folder: str = "") -> Path:
 
 
 def description(path: Path) -> str:
-    """What a configuration is: the first sentence of its comment, below the command in its first line."""
+    """Description of a configuration: the first sentence of its comment, after the command in line 1."""
     command, *lines = path.read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
     return re.split(r"(?<=\.)\s", comment)[0] or command.lstrip("# ")

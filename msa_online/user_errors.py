@@ -29,7 +29,7 @@ class UnfinishedError(RuntimeError):
     """A command finished a part of its work and printed it; the message names the rest."""
 
 
-INPUT_ERRORS = (  # what a command raises for input that it cannot use
+INPUT_ERRORS = (  # errors of the user's input
     AssetError,
     CacheError,
     CheckpointError,
@@ -46,7 +46,7 @@ INPUT_ERRORS = (  # what a command raises for input that it cannot use
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns the exit status, 1 after a user error."""
-    logging.set_verbosity_error()  # transformers reports a pooler left out on purpose as if it were a fault
+    logging.set_verbosity_error()  # transformers warns of the pooler that is left out on purpose
     logging.disable_progress_bar()
     warnings.formatwarning = _as_line
     try:
@@ -58,31 +58,31 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def _as_line(message: Warning | str, *_: object) -> str:
-    """A warning as a user reads it: without the place in the code and the line there."""
+    """Format a warning for users: without file and line."""
     return f"warning: {message}\n"
 
 
 def _report(message: str) -> None:
-    """Print an error once, however many processes meet it.
+    """Print an error once, even if several processes raise it.
 
     The first process of a machine prints it at once, and the launcher then ends the others. That may take
-    many seconds, so the others look for the report of the first, and print only what it did not meet.
+    many seconds, so the others look for the report of the first, and print only other errors.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _first_process_reports(message, report):
         return
     Console(stderr=True).print(Text("error: ", style="red").append(message, style="default"), soft_wrap=True)
     if report:
-        # the launcher of several processes ends with a long report: its last lines repeat this message
+        # the launcher of several processes prints a long report; its last lines repeat this message
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
 
 
 def _first_process_reports(message: str, report: str | None) -> bool:
-    """Whether the first process of this machine reports `message`, too; waits `OTHERS_WAIT` for it.
+    """Whether the first process of this machine also reports `message`; waits up to `OTHERS_WAIT` for it.
 
     Args:
         message: The error.
-        report: Where this process would report it: the launcher gives each process `NUMBER/error.json`.
+        report: File for the report of this process; the launcher gives each process `NUMBER/error.json`.
     """
     until = time.monotonic() + OTHERS_WAIT
     while time.monotonic() < until:

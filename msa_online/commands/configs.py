@@ -14,7 +14,7 @@ USAGE = "msa-online train NAME; msa-online study ablations/NAME; msa-online conf
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Print a table of the shipped configurations, or one of them as it is."""
+    """Print a table of the shipped configurations, or the content of one."""
     if options.name:
         console.out(find_shipped(options.name).read_text(encoding="utf-8"), end="", highlight=False)
         return

@@ -14,7 +14,7 @@ from msa_online.precomputed.reading import read_features
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Make a corpus of features out of a file of others."""
+    """Convert a file of precomputed features to a corpus."""
     with Console(stderr=True).status(f"reading {options.source}"):
         convert_features(
             Path(options.source),
@@ -31,10 +31,10 @@ def run(options: Namespace, console: Console) -> None:
 
 
 def show_features(folder: str, console: Console) -> None:
-    """Show what is in a folder of features, and the words that train on them."""
+    """Show the content of a folder of features, and the settings to train on it."""
     corpus = read_features(folder)
     show(features_table(corpus), console)
     known = {name: steps.width for name, steps in corpus.steps.items()}
-    # where a modality is not in the data, any width will do
+    # for a modality that is not in the data, any width works
     widths = ", ".join(f"{name}: {known.get(name, 1)}" for name in MODALITIES)
     console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msa-online extract-features`: make a corpus of features from raw clips."""
+"""`msa-online extract-features`: extract a corpus of features from raw clips."""
 
 import math
 from argparse import Namespace
@@ -19,7 +19,7 @@ from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Make a corpus of features out of raw clips."""
+    """Extract a corpus of features from raw clips."""
     require_new_folder(Path(options.folder))
     corpus = read_corpus(options.data, label_column=options.label_column, skip_broken=options.skip_broken)
     prepared = extract_features(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msa-online get-models`: bring pretrained files into the cache."""
+"""`msa-online get-models`: download pretrained files to the cache."""
 
 from argparse import Namespace
 
@@ -10,7 +10,7 @@ from feature_extractors.catalogue import ASSETS, AssetError
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Bring pretrained files into the cache."""
+    """Download pretrained files to the cache."""
     if unknown := [name for name in options.names if name not in ASSETS]:
         raise AssetError(f"unknown model {unknown[0]!r}; known are {', '.join(ASSETS)}")
     for name in options.names or ASSETS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON as commands print or write it."""
+"""JSON output of commands."""
 
 import json
 from pathlib import Path

@@ -22,7 +22,7 @@ LEGEND_OF_CLASSES = "prediction = its probability with nothing seen + the Shaple
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Predict for clips, or for text alone."""
+    """Predict for clips, or for text only."""
     import_plugins(options.plugin, "--plugin")
     texts = options.text or [None] * len(options.clips)
     clips = options.clips or [None] * len(texts)
@@ -67,10 +67,10 @@ def _reason(error: ClipError) -> str:
 
 
 def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
-    """Predictions for the terminal, each as the sum of its baseline and what every modality adds.
+    """Predictions for the terminal, each as the sum of its baseline and the contribution of each modality.
 
-    Names of clips stand in lines of their own, so that none is broken; the other lines are short. Bars have
-    one scale for all clips.
+    Names of clips are on lines of their own, so that none is broken; the other lines are short. The bars of
+    all clips have one scale.
     """
     predictions = [result for result in results if isinstance(result, Prediction)]
     added = [abs(value) for one in predictions for value in one.contributions.values()]
@@ -104,5 +104,5 @@ def _lines_of(one: Prediction, largest: float) -> list[str]:
 
 
 def _bar(value: float, largest: float) -> str:
-    """A bar of plus or minus signs, as long as the contribution is large beside the largest of all."""
+    """A bar of plus or minus signs, with a length relative to the largest contribution of all clips."""
     return ("+" if value > 0 else "-") * (round(LONGEST_BAR * abs(value) / largest) if largest else 0)

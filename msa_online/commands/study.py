@@ -15,7 +15,7 @@ from msa_online.training.yaml_reader import ConfigurationError
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Finish a study and report on all runs that are finished."""
+    """Run what is missing of a study, and report on all finished runs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError("a study runs in one process: start it without accelerate launch")
     path = find_configuration(options.study, "ablations/")

@@ -15,7 +15,7 @@ LAUNCHED = "accelerate launch --quiet -m msa_online_cli train"
 
 
 def run(options: Namespace, console: Console) -> None:
-    """Train a model; the checkpoint records the command."""
+    """Train a model; the command becomes part of the checkpoint's record."""
     program = LAUNCHED if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "msa-online train"
     command = f"{options.program or program} {shlex.join([options.config, *options.changes])}"
     train(read_arguments(find_configuration(options.config), options.changes), command)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants side by side, each over several seeds: mean and deviation of what their runs scored."""
+"""Compare variants over several seeds: mean and standard deviation of the scores of their runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from msa_online.evaluation.tables import HEADLINES, Results, as_markdown, format
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, MODALITIES
 
 COMPARED = ("mae", "corr", "acc2_non0", "accuracy", "f1_weighted")
-"""The metrics a comparison shows, of those the task has."""
+"""The metrics shown in a comparison, if the task has them."""
 
 LEGEND = (
     "Mean ± standard deviation over the seeds (n - 1 in its denominator; none for one seed). "
@@ -28,20 +28,19 @@ GROUPS = {
     "imr": "{} at its missing rates",
     "shares": "{} %",
 }
-"""Headings of what is compared: metrics with all modalities, as a mean over the six incomplete conditions,
-under the one condition or at the missing rates a model was made for; shares of the modalities."""
+"""Groups of compared values, with their headings: metrics with all modalities, as a mean over the six
+incomplete conditions, under the only condition of a model, or at its missing rates; shares of modalities."""
 
 
 @dataclass(frozen=True)
 class RunScore:
-    """What one finished run scored on one split.
+    """Scores of one finished run on one split.
 
     Attributes:
-        variant: What was run.
-        seed: With which seed.
+        variant: Name of the variant.
+        seed: Seed of the run.
         conditions: Metrics under each modality condition.
-        shares: Share of each modality in the prediction as `modality_shares` gives it; empty where it was
-            not measured.
+        shares: Share of each modality in the prediction, from `modality_shares`; empty if not measured.
     """
 
     variant: str
@@ -51,7 +50,7 @@ class RunScore:
 
     @property
     def figures(self) -> dict[str, dict[str, float]]:
-        """All that is compared, by group (see `GROUPS`) and name; groups that were not measured are empty."""
+        """All compared values by group (see `GROUPS`) and name; groups that were not measured are empty."""
         only = next(iter(self.conditions.values())) if len(self.conditions) == 1 else {}
         complete = {} if only else self.conditions[COMPLETE]
         incomplete = [
@@ -69,11 +68,11 @@ class RunScore:
 
 
 def compare(scores: Sequence[RunScore]) -> dict[str, dict[str, Any]]:
-    """Mean and deviation of every figure over the seeds, by variant in the order of first appearance.
+    """Mean and standard deviation of every value over the seeds, by variant in the order of appearance.
 
     Returns:
-        For each variant its `seeds`, and under each of `GROUPS` for each figure its `mean` and `std` (None
-        for one seed).
+        For each variant its `seeds`, and for each of `GROUPS` the `mean` and `std` (None for one seed) of
+        each value.
     """
     compared = {}
     for variant in dict.fromkeys(score.variant for score in scores):
@@ -102,7 +101,7 @@ def comparison_table(compared: Mapping[str, Mapping[str, Any]], title: str) -> T
 
 
 def comparison_page(compared: Mapping[str, Mapping[str, Any]], title: str, notes: Sequence[str]) -> str:
-    """The comparison as a Markdown page, `notes` one to a line below the table."""
+    """The comparison as a Markdown page, with `notes` below the table."""
     return "\n\n".join([f"# {title}", as_markdown(*_cells(compared)), LEGEND, *notes]) + "\n"
 
 
@@ -114,7 +113,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _cells(compared: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison; a figure that a variant lacks is a dash."""
+    """Header and rows of the comparison; missing values are dashes."""
     known = {(group, name) for figures in compared.values() for group in GROUPS for name in figures[group]}
     columns = [
         (group, name) for group in GROUPS for name in (*COMPARED, *MODALITIES) if (group, name) in known

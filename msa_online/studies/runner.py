@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry out a study in this process, and report on it: a table, the figures, curves over its settings."""
+"""Carry out a study in this process, and report the results: table, values, curves over its settings."""
 
 import json
 import shlex
@@ -23,11 +23,11 @@ from msa_online.user_errors import INPUT_ERRORS
 
 
 def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
-    """Train what is not finished yet, one line to a run.
+    """Train all runs that are not finished; prints one line per run.
 
     Raises:
-        ConfigurationError: A folder holds a finished run of other settings; or a run stopped with an error of
-            its input, which is named, and those before it are kept.
+        ConfigurationError: A folder contains a finished run of other settings; or a run stopped with an error
+            of its input. Finished runs are kept.
     """
     for run in runs:
         if run.record and run.difference:
@@ -54,12 +54,12 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
 
 
 def train_quietly(run: StudyRun, study: Study) -> None:
-    """Train as `msa-online train` does, in this process; its output goes to a file beside the run's folder.
+    """Train in this process, as `msa-online train` does; the output goes to a file next to the run's folder.
 
     Raises:
-        ConfigurationError: With an error of the input, and the variant's name before it.
+        ConfigurationError: The input is invalid; names the variant.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)  # else the next run cannot choose its precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise the next run keeps this precision
     GradientState._reset_state()
     clear_device_cache(garbage_collection=True)
     command = shlex.join(["msa-online", "train", study.config, *run.changes])
@@ -80,7 +80,7 @@ def tidy(run: StudyRun, study: Study) -> None:
 
 
 def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) -> None:
-    """Show the finished runs in a table, and write it to `table.md` and all figures to `results.json`.
+    """Show the finished runs in a table; write the table to `table.md` and all values to `results.json`.
 
     Raises:
         ConfigurationError: No run is finished.
@@ -121,9 +121,9 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
 
 
 def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: str, target: Path) -> None:
-    """Draw what each variant scored in each setting, with its deviation over the seeds.
+    """Draw the score of each variant in each setting, with its standard deviation over the seeds.
 
-    At missing rates it is the score under the mask, else the score with all modalities.
+    At missing rates it is the score with the mask, otherwise the score with all modalities.
     """
     from matplotlib.figure import Figure  # comes with an extra
 

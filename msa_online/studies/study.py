@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: variants of one configuration, each with several seeds, as a YAML file describes them."""
+"""Studies: variants of one configuration, each with several seeds, described by a YAML file."""
 
 import dataclasses
 import json
@@ -25,16 +25,16 @@ SET_BY_THE_STUDY = ("training.seed", "training.output_dir", "training.resume", "
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says.
+    """Content of a study file.
 
     Attributes:
         config: Configuration that all variants start from: a path, or the name of a shipped one.
         output_dir: Folder of the runs and the tables.
-        seeds: Seeds every variant runs with.
-        variants: Changes of each variant by key, by the variant's name; they win over `changes`.
+        seeds: Seeds of every variant.
+        variants: Changes by key, by the name of the variant; they override `changes`.
         changes: Changes to the configuration in all variants, by key.
-        settings: Changes by the name of a setting, like "rate 0.3"; where there are any, every variant runs
-            in each, its own changes winning over those of the setting.
+        settings: Changes by key, by the name of a setting, like "rate 0.3". If there are any, every variant
+            runs in each setting; its own changes override those of the setting.
         keep_checkpoints: Keep the weights of finished runs.
         plugins: Your own modules to import before heads, calibrators and modulators are looked up.
     """
@@ -50,7 +50,7 @@ class Study:
 
     @property
     def combinations(self) -> dict[str, dict[str, Any]]:
-        """Changes of each variant in each setting, by a name that says both."""
+        """Changes of each variant in each setting, by a name with both."""
         if not self.settings:
             return self.variants
         return {
@@ -60,10 +60,10 @@ class Study:
         }
 
     def runs(self) -> list["StudyRun"]:
-        """All runs, seed by seed, so that all variants can be compared as early as possible.
+        """All runs, ordered by seed, so that all variants can be compared as early as possible.
 
         Raises:
-            ConfigurationError: The configuration of a variant cannot work; the message names the variant.
+            ConfigurationError: The configuration of a variant is invalid; the message names the variant.
         """
         return [self._run(variant, seed) for seed in self.seeds for variant in self.combinations]
 
@@ -86,11 +86,11 @@ class StudyRun:
     """One variant with one seed.
 
     Attributes:
-        variant: Its name.
-        seed: Its seed.
-        folder: Its folder, as any run of training leaves it.
-        changes: Items `key=value` by which it differs from the study's configuration.
-        arguments: What comes of them.
+        variant: Name of the variant.
+        seed: Seed of the run.
+        folder: Folder of the run.
+        changes: Changes to the study's configuration, as items `key=value`.
+        arguments: The resulting configuration.
     """
 
     variant: str
@@ -101,7 +101,7 @@ class StudyRun:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What the finished run remembers of its training, results included; None before it is finished."""
+        """Training record of the finished run, with its results; None before it is finished."""
         if self.is_interrupted:
             return None
         try:
@@ -112,19 +112,19 @@ class StudyRun:
 
     @property
     def is_interrupted(self) -> bool:
-        """A state is there from which the run can go on."""
+        """Whether there is a state from which the run can continue."""
         return any((self.folder / name).is_dir() for name in (STATE, f"{STATE}.old"))
 
     @property
     def difference(self) -> str | None:
-        """A setting in which the run in the folder differs from this one, then and now; None if in none."""
+        """A setting in which the run in the folder differs from this one, with both values; None if equal."""
         before = read_document(self.folder / SETTINGS, "configuration of the run")
         before.pop("launch", None)
         changed = first_difference(before, self.arguments.to_dict(), FREE_TO_CHANGE_ON_RESUME)
         return changed and f"{changed[0]}={changed[1]!r}, now {changed[2]!r}"
 
     def to_train(self) -> RunArguments:
-        """The arguments of the run, to resume it where it was interrupted or else to start it anew."""
+        """The configuration of the run, to resume it if it was interrupted, or else to start it."""
         resume = self.is_interrupted and self.difference is None
         training = dataclasses.replace(self.arguments.training, resume=resume, overwrite=not resume)
         return dataclasses.replace(self.arguments, training=training)
@@ -139,8 +139,8 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
             `seeds=[1111]`, a change to the study itself.
 
     Raises:
-        ConfigurationError: The file cannot be read or is no YAML, a key is missing or unknown, or a value
-            cannot be used.
+        ConfigurationError: The file cannot be read or is not YAML, a key is missing or unknown, or a value is
+            invalid.
     """
     document = read_document(path, "study")
     of_runs = {}
@@ -161,7 +161,7 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
 
 
 def _problems(study: Study) -> Iterator[str]:
-    """Values that cannot work, each as a line with its key, the value and what is allowed."""
+    """Yield a message for each invalid value, with its key, the value and what is allowed."""
     seeds = study.seeds
     if not seeds or min(seeds) < 0:
         yield f"seeds is {seeds!r}: a list of whole numbers from 0 on, for example [1111, 1112, 1113]"
@@ -186,15 +186,15 @@ def name_in(variant: str, setting: str) -> str:
 
 
 def folder_name(variant: str) -> str:
-    """A variant's name as that of a folder: all but letters, digits, dots and signs becomes an underscore."""
+    """Folder name of a variant: all but letters, digits, dots and signs is replaced by underscores."""
     return re.sub(r"[^\w.+-]+", "_", variant).strip("_.")
 
 
 def as_options(changes: Mapping[str, Any]) -> list[str]:
-    """Changes by key as the items `key=value` that `msa-online train` takes."""
+    """Changes by key as items `key=value` for `msa-online train`."""
     return [f"{key}={_on_one_line(value)}" for key, value in changes.items()]
 
 
 def _on_one_line(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-    return text.removesuffix("...\n").strip()  # the dots that end a document of one bare value
+    return text.removesuffix("...\n").strip()  # the dots end a document with a single value
