@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Compare the batches of training with a random order and with plain sorting: overlap, padding, even work.
+"""Compare the batches of training with a random order and with sorting: overlap, padding, balance of work.
 
     python scripts/benchmark_batches.py FOLDER
     python scripts/benchmark_batches.py FOLDER --batch-size 8 --accumulation 4
 
 Only the transcripts of the training split are read. For 1, 2 and 8 processes the table shows:
 
-- overlap: the largest share of a step's samples that are again together five epochs later, mean over steps;
-- padding: the share of the padded batches that is padding, in tokens;
-- slowest: padded tokens of the process with the most of them by the mean of the processes, at the same time.
+- overlap: largest share of a step's samples that share a step again five epochs later, mean over steps;
+- padding: the share of padding in the batches, in tokens;
+- slowest: padded tokens of the process with the most, divided by the mean over the processes.
 
-"sorted pools" sorts 16 effective batches at a time and hands every process the next slice.
+"sorted pools" sorts 16 effective batches at a time and gives every process the next slice.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
 
 
 def work(epochs: Sequence[Epoch], lengths: np.ndarray, processes: int) -> tuple[float, float]:
-    """Share of padding, and the work of the slowest process by that of the mean one."""
+    """Share of padding, and the work of the slowest process divided by the mean."""
     batches = [batch for epoch in epochs for step in epoch for batch in step]
     tokens = np.array([len(batch) * lengths[batch].max() for batch in batches])
     together = tokens.reshape(-1, processes)
@@ -83,7 +83,7 @@ def shuffled(sampler: BucketBatchSampler, epoch: int) -> Epoch:
 
 
 def pooled(sampler: BucketBatchSampler, epoch: int) -> Epoch:
-    """Batches of the same sizes, in pools that are sorted by length."""
+    """Batches of the same sizes, from pools sorted by length."""
     order = np.random.default_rng([sampler.seed, epoch]).permutation(len(sampler.lengths))
     pool = POOL * sampler.largest * sampler.batches_per_step
     pools = [order[at : at + pool] for at in range(0, len(order), pool)]
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", help="a corpus of clips, as for data.path of a run")
-    parser.add_argument("--text-encoder", default="all-MiniLM-L6-v2", help="whose tokenizer counts")
+    parser.add_argument("--text-encoder", default="all-MiniLM-L6-v2", help="encoder whose tokenizer is used")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=20, help="pairs of epochs to average over")

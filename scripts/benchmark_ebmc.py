@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Time EBMC's training steps beside what they are to be measured by, in one process, in turns.
+"""Time EBMC's training steps and reference computations, alternating in one process.
 
     python scripts/benchmark_ebmc.py               online: the whole model with EBMC's head or late fusion's
     python scripts/benchmark_ebmc.py --offline     EBMC's head on features, a plain reading of the paper, and
                                                    the bare matrix products of the head's own step
 
-Weights and inputs are random, nothing is downloaded. Steps are those of EBMC's second stage, where everything
-is in use. Figures are medians over the rounds.
+Weights and inputs are random, nothing is downloaded. Steps are those of EBMC's second stage, which uses all
+parts. The results are medians over the rounds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from msa_online.user_errors import run_command
 
 
 def compare_online(options: argparse.Namespace, console: Console) -> None:
-    """The whole model from raw inputs, the head exchanged and nothing else."""
+    """Time the complete model on raw inputs with different heads."""
     device = torch.device(options.device)
     ours, control = (read_arguments(CONFIGS / name).model for name in ("ebmc.yaml", "late_fusion.yaml"))
     its_head = {key: control.get(key) for key in ("head", "head_kwargs", "loss_weights")}
@@ -84,7 +84,7 @@ def online_step(settings: Mapping, inputs: Mapping[str, Tensor], options: argpar
 
 
 def compare_offline(options: argparse.Namespace, console: Console) -> None:
-    """EBMC's head alone on one step of features a modality, in fp32 and in bf16."""
+    """Time EBMC's head only, on one step of features per modality, in fp32 and in bf16."""
     device = torch.device(options.device)
     settings = read_arguments(CONFIGS / "ebmc_offline.yaml").model
     size = options.batch
@@ -141,7 +141,7 @@ def offline_step(module: nn.Module, loss: Callable[[], Tensor], device: torch.de
 
 
 class Products(TorchDispatchMode):
-    """Takes down every matrix product of what runs under it, forward and backward, to do them again alone."""
+    """Records all matrix products that run in its context, forward and backward, to repeat them alone."""
 
     KINDS = {
         torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
@@ -191,9 +191,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, help="samples in a batch [32, offline 64]")
     online = parser.add_argument_group("online")
-    online.add_argument(
-        "--text-encoder", default="bert-base-uncased", help="whose shape the text encoder has"
-    )
+    online.add_argument("--text-encoder", default="bert-base-uncased", help="shape of the text encoder")
     online.add_argument("--precision", choices=TYPES, default="fp32")
     online.add_argument("--tokens", type=int, default=50)
     online.add_argument("--mel-steps", type=int, default=400)

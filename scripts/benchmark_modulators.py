@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Time whole training steps under each gradient modulator beside those that change no gradient.
+"""Time complete training steps with each gradient modulator, and without.
 
     python scripts/benchmark_modulators.py                                       late fusion on raw inputs
     python scripts/benchmark_modulators.py --config configs/cpsl_offline.yaml    CP/SL on precomputed features
 
-A step is what a run does: forward, backward, the numbers a modulator needs, the change of gradients, clipping
-and AdamW, through the loop that training uses. The modulators share one model and take turns in one process,
-so those that add probes to the model are left out. One that adds noise is timed without noise, too; one that
-measures in every so many steps measures in each. Weights and inputs are random, nothing is downloaded.
-Figures are medians over the rounds.
+A step is that of a run: forward, backward, the statistics of the modulator, its change of gradients, clipping
+and AdamW, in the loop of training. The modulators share one model and alternate in one process, so those that
+add probes to the model are left out. A modulator that adds noise is also timed without noise; one that
+measures at an interval measures in every step. Weights and inputs are random, nothing is downloaded. The
+results are medians over the rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from msa_online.user_errors import run_command
 
 
 def compare(options: argparse.Namespace, console: Console) -> None:
-    """One model under each modulator, and a table of what a step takes."""
+    """Time a step of one model with each modulator, and print a table."""
     precision = "no" if options.precision == "fp32" else options.precision
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
     config = model_config(options.config, options.text_encoder)
@@ -84,7 +84,7 @@ def model_config(path: Path, text_encoder: str) -> MSAConfig:
 
 
 def make_modulators(model: MSAModel) -> dict[str, GradientModulator]:
-    """All modulators that act on this model and add no probes to it, by the name of their row."""
+    """All modulators that act on this model without probes, by the name of their row."""
     owned = [name for name, parameters in model.modality_parameters().items() if parameters]
     found = {}
     for name, kind in MODULATORS.items():
@@ -134,7 +134,7 @@ def make_loops(
 
 
 def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
-    """An epoch of one batch, marked when the device is done with it."""
+    """An epoch of one batch; its mark is the end of the work on the device."""
     loader = DataLoader([dict(batch)], batch_size=None)
 
     def step() -> dict[str, float]:
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
     found = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if found is None else [found.type, "cpu"]
     parser.add_argument(
-        "--config", type=Path, default=CONFIGS / "late_fusion.yaml", help="whose model is trained"
+        "--config", type=Path, default=CONFIGS / "late_fusion.yaml", help="configuration of the model"
     )
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--precision", choices=TYPES, default="fp32")
@@ -161,9 +161,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, help="samples in a batch")
     parser.add_argument("--tokens", type=int, default=50, help="tokens; of features, steps of each modality")
     online = parser.add_argument_group("on raw inputs")
-    online.add_argument(
-        "--text-encoder", default="bert-base-uncased", help="whose shape the text encoder has"
-    )
+    online.add_argument("--text-encoder", default="bert-base-uncased", help="shape of the text encoder")
     online.add_argument("--mel-steps", type=int, default=400)
     online.add_argument("--frames", type=int, default=8, help="face crops, 96 x 96")
     options = parser.parse_args(argv)

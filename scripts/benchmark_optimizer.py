@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Time the optimizer step of training beside torch's other AdamW steps, in one process, in turns.
+"""Time the optimizer step of training and torch's other AdamW steps, alternating in one process.
 
     python scripts/benchmark_optimizer.py
     python scripts/benchmark_optimizer.py --text-encoder microsoft/deberta-v3-base
 
-The model is a late fusion with a text encoder of the given shape. Weights and gradients are random, nothing
-is downloaded. Figures are medians over the rounds.
+The model is late fusion with a text encoder of the given shape. Weights and gradients are random, nothing is
+downloaded. The results are medians over the rounds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ OURS = "as in training"
 
 
 def compare(options: argparse.Namespace, console: Console) -> None:
-    """Steps of one model's parameters under each kernel, and a table of what they take."""
+    """Time a step of one model with each kernel, and print a table."""
     device = torch.device(options.device)
     settings = read_arguments(CONFIGS / "late_fusion.yaml").model
     text_config = load_text_config(options.text_encoder)
@@ -59,12 +59,12 @@ def compare(options: argparse.Namespace, console: Console) -> None:
 
 
 def new_optimizer(model: MSAModel) -> AdamW:
-    """The optimizer of a run, at a learning rate that leaves the weights about where they are."""
+    """The optimizer of a run, with a learning rate that hardly changes the weights."""
     return make_optimizer(model, learning_rate=1e-8, text_learning_rate=1e-8, weight_decay=0.01)
 
 
 def optimizer_step(optimizer: AdamW, device: torch.device) -> Step:
-    """One step on the gradients there are, marked when the device is done with it."""
+    """One step with the existing gradients; its mark is the end of the work on the device."""
 
     def step() -> dict[str, float]:
         clock = Clock(device)
@@ -82,9 +82,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--device", default=str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     )
-    parser.add_argument(
-        "--text-encoder", default="bert-base-uncased", help="whose shape the text encoder has"
-    )
+    parser.add_argument("--text-encoder", default="bert-base-uncased", help="shape of the text encoder")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
     if options.rounds < 1:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  the path has to know the repository before its modules are imported
-"""Measure what a constant coefficient does to a modality's encoder under AdamW (docs/methods/numerics.md).
+"""Measure the effect of a constant coefficient on an encoder under AdamW (docs/methods/numerics.md).
 
     python scripts/measure_modulation.py FEATURES [key=value ...] [--modality text] [--coefficient 0.2]
 
-FEATURES is what `msa-online extract-features` or `convert-features` made. Every seed trains late fusion three
-times: without a coefficient, with it on the gradients of the modality's encoder, and with it on their
-learning rate. The table shows how far that encoder travels, the sum over the steps of the L2 norm of its
-updates, as a multiple of the run without a coefficient; then how well the best epoch does on the validation
-split, and how much of its predictions comes from the modality (exact Shapley values).
+FEATURES is a folder from `msa-online extract-features` or `convert-features`. For every seed, late fusion is
+trained three times: without a coefficient, with it on the gradients of the modality's encoder, and with it on
+their learning rate. The table shows the sum over the steps of the L2 norm of the encoder's updates, relative
+to the run without a coefficient; the validation scores of the best epoch; and the share of the modality in
+the predictions (exact Shapley values).
 """
 
 import argparse
@@ -43,7 +43,7 @@ WAYS = {"none": 1.0, "gradient": None, "lr": None}  # None: the coefficient aske
 
 
 class ConstantCoefficient(GradientModulator):
-    """One coefficient for one modality, which also notes how far each step moved its parameters.
+    """One coefficient for one modality; also records how far each step moves its parameters.
 
     Args:
         modality: Whose parameters.
@@ -60,7 +60,7 @@ class ConstantCoefficient(GradientModulator):
         self.place: torch.Tensor | None = None
 
     def modulate(self, context: ModulationContext) -> Modulation:
-        """Scale, and log what the step before this one did."""
+        """Scale, and log the effect of the previous step."""
         (modality,) = self.modalities
         acts = self.acts_in(context.epoch)
         coefficients = {modality: self.coefficient} if acts else {}
@@ -76,7 +76,7 @@ def _flat(parameters: Sequence[Parameter]) -> torch.Tensor:
 
 
 def measure(options: argparse.Namespace, console: Console) -> None:
-    """Train every seed in every way and show the table."""
+    """Train every seed in each of the three ways, and show the table."""
     MODULATORS["constant"] = ConstantCoefficient
     runs = [(seed, way) for seed in options.seeds for way in WAYS]
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
 
 
 def run(options: argparse.Namespace, seed: int, way: str) -> dict[str, float]:
-    """One run of training in a folder of its own, and what came of it."""
+    """Train once in a new folder, and return the results."""
     window = None if options.from_epoch is None else [options.from_epoch, sys.maxsize]
     settings = {
         "modality": options.modality,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EBMC's second stage written plainly: what `benchmark_ebmc.py --offline` measures the head against."""
+"""A straightforward implementation of EBMC's second stage, the reference of `benchmark_ebmc.py --offline`."""
 
 from collections.abc import Callable, Mapping
 from itertools import combinations
@@ -13,7 +13,7 @@ from msa_online.modalities import MODALITIES
 
 
 class PlainLayer(nn.Module):
-    """One attention layer of an expert stack, as one would write it first."""
+    """One attention layer of an expert stack, written in the simplest way."""
 
     def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ class PlainLayer(nn.Module):
 
 
 class PlainEBMC(nn.Module):
-    """EBMC's second stage as docs/methods/ebmc.md read at first sight, for complete samples of a regression.
+    """EBMC's second stage (docs/methods/ebmc.md) without optimisations, for complete samples of a regression.
 
-    A module for everything, nine passes through the stacks one after the other, and the energies'
-    gradients by differentiating twice. It computes the losses of `EBMCHead(cce="shared",
+    Every part is a module, the nine passes through the stacks are sequential, and the gradients of the
+    energies are differentiated twice. It computes the losses of `EBMCHead(cce="shared",
     uncertainty="disagreement")`; parameters outside the stacks have the same names.
     """
 

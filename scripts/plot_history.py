@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Draw what runs recorded of every epoch: losses, gradients, contributions, whatever has a name.
+r"""Draw the history of runs, by epoch: losses, gradient norms, contributions and other diagnostics.
 
     python scripts/plot_history.py runs/mine/history.json history.png
     python scripts/plot_history.py runs/with/history.json runs/without/history.json both.png \
         --panels contribution coefficient "validation, mae"
 
-One panel for each loss, unweighted, one for the gradient norms of all of them
-(`training.measure_gradients=true`), one for each group of diagnostics. Stages are told apart by a line, runs
-by the kind of line.
+There is a panel for each unweighted loss, one for the gradient norms of all losses
+(`training.measure_gradients=true`), and one for each group of diagnostics. A vertical line separates stages;
+runs differ in line style.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KINDS_OF_LINE = ("-", "--", ":", "-.")
 
 
 def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
-    """Values by epoch, by name, by panel: a loss has one, names with a slash share their prefix's."""
+    """Values by panel, name and epoch: each loss has a panel, names with a slash share that of the prefix."""
     panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in history:
         for name, value in record["losses"].items():
@@ -39,22 +39,22 @@ def read_panels(history: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
             of_loss = "weighted sum of the losses" if name == "loss" else f"loss: {name}"
             title = panel.replace("_", " ") if slash else of_loss
             panels[title][short or name][record["epoch"]] = value
-        judged_by = "mae" if "mae" in record["valid"] else "f1_weighted"
-        panels[f"validation, {judged_by}"][record["stage"]][record["epoch"]] = record["valid"][judged_by]
+        metric = "mae" if "mae" in record["valid"] else "f1_weighted"
+        panels[f"validation, {metric}"][record["stage"]][record["epoch"]] = record["valid"][metric]
     return panels
 
 
-def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] = ()) -> None:
-    """Draw the panels of histories, by the name of their run, into an image file; `wanted` ones, or all.
+def draw(histories: dict[str, list[dict]], target: Path, selected: Sequence[str] = ()) -> None:
+    """Draw the panels of histories, by name of the run, to an image file; the `selected` ones, or all.
 
     Raises:
-        ValueError: No run has recorded one of those wanted.
+        ValueError: No run has recorded a selected panel.
     """
     runs = {run: read_panels(history) for run, history in histories.items()}
     titles = _union(runs.values())
-    if unknown := [title for title in wanted if title not in titles]:
+    if unknown := [title for title in selected if title not in titles]:
         raise ValueError(f"{unknown[0]!r} was not recorded; there are {', '.join(titles)}")
-    titles = list(wanted) or titles
+    titles = list(selected) or titles
     columns = min(COLUMNS, len(titles))
     rows = -(-len(titles) // columns)
     figure, axes = plt.subplots(
@@ -91,24 +91,24 @@ def draw(histories: dict[str, list[dict]], target: Path, wanted: Sequence[str] =
 
 
 def _union(named: Iterable[Iterable[str]]) -> list[str]:
-    """All names there are, in the order of their first appearance."""
+    """All names, in the order of their first appearance."""
     return list(dict.fromkeys(itertools.chain.from_iterable(named)))
 
 
 def read_history(path: Path) -> list[dict]:
-    """What a run wrote of its epochs.
+    """Read the record of all epochs of a run.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file contains something else.
     """
     history = json.loads(path.read_text(encoding="utf-8"))
     if not (isinstance(history, list) and history and all("losses" in record for record in history)):
-        raise ValueError(f"{path} is no history of a run: give the history.json of its folder")
+        raise ValueError(f"{path} is not the history of a run: give the history.json of its folder")
     return history
 
 
 def run_names(histories: Sequence[Path]) -> list[str]:
-    """What tells runs apart: their folders behind the path they share, or their files in one folder."""
+    """Distinct names of runs: their folders relative to the common path, or files in the same folder."""
     paths = [path.resolve() for path in histories]
     folders = [path.parent for path in paths]
     places = folders if len(set(folders)) == len(folders) else paths
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--panels", nargs="+", default=(), help="only these, by their titles")
     arguments = parser.parse_args(argv)
     if len(arguments.histories) > len(KINDS_OF_LINE):
-        parser.error(f"{len(arguments.histories)} histories: at most {len(KINDS_OF_LINE)} can be told apart")
+        parser.error(f"{len(arguments.histories)} histories: there are only {len(KINDS_OF_LINE)} line styles")
     try:
         histories = {
             run: read_history(path)

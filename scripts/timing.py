@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: steps timed in turns, a batch of random clips, a table of medians.
+"""Shared code of the benchmarks: timing of alternating steps, a batch of random clips, a table of medians.
 
-`scripts/` is no package: a benchmark finds this file because Python puts a script's folder on the path.
+`scripts/` is not a package: benchmarks find this file because Python puts a script's folder on the path.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from msa_online.modalities import MODALITIES
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-WARM_UP = 2  # steps before the first that counts
+WARM_UP = 2  # steps before the first that is timed
 
 Step = Callable[[], dict[str, float]]
-"""Does one step and returns the seconds from its start to each of its marks."""
+"""Runs one step and returns the seconds from its start to each of its marks."""
 
 
 def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds to every mark of every step; odd rounds go backwards, so that none always leads."""
+    """Median milliseconds to each mark of each step; odd rounds are reversed to balance the order."""
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for number in range(-WARM_UP, rounds):
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
@@ -40,7 +40,7 @@ def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str,
 
 
 class Clock:
-    """Seconds since it was made, with everything that was asked of the device done."""
+    """Seconds since its creation, after all work on the device is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,7 +57,7 @@ class Clock:
 
 
 def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """A batch of clips as the model takes it, none shorter than another, with labels."""
+    """A batch of model inputs for clips of equal length, with labels."""
     size, vocabulary = options.batch, load_text_config(options.text_encoder).vocab_size
     whole = {"text": options.tokens, "audio": options.mel_steps, "vision": options.frames}
     inputs = {
@@ -80,7 +80,7 @@ def name_of_machine(device: torch.device) -> str:
 
 
 def table_of_medians(medians: Mapping[str, Mapping[str, float]], against: str) -> Table:
-    """Milliseconds, and beside each how many times that of the row `against` it is."""
+    """Milliseconds, and their ratio to the row `against`."""
     table = Table("")
     marks = list(medians[against])
     for mark in marks:

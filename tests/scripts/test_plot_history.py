@@ -45,7 +45,7 @@ def test_histories_become_a_picture(arguments, plot, tmp_path):
     ("arguments", "said"),
     [
         (["one/history.json"], "picture.png"),
-        (["one/config.json", "curves.png"], "config.json is no history of a run"),
+        (["one/config.json", "curves.png"], "config.json is not the history of a run"),
         (["one/history.json", "curves.png", "--panels", "enrgy"], "'enrgy' was not recorded; .*energy"),
     ],
 )
