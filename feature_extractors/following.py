@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 EYES = ((33, 133), (362, 263))
-"""Landmarks of the corners of either eye."""
+"""Landmarks of the corners of each eye."""
 
 LIPS = (13, 14)
 """Landmarks of the middle of the upper and the lower lip, on their inner edges."""
@@ -32,7 +32,7 @@ ROOM = 0.25
 """Widths of a face that a view must show on each side of it to show it whole."""
 
 MIN_FRAMES = 3
-"""Frames in which a face must be found before its mouth can be said to move."""
+"""Number of frames with a face that are needed to measure the movement of its mouth."""
 
 
 class View(NamedTuple):
@@ -103,7 +103,7 @@ def nearest_or_largest(faces: Sequence[Face], tracked: Face | None) -> Face:
 
 
 def people(faces: Sequence[Face]) -> list[Face]:
-    """The faces without those that are another's once more, as overlapping views show them; largest first."""
+    """The faces without duplicates from overlapping views; largest first."""
     distinct: list[Face] = []
     for face in sorted(faces, key=lambda face: -face.size):
         if all(face.distance(other) > SAME * other.size for other in distinct):
@@ -112,7 +112,7 @@ def people(faces: Sequence[Face]) -> list[Face]:
 
 
 def shows_several(faces: Sequence[Sequence[Face]], followed: Mapping[int, Face]) -> bool:
-    """Whether a clip shows people besides the one that is followed.
+    """Whether a clip shows people other than the tracked one.
 
     Args:
         faces: The faces in each frame that was searched as a whole.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoded video frame to the RGB picture that a viewer would see.
+"""Convert decoded video frames to RGB pictures as a viewer shows them.
 
 Decoders return what is stored: fields of two moments in one frame, pixels that are not square, pictures lying
 on their side or mirrored, HDR signals, transparent areas. A `PictureConverter` undoes all of this.
@@ -26,13 +26,13 @@ MATRICES = {1, 4, 5, 6, 7, 9}
 
 UNSUPPORTED = {8: "YCgCo", 10: "BT.2020 constant luminance", 11: "Y'D'zD'x", 13: "constant luminance"}
 UNSUPPORTED |= {14: "ICtCp", 15: "IPT-C2"}
-"""Colour matrices that it does not know. Reserved numbers stand for no matrix."""
+"""Colour matrices that FFmpeg's scaler does not know. Reserved numbers mean no matrix."""
 
 PQ, HLG = 16, 18
 """Numbers of the HDR transfer characteristics in ITU-T H.273."""
 
 HD_LONG, HD_SHORT = 1280, 720
-"""A frame with one of these sides, or a larger one, is HD; without a colour matrix it is BT.709."""
+"""A frame with a side of this length or more is HD; without a colour matrix it is read as BT.709."""
 
 REFERENCE_WHITE = 203.0
 """Luminance in cd/m2 of diffuse white in HDR video (ITU-R BT.2408); it becomes SDR white, nearly."""
@@ -55,7 +55,7 @@ STRAIGHT = 1.0
 """Rotations that differ from quarter turns by fewer degrees than this are quarter turns."""
 
 FLAGS_ITS_FRAMES = {"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vc1", "wmv3", "vp8", "vp9", "av1"}
-"""Codecs whose frames say themselves whether they are interlaced; for others the container is believed."""
+"""Codecs whose frames are flagged as interlaced or not; for others the flag of the container is used."""
 
 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -79,7 +79,7 @@ def decoder_of(stream: "av.stream.Stream") -> "av.CodecContext":
 
 
 class DecodedFrame(NamedTuple):
-    """A frame, and what only the decoder knew when the frame came out of it.
+    """A frame, with the properties of the decoder at the time of decoding.
 
     Attributes:
         frame: The decoded frame.
@@ -101,17 +101,17 @@ class PictureConverter:
     """
 
     def __init__(self, path: Path, stream: "av.VideoStream", max_height: int):
-        """Prepares for one stream of the file at `path`, before its first frame is decoded."""
+        """Create a converter for one stream of the file at `path`, before its first frame is decoded."""
         from av.video.reformatter import VideoReformatter
 
         self.max_height = max_height
         self._path = path
         self._stream = stream
         self._opened_with = stream.codec_context.sample_aspect_ratio
-        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        self._reformatter = VideoReformatter()  # one for all frames: creating it costs more than using it
 
     def receive(self, frame: "av.VideoFrame") -> DecodedFrame:
-        """The frame with what the decoder says at this moment."""
+        """The frame with the current properties of the decoder."""
         return DecodedFrame(frame, self._pixel_aspect(), self._fields(frame))
 
     def convert(
@@ -141,7 +141,7 @@ class PictureConverter:
         return upright(self._reformat(frame, size, "rgb24", colors), matrix)
 
     def _size(self, width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
-        """Width and height of the picture before it is turned."""
+        """Width and height of the picture before rotation."""
         shown_width = width * float(pixel_aspect)
         limits.check_picture(self._path, max(1, round(shown_width)), height)
         scale = min(1.0, self.max_height / min(shown_width, height))
@@ -155,7 +155,7 @@ class PictureConverter:
         ).to_ndarray()
 
     def _color_matrix(self, frame: "av.VideoFrame") -> int:
-        """The frame's colour matrix; where it names none, BT.2020 for HDR and BT.709 for HD."""
+        """The frame's colour matrix; if it has none, BT.2020 for HDR and BT.709 for HD."""
         if frame.colorspace in UNSUPPORTED:
             detail = f"cannot be decoded (its colours are coded as {UNSUPPORTED[frame.colorspace]})"
             raise ClipError(self._path, "undecodable", detail)
@@ -167,7 +167,7 @@ class PictureConverter:
         return BT709 if sides[1] >= HD_LONG or sides[0] >= HD_SHORT else UNSPECIFIED
 
     def _pixel_aspect(self) -> Fraction:
-        """The container's pixel aspect ratio, else the stream's, which may change on the way, else square."""
+        """The pixel aspect ratio of the container, else of the stream, which may change, else 1."""
         of_stream = self._stream.sample_aspect_ratio
         now = self._stream.codec_context.sample_aspect_ratio
         changed = now and now != self._opened_with and of_stream == self._opened_with
@@ -209,7 +209,7 @@ def _fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
-    """The (2, 2) matrix that takes stored (x, y) to shown (x, y) directions; None if there is none."""
+    """The (2, 2) matrix that maps stored to displayed directions (x, y); None if there is none."""
     from av.sidedata.sidedata import Type
 
     try:
@@ -230,7 +230,7 @@ def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
 
 
 def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
-    """Mirrors, transposes and rotates a picture (height, width, 3) as a display matrix says.
+    """Mirror, transpose and rotate a picture (height, width, 3) by a display matrix.
 
     Args:
         picture: The picture as stored.
@@ -254,7 +254,7 @@ def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 
 def _rotated(picture: np.ndarray, angle: float) -> np.ndarray:
-    """The picture turned clockwise by an angle in degrees, on black."""
+    """The picture rotated clockwise by an angle in degrees, on black."""
     import cv2
 
     height, width = picture.shape[:2]
@@ -268,7 +268,7 @@ def _rotated(picture: np.ndarray, angle: float) -> np.ndarray:
 def _deinterlaced(
     this: DecodedFrame, before: DecodedFrame | None, after: DecodedFrame | None
 ) -> "av.VideoFrame":
-    """The first field of a frame, the lines between filled in from itself and its neighbours (bwdif)."""
+    """The first field of a frame, its missing lines interpolated in space and time (bwdif)."""
     frame = this.frame
     shape = (frame.width, frame.height, frame.format.name)
     near = [each.frame for each in (before, this, after) if each is not None]
@@ -302,7 +302,7 @@ def _has_alpha(frame: "av.VideoFrame") -> bool:
 
 
 def _on_black(frame: "av.VideoFrame", color_matrix: int) -> "av.VideoFrame":
-    """The frame composed on black, before it is scaled: hidden colours must not bleed into visible ones."""
+    """The frame composed on black before scaling, so that hidden colours do not bleed into visible ones."""
     import av
 
     rgba = frame.reformat(format="rgba", src_colorspace=color_matrix, threads=1).to_ndarray()
@@ -312,7 +312,7 @@ def _on_black(frame: "av.VideoFrame", color_matrix: int) -> "av.VideoFrame":
 
 
 def tone_map(signal: np.ndarray, transfer: int, wide: bool = True) -> np.ndarray:
-    """An HDR picture as SDR: diffuse white becomes white, brighter highlights are compressed.
+    """Convert an HDR picture to SDR: diffuse white becomes white, brighter highlights are compressed.
 
     Args:
         signal: RGB values (height, width, 3), uint16.
@@ -323,7 +323,7 @@ def tone_map(signal: np.ndarray, transfer: int, wide: bool = True) -> np.ndarray
         The picture (height, width, 3), uint8 RGB, with BT.709 primaries.
     """
     light = _linear_light(transfer)[signal]
-    if transfer == HLG:  # the display's part (OOTF, ITU-R BT.2100): system gamma 1.2 on the luminance
+    if transfer == HLG:  # OOTF of the display (ITU-R BT.2100): system gamma 1.2 on the luminance
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light = light * np.maximum(luminance, 1e-6)[..., None] ** 0.2 * HLG_PEAK
     primaries = TO_BT709 if wide else np.eye(3)
