@@ -128,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", required=True, help="folder of a run, or Hub repository")
     predict.add_argument("--text", action="append", help="transcript; once for each clip, in their order")
     predict.add_argument("--json", action="store_true", help="print JSON")
+    _add_audio_track(predict, "of all clips")
     predict.add_argument(
         "--skip-broken",
         action="store_true",
@@ -278,6 +279,16 @@ def _add_extraction(parser: argparse.ArgumentParser) -> None:
         "--workers", type=_at_least(1), help="processes that extract features (default: all cores)"
     )
     parser.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
+    _add_audio_track(parser, "of clips whose row names none")
+
+
+def _add_audio_track(parser: argparse.ArgumentParser, which: str) -> None:
+    parser.add_argument(
+        "--audio-track",
+        type=_at_least(1),
+        metavar="N",
+        help=f"audio track {which}, from 1 (default: the default track, or the first audible one)",
+    )
 
 
 @dataclass(frozen=True)

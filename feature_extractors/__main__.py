@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("clip", type=Path, help="a video or audio file of any container")
     parser.add_argument("--start", type=float, help="beginning of the window in seconds")
     parser.add_argument("--end", type=float, help="end of the window in seconds")
+    parser.add_argument("--audio-track", type=int, metavar="N", help="number of the audio track, from 1")
     parser.add_argument(
         "--region",
         type=float,
@@ -75,7 +76,8 @@ def _show(options: argparse.Namespace, model: Path, console: "Console") -> None:
 
     settings = ExtractionSettings(face_choice=options.face_choice)
     region = tuple(options.region) if options.region else None
-    raw = decode_for(Clip(options.clip, options.start, options.end, region=region), settings)
+    clip = Clip(options.clip, options.start, options.end, region, options.audio_track)
+    raw = decode_for(clip, settings)
     with FaceExtractor(settings, model) as face_extractor:
         features = measure(raw, settings, face_extractor, region)
     console.print(_table(options.clip, raw, features))

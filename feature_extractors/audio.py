@@ -72,6 +72,12 @@ def first_bad_sample(waveform: np.ndarray) -> int | None:
     return int(bad.argmax()) if bad.any() else None
 
 
+def audible_from(waveform: np.ndarray) -> float:
+    """Seconds before the first audible sample of a waveform (samples,); infinite if it is silent."""
+    audible = np.abs(waveform) >= SILENCE_PEAK
+    return float(audible.argmax()) / SAMPLE_RATE if audible.any() else np.inf
+
+
 def is_silent(waveform: np.ndarray) -> bool:
     """Whether a waveform (samples,) is inaudible, so that the audio modality has to be masked."""
     return len(waveform) == 0 or float(np.abs(waveform).max()) < SILENCE_PEAK

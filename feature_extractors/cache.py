@@ -31,6 +31,7 @@ SETTLED = 2.0
 """Seconds since its last change after which a file's time stamp identifies its content. A file may change
 twice within one tick of the file system's clock."""
 
+_SCALARS = ("findings", "duration", "audible_from")
 _ARRAYS = tuple(field.name for field in fields(ClipFeatures) if field.type is np.ndarray)
 
 
@@ -84,7 +85,7 @@ class FeatureCache:
             about = json.loads(metadata["about"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
-        return ClipFeatures(**arrays, findings=tuple(about["findings"]), duration=about["duration"])
+        return ClipFeatures(**arrays, **about | {"findings": tuple(about["findings"])})
 
     def store(self, key: str, features: ClipFeatures) -> None:
         """Store features under a key; replaces an existing entry.
@@ -95,7 +96,7 @@ class FeatureCache:
         from safetensors.numpy import save
 
         arrays = {name: np.ascontiguousarray(getattr(features, name)) for name in _ARRAYS}
-        about = json.dumps({"findings": features.findings, "duration": features.duration})
+        about = json.dumps({name: getattr(features, name) for name in _SCALARS})
         self._write(
             self._entry(key), save(arrays, {"about": about, "checksum": str(_checksum(arrays, about))})
         )

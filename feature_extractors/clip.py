@@ -198,6 +198,7 @@ class ClipFeatures:
         timestamps: Time of each frame (frames,), float32 seconds from the window's start.
         findings: What the clip lacks, or what makes its face doubtful; a subset of `FINDINGS`.
         duration: Length of the window in seconds.
+        audible_from: Seconds from the window's start to the first audible sample; 0 if there is none.
     """
 
     log_mel: np.ndarray
@@ -207,6 +208,7 @@ class ClipFeatures:
     timestamps: np.ndarray
     findings: tuple[str, ...]
     duration: float
+    audible_from: float = 0.0
 
     @property
     def has_audio(self) -> bool:
@@ -241,14 +243,17 @@ class ClipExtent:
         seconds: Length of the clip.
         sound: Seconds of sound; 0 without sound.
         frames: Number of sampled frames; 0 if none shows a face.
+        audible_from: Seconds before the first audible sample; 0 without sound.
     """
 
     seconds: float
     sound: float
     frames: int
+    audible_from: float = 0.0
 
     @classmethod
     def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
         """The extent of features whose spectrogram has a step every `hop_ms` milliseconds."""
         sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
-        return cls(features.duration, sound, len(features.face_crops) if features.has_face else 0)
+        frames = len(features.face_crops) if features.has_face else 0
+        return cls(features.duration, sound, frames, features.audible_from)

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from feature_extractors.audio import is_silent, log_mel
+from feature_extractors.audio import audible_from, is_silent, log_mel
 from feature_extractors.clip import (
     NO_AUDIO,
     NO_FACE,
@@ -79,6 +79,7 @@ def measure(
         timestamps=raw.timestamps[chosen].astype(np.float32),
         findings=_findings(raw, bool(faces.found[chosen].any()), faces.several),
         duration=raw.duration,
+        audible_from=0.0 if is_silent(raw.waveform) else audible_from(raw.waveform),
     )
 
 

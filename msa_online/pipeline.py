@@ -57,7 +57,8 @@ class Prediction:
         cut: For each modality that is read only in part, how much was read: "first 30.0 of 182.4 s".
         warning: Set if all modalities are missing, so that the prediction does not depend on the clip; else
             None.
-        findings: What makes the clip doubtful although it is used: "several faces", "still picture".
+        findings: What makes the clip doubtful although it is used: "several faces", "still picture", "audio
+            track 2 of 2".
     """
 
     clip: str | None
@@ -226,7 +227,11 @@ class MSAPipeline:
             label=classes[attribution.predicted.item()] if classes else None,
             probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
-            missing={name: _why_missing(name, clip, features) for name in MODALITIES if name not in used},
+            missing={
+                name: _why_missing(name, clip, features, self.processor.max_audio_seconds)
+                for name in MODALITIES
+                if name not in used
+            },
             baseline=attribution.baseline.item(),
             contributions=dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
@@ -268,9 +273,14 @@ def as_clip(source: str | Path | Clip) -> Clip:
     return source if isinstance(source, Clip) else Clip(Path(source))
 
 
-def _why_missing(name: str, clip: Clip | None, features: ClipFeatures) -> str:
+def _why_missing(name: str, clip: Clip | None, features: ClipFeatures, max_audio_seconds: float) -> str:
     if name == "text":
         return "no transcript given"
     if clip is None:
         return "no clip given"
+    if name == "audio" and features.has_audio:
+        return (
+            f"silent in the first {max_audio_seconds:g} s, which are read; the sound starts at "
+            f"{features.audible_from:.1f} s: give start and end of the part to read"
+        )
     return next((finding for finding in features.findings if finding in REASONS[name]), "nothing found")

@@ -54,6 +54,10 @@ class InputLimits:
             cuts["vision"] = Cut(f"{frames} over {extent.seconds:.1f} s", extent.seconds)
         return cuts
 
+    def is_heard(self, extent: ClipExtent) -> bool:
+        """Whether the part of the sound that the model reads is audible."""
+        return extent.sound > 0 and extent.audible_from < self.max_audio_seconds
+
     def _text_length(self, text: str) -> int:
         text = clean_text(text)
         if self.tokenizer is None:
@@ -220,8 +224,8 @@ class MSAProcessor(ProcessorMixin):
     def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
         """Inputs of one sample, before padding.
 
-        A modality is absent without a transcript, with silent or missing sound, or without a face in any
-        frame. It becomes one step of zeros (text: the special tokens) with `modality_present` False.
+        A modality is absent without a transcript, without sound in the part that is read, or without a face
+        in any frame. It becomes one step of zeros (text: the special tokens) with `modality_present` False.
 
         Returns:
             `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
@@ -229,7 +233,8 @@ class MSAProcessor(ProcessorMixin):
             `modality_present` `(3,)`.
         """
         text = clean_text(text)
-        present = {"text": bool(text), "audio": features.has_audio, "vision": features.has_face}
+        is_heard = self.limits.is_heard(ClipExtent.of(features, self.settings.hop_ms))
+        present = {"text": bool(text), "audio": is_heard, "vision": features.has_face}
         steps = round(self.max_audio_seconds * 1000 / self.settings.hop_ms) if present["audio"] else 0
         frames = len(features.face_crops) if present["vision"] else 0
         return {

@@ -43,6 +43,19 @@ def test_what_makes_a_face_doubtful_is_said(pipeline, make_clip, face_image, tmp
     assert pipeline(Clip(path, region=(0, 0, 0.5, 1))).findings == ()
 
 
+def test_speech_after_the_part_that_is_read_is_not_used_and_named(pipeline, make_clip, tmp_path):
+    sound = np.concatenate([np.zeros(32 * 48_000), 0.3 * np.sin(np.arange(48_000) / 20)])
+    path = make_clip(tmp_path / "late.wav", video=False, audio=sound)
+    prediction = pipeline(path, text="good")
+    assert prediction.modalities == ("text",) and prediction.contributions["audio"] == 0
+    assert prediction.missing["audio"] == (
+        "silent in the first 30 s, which are read; the sound starts at 32.0 s: give start and end of the "
+        "part to read"
+    )
+    assert prediction.cut["audio"] == "first 30.0 of 33.0 s"
+    assert "audio" in pipeline(Clip(path, 31, 33)).modalities
+
+
 def test_text_alone_is_legal(pipeline):
     prediction = pipeline(text="a good movie")
     assert prediction.modalities == ("text",)

@@ -196,6 +196,14 @@ def test_a_long_sound_is_cut_from_its_end(tiny_tokenizer):
     assert batch["audio_mask"].sum(dim=1).tolist() == [30, 20]
 
 
+def test_sound_that_starts_after_what_is_read_is_missing(tiny_tokenizer):
+    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32}, max_audio_seconds=0.3)
+    late, early = (dataclasses.replace(features(), audible_from=start) for start in (0.31, 0.29))
+    batch = processor([late, early], ["good", "good"])
+    assert batch["modality_present"][:, 1].tolist() == [False, True]
+    assert not batch["audio_values"][0].any() and batch["audio_mask"].sum(dim=1).tolist() == [1, 30]
+
+
 def test_the_longest_sound_is_counted_in_seconds_whatever_the_hop(tiny_tokenizer):
     processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "hop_ms": 20}, max_audio_seconds=0.3)
     assert processor([features(steps=50)], ["good"])["audio_values"].shape == (1, 15, 80)

@@ -85,11 +85,23 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
             f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
             "such clips"
         )
-    corpus = read_corpus(options.data, **_labels_to_read(options, config), skip_broken=options.skip_broken)
+    corpus = read_corpus(
+        options.data,
+        **_labels_to_read(options, config),
+        skip_broken=options.skip_broken,
+        audio_track=options.audio_track,
+    )
     require_splits(corpus, (options.split,))
     corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted
     _require_known_labels(corpus, config)
-    return prepare(corpus, FeatureCache(), processor.settings, options.workers, options.skip_broken)
+    return prepare(
+        corpus,
+        FeatureCache(),
+        processor.settings,
+        options.workers,
+        options.skip_broken,
+        processor.max_audio_seconds,
+    )
 
 
 def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureCorpus:

@@ -21,7 +21,12 @@ from msa_online.processing_msa import MAX_TEXT_TOKENS, InputLimits
 def run(options: Namespace, console: Console) -> None:
     """Extract a corpus of features from raw clips."""
     require_new_folder(Path(options.folder))
-    corpus = read_corpus(options.data, label_column=options.label_column, skip_broken=options.skip_broken)
+    corpus = read_corpus(
+        options.data,
+        label_column=options.label_column,
+        skip_broken=options.skip_broken,
+        audio_track=options.audio_track,
+    )
     prepared = extract_features(
         corpus,
         Path(options.folder),

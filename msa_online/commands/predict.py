@@ -3,12 +3,13 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from feature_extractors import ClipError
+from feature_extractors import Clip, ClipError
 from feature_extractors.clip import REMEDIES, printable
 from msa_online.commands.json_output import write_json
 from msa_online.pipeline import MSAPipeline, Prediction
@@ -25,7 +26,8 @@ def run(options: Namespace, console: Console) -> None:
     """Predict for clips, or for text only."""
     import_plugins(options.plugin, "--plugin")
     texts = options.text or [None] * len(options.clips)
-    clips = options.clips or [None] * len(texts)
+    clips = [Clip(Path(clip), audio_track=options.audio_track) for clip in options.clips]
+    clips = clips or [None] * len(texts)
     if not clips:
         options.refuse("nothing to predict: give clips, or --text alone")
     if len(clips) != len(texts):

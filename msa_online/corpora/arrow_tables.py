@@ -122,6 +122,7 @@ def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]
         end=record.get("end", ""),
         speaker=record.get("speaker", ""),
         region=record.get("region", ""),
+        audio_track=record.get("audio_track", ""),
     )
 
 

@@ -25,9 +25,9 @@ from feature_extractors.cache import CacheError, FeatureCache
 from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ClipExtent, ExtractionSettings
 from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
-from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, NOTHING, PreparedCorpus
+from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, LATE_SOUND, NOTHING, PreparedCorpus
 from msa_online.modalities import MODALITIES
-from msa_online.processing_msa import clean_text
+from msa_online.processing_msa import MAX_AUDIO_SECONDS, clean_text
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 
@@ -38,6 +38,7 @@ def prepare(
     settings: ExtractionSettings,
     workers: int | None = None,
     skip_broken: bool = False,
+    max_audio_seconds: float = MAX_AUDIO_SECONDS,
 ) -> PreparedCorpus:
     """Extract the features of all clips that are not in the cache.
 
@@ -50,6 +51,7 @@ def prepare(
         settings: What to extract.
         workers: Number of processes; by default the number of usable cores.
         skip_broken: Leave out clips that cannot be decoded, instead of raising.
+        max_audio_seconds: How much of the sound the model reads. Audio that is silent until then is missing.
 
     Raises:
         CorpusError: Clips cannot be used (all are listed with their lines), or no clip can. This includes
@@ -79,7 +81,7 @@ def prepare(
         corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
         cache=cache,
         keys={sample.id: keys[sample.id] for sample in usable},
-        found=_by_finding(usable, keys, findings),
+        found=_by_finding(usable, keys, findings, extents, max_audio_seconds),
         extents={sample.id: extents[keys[sample.id]] for sample in usable},
         extracted=sum(keys[sample.id] in missing for sample in usable),
         seconds=time.perf_counter() - began,
@@ -157,11 +159,19 @@ def _broken(sample: Sample, error: ClipError) -> BrokenRow:
 
 
 def _by_finding(
-    samples: Sequence[Sample], keys: Mapping[str, str], findings: Mapping[str, tuple[str, ...]]
+    samples: Sequence[Sample],
+    keys: Mapping[str, str],
+    findings: Mapping[str, tuple[str, ...]],
+    extents: Mapping[str, ClipExtent],
+    max_audio_seconds: float,
 ) -> dict[str, tuple[Sample, ...]]:
+    others = sorted({name for key in keys.values() for name in findings.get(key, ())} - set(FINDINGS))
     found = {
-        name: tuple(sample for sample in samples if name in findings[keys[sample.id]]) for name in FINDINGS
+        name: tuple(sample for sample in samples if name in findings[keys[sample.id]])
+        for name in (*FINDINGS, *others)
     }
+    late = [sample for sample in samples if extents[keys[sample.id]].audible_from >= max_audio_seconds]
+    found[LATE_SOUND] = tuple(late)
     found[EMPTY_TEXT] = tuple(sample for sample in samples if not clean_text(sample.text))
     lacking = [{sample.id for finding in LACKS[name] for sample in found[finding]} for name in MODALITIES]
     found[NOTHING] = tuple(sample for sample in samples if all(sample.id in ids for ids in lacking))

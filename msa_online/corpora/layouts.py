@@ -32,6 +32,7 @@ class Row:
         end: End of the window in seconds.
         speaker: Name of the speaker.
         region: Part of the frame that contains the speaker's face: x, y, width and height.
+        audio_track: Number of the audio track, counted from 1.
     """
 
     source: Path
@@ -45,6 +46,7 @@ class Row:
     end: str = ""
     speaker: str = ""
     region: str = ""
+    audio_track: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
 
 
 def read_metadata(source: Path, label_column: str | None) -> RowTable:
-    """Read one metadata.csv (file_name, text, label; optional split, start, end, speaker, region).
+    """Read one metadata.csv: file_name, text, label; maybe split, start, end, speaker, region, audio_track.
 
     Without a split column, clips in train/, valid/ (validation/, val/, dev/) and test/ belong to the split
     of that name, as in the Hub's video folders.
@@ -175,6 +177,7 @@ def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str
             end=cells.get("end", ""),
             speaker=cells.get("speaker", ""),
             region=cells.get("region", ""),
+            audio_track=cells.get("audio_track", ""),
         )
 
 

@@ -19,7 +19,8 @@ from msa_online.processing_msa import Cut, InputLimits
 
 EMPTY_TEXT = "empty text"
 NOTHING = "no modality at all"
-LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
+LATE_SOUND = "silent in the part that is read"
+LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO, LATE_SOUND), "vision": (NO_VIDEO, NO_FACE)}
 """Findings that mean that a sample lacks a modality."""
 LEFT_OUT = "left out: broken"
 SHOWN_LINES = 8  # of the rows with a finding, in the table
@@ -163,6 +164,10 @@ def _caption(prepared: PreparedCorpus, cuts: Mapping[str, object]) -> str | None
         sentences.append("A modality that is missing is masked.")
     if NOTHING in prepared.found:
         sentences.append("Without any modality a model can only predict its baseline.")
+    if LATE_SOUND in prepared.found:
+        sentences.append(
+            "Where sound starts later than a model reads, start and end select the part to read."
+        )
     if SEVERAL_FACES in prepared.found:
         sentences.append("Of several faces one is tracked: the largest, unless face_choice or region differ.")
     if cuts:

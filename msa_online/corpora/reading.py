@@ -30,14 +30,15 @@ def read_corpus(
     label_range: tuple[float, float] | None = None,
     skip_broken: bool = False,
     seed: int = 1111,
+    audio_track: int | None = None,
 ) -> Corpus:
     """Read and check a corpus without decoding anything; reports all problems within a second.
 
     Supported are: a folder with metadata.csv (file_name, text, label; optional split, start, end, speaker,
-    region), or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's csv files
-    with their folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders; "owner/name"
-    on the Hub. Splits given by the data are used. Otherwise clips are split 70/10/20 by speaker, or by file
-    if there is no speaker.
+    region, audio_track), or with one in each of train/, valid/ and test/; MMSA's label.csv with Raw/; MELD's
+    csv files with their folders of clips; .parquet and .arrow files and `datasets.save_to_disk` folders;
+    "owner/name" on the Hub. Splits given by the data are used. Otherwise clips are split 70/10/20 by speaker,
+    or by file if there is no speaker.
 
     Args:
         path: The folder, the csv file or table in it, or the name of a data set on the Hub.
@@ -45,6 +46,7 @@ def read_corpus(
         label_range: Smallest and largest legal label; labels become floats. None keeps them as class names.
         skip_broken: Leave out broken rows and log their number, instead of raising.
         seed: Seed of the split, if the data give none.
+        audio_track: Audio track of rows that name none, counted from 1; None for `Clip`'s choice.
 
     Raises:
         CorpusError: There is no metadata; a column is missing or its labels do not suit the task; or rows are
@@ -53,6 +55,9 @@ def read_corpus(
     table = _read_rows(path, label_column)
     if label_column is not None:
         check_label_column(table.rows, label_column, label_range, skip_broken)
+    if audio_track is not None:
+        rows = tuple(replace(row, audio_track=row.audio_track or str(audio_track)) for row in table.rows)
+        table = replace(table, rows=rows)
     samples, broken = check_rows(table, label_range)
     if broken and not skip_broken:
         raise CorpusError.of_rows(table.source, broken)

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
+from feature_extractors import limits
 from feature_extractors.clip import Clip, Region, is_region
 from msa_online.corpora.corpus import BrokenRow, CorpusError, Sample, place
 from msa_online.corpora.csv_table import did_you_mean
@@ -46,7 +47,7 @@ def check_rows(
     """
     files = _FileCheck(table.links_into)
     splits_given = any(row.split for row in table.rows)
-    first_rows: dict[tuple[str, float, float | None, Region | None], Row] = {}
+    first_rows: dict[tuple[str, float, float | None, Region | None, int | None], Row] = {}
     samples, broken = [], list(table.broken)
     for row in table.rows:
         problems: list[str] = []
@@ -54,10 +55,11 @@ def check_rows(
         file = row.file if path is None or path == row.folder / row.file else files.name_of(row, path)
         window = attempt(problems, _window, row) or (None, None)
         region = attempt(problems, _region, row)
+        track = attempt(problems, _audio_track, row)
         label = attempt(problems, checked_label, row, label_range)
         split = attempt(problems, checked_split, row.split) if splits_given else ""
         if not problems:
-            place_in_file = (os.path.realpath(path), window[0] or 0.0, window[1], region)
+            place_in_file = (os.path.realpath(path), window[0] or 0.0, window[1], region, track)
             earlier = first_rows.setdefault(place_in_file, row)
             if earlier is not row:
                 known = place(earlier.source, earlier.line)
@@ -67,7 +69,7 @@ def check_rows(
         if problems:
             broken.append(BrokenRow(row.source, row.line, "; ".join(problems)))
         else:
-            clip = Clip(path, *window, region=region)
+            clip = Clip(path, *window, region=region, audio_track=track)
             samples.append(
                 Sample(
                     clip=clip,
@@ -178,7 +180,10 @@ def _identity(file: str, clip: Clip) -> str:
     name = str(PurePosixPath(file))
     window = f"@{clip.start or 0.0}-{'end' if clip.end is None else clip.end}"
     region = "" if clip.region is None else "@" + ",".join(map(str, clip.region))
-    return name if clip.start is None and clip.end is None and not region else name + window + region
+    track = "" if clip.audio_track is None else f"@track{clip.audio_track}"
+    if clip.start is None and clip.end is None and not region:
+        return name + track
+    return name + window + region + track
 
 
 def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | str | None:
@@ -239,6 +244,16 @@ def _region(row: Row) -> Region | None:
             "as 0.5 0 0.5 1 for the right half"
         )
     return tuple(shares)
+
+
+def _audio_track(row: Row) -> int | None:
+    cell = row.audio_track.strip()
+    if not cell:
+        return None
+    number = _number(cell)
+    if number is None or not number.is_integer() or not 1 <= number <= limits.MAX_STREAMS:
+        raise RowProblem(f"audio_track {cell!r} is no track: write its number among the audio tracks, from 1")
+    return int(number)
 
 
 def _seconds(column: str, cell: str) -> float | None:

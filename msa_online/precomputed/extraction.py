@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract a corpus of features from clips: states of a frozen text encoder, acoustic and face descriptors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +65,7 @@ def extract_features(
     tokenizer, encoder = load_tokenizer(text_encoder), TextEncoder(load_text_config(text_encoder))
     encoder.load_pretrained(text_encoder)
     cache = FeatureCache()
-    prepared = prepare(corpus, cache, settings, workers, skip_broken)
+    prepared = prepare(corpus, cache, settings, workers, skip_broken, math.inf)
     samples = prepared.samples
     sequences = {name: [] for name in MODALITIES}
     sequences["text"] = encode_texts([sample.text for sample in samples], tokenizer, encoder)

@@ -57,6 +57,8 @@ class DataArguments:
         num_frames: Frames sampled from each clip.
         face_size: Height and width of a face crop in pixels.
         face_choice: Face to track if there are several: "largest" or "most_speaking".
+        audio_track: Audio track of clips whose row names none, counted from 1; by default the default track,
+            or the first audible one if that is silent.
         max_text_tokens: Longest token sequence.
         max_audio_seconds: Longest sound.
         prepare_workers: Processes that extract features; all cores by default.
@@ -75,6 +77,7 @@ class DataArguments:
     num_frames: int = 8
     face_size: int = 96
     face_choice: str = "largest"
+    audio_track: int | None = None
     max_text_tokens: int = MAX_TEXT_TOKENS
     max_audio_seconds: float = MAX_AUDIO_SECONDS
     prepare_workers: int | None = None

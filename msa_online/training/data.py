@@ -59,6 +59,7 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
         label_range=data.legal_range,
         skip_broken=data.skip_broken,
         seed=data.split_seed,
+        audio_track=data.audio_track,
     )
     require_splits(corpus, ("train", "valid"))
     return corpus
@@ -97,7 +98,14 @@ def prepare_data(
         show(features_table(corpus), console)
         return corpus
     prepared = in_turn(
-        lambda: prepare(corpus, FeatureCache(), data.extraction, data.prepare_workers, data.skip_broken),
+        lambda: prepare(
+            corpus,
+            FeatureCache(),
+            data.extraction,
+            data.prepare_workers,
+            data.skip_broken,
+            data.max_audio_seconds,
+        ),
         accelerator,
     )
     require_splits(prepared, ("train", "valid"))

@@ -155,7 +155,9 @@ def test_what_a_model_would_not_read_is_counted_with_figures(prepared):
 
 def test_clips_of_ordinary_length_raise_no_alarm(prepared):
     assert prepared.cut(InputLimits()) == {}
-    assert prepared.extents["good.mp4"] == ClipExtent(pytest.approx(1.0, abs=0.1), pytest.approx(1, 0.1), 2)
+    assert prepared.extents["good.mp4"] == ClipExtent(
+        pytest.approx(1.0, abs=0.1), pytest.approx(1, 0.1), 2, pytest.approx(0, abs=0.1)
+    )
 
 
 def test_a_clip_with_nothing_to_see_hear_or_read_is_a_finding_of_its_own(make_clip, tmp_path):
@@ -166,6 +168,42 @@ def test_a_clip_with_nothing_to_see_hear_or_read_is_a_finding_of_its_own(make_cl
     found = prepare(corpus, FeatureCache(tmp_path / "features"), SETTINGS, workers=1)
     assert found.findings["no modality at all"] == [2] and found.findings["empty text"] == [2, 3]
     assert "Without any modality a model can only predict its baseline" in " ".join(printed(found).split())
+
+
+def test_sound_that_starts_after_the_part_that_is_read_is_missing(make_clip, tmp_path, tiny_tokenizer):
+    sound = np.concatenate([np.zeros(2 * 48_000), 0.3 * np.sin(np.arange(48_000) / 20)])
+    make_clip(tmp_path / "late.wav", video=False, audio=sound)
+    make_clip(tmp_path / "early.wav", video=False, audio=sound[::-1])
+    (tmp_path / "metadata.csv").write_text("file_name,text\nlate.wav,good\nearly.wav,good\n")
+    corpus, cache = read_corpus(tmp_path, label_column=None), FeatureCache(tmp_path / "features")
+    prepared = prepare(corpus, cache, SETTINGS, workers=1, max_audio_seconds=1.5)
+    assert prepared.findings["silent in the part that is read"] == [2]
+    assert "start and end select the part to read" in " ".join(printed(prepared).split())
+    processor = MSAProcessor(tiny_tokenizer, {"num_frames": 2}, max_audio_seconds=1.5)
+    for sample in prepared.samples:
+        encoded = processor.encode(cache.load(prepared.keys[sample.id]), sample.text)
+        said = {name for name, ids in prepared.found.items() if sample in ids}
+        assert bool(encoded["modality_present"][1]) == ("silent in the part that is read" not in said)
+    assert "silent in the part that is read" not in prepare(corpus, cache, SETTINGS).findings
+
+
+def test_the_track_in_use_is_a_finding(make_clip, tmp_path):
+    import av
+
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        tracks = [container.add_stream("pcm_s16le", rate=16_000, layout="mono") for _ in range(2)]
+        for level, track in zip((0, 5000), tracks, strict=True):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 16_000), level, np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            container.mux(track.encode(frame) + track.encode())
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntwo.mkv,good\n")
+    cache = FeatureCache(tmp_path / "features")
+    corpora = [read_corpus(tmp_path, label_column=None, audio_track=track) for track in (None, 1)]
+    first, second = (prepare(corpus, cache, SETTINGS, workers=1) for corpus in corpora)
+    assert first.findings["audio track 2 of 2, track 1 is silent"] == [2]
+    assert "audio track 2 of 2, track 1 is silent" in printed(first)
+    assert "silent audio" in second.findings and second.extracted == 1
 
 
 def table_cells(line: str) -> list[str]:

@@ -477,6 +477,22 @@ def test_a_table_may_give_regions_as_text_or_as_numbers(folder, region):
     assert read_corpus(folder, **SENTIMENT).samples[0].clip.region == (0, 0, 0.5, 1)
 
 
+def test_an_audio_track_may_be_given_for_a_row_or_for_all(folder):
+    rows = ("a.mp4,x,0,2", "a.mp4,x,0,3", "b.mp4,x,0,", "b.mp4,x,0, 1.0 ")
+    write_csv(folder / "metadata.csv", "file_name,text,label,audio_track", *rows)
+    samples = read_corpus(folder, **SENTIMENT).samples
+    assert [sample.clip.audio_track for sample in samples] == [2, 3, None, 1]
+    assert [sample.id for sample in samples] == ["a.mp4@track2", "a.mp4@track3", "b.mp4", "b.mp4@track1"]
+    filled = read_corpus(folder, audio_track=4, **SENTIMENT).samples
+    assert [sample.clip.audio_track for sample in filled] == [2, 3, 4, 1]
+
+
+@pytest.mark.parametrize("track", ["0", "-1", "1.5", "english", "nan", "inf", "1e9"])
+def test_an_audio_track_that_is_no_number_is_refused_with_its_line(folder, track):
+    write_csv(folder / "metadata.csv", "file_name,text,label,audio_track", f"a.mp4,x,0,{track}")
+    assert_names(complaint(folder), "metadata.csv line 2", repr(track), "its number among the audio tracks")
+
+
 def test_empty_split_is_refused_with_its_sizes(folder):
     write_csv(folder / "metadata.csv", "file_name,text,label,split", "a.mp4,x,1,train", "b.mp4,x,1,test")
     corpus = read_corpus(folder, **SENTIMENT)

@@ -125,7 +125,8 @@ def test_a_damaged_entry_is_made_again(tmp_path, make_clip, damage):
     ("stored", "damaged"),
     [
         (b"silent audio", b"silent cudio"),
-        (b"1.0}", b"1.5}"),
+        (b": 1.0,", b": 1.5,"),
+        (b": 0.0}", b": 0.5}"),
         (b"[20,80]", b"[80,20]"),
         (b'checksum":"', b'checksum":"9'),
         (b"findings", b"fundings"),
