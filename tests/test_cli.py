@@ -233,6 +233,16 @@ def test_predict_from_text_alone_as_json(capsys, checkpoint):
         assert one["contributions"]["audio"] == 0 and one["contributions"]["vision"] == 0
 
 
+def test_predict_hears_the_track_it_is_given(capsys, checkpoint, make_clip, tmp_path):
+    path = str(make_clip(tmp_path / "a.wav", video=False))
+    assert main(["predict", path, "--model", checkpoint, "--audio-track", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["modalities"] == ["audio"]
+    assert main(["predict", path, "--model", checkpoint, "--audio-track", "2"]) == 1
+    assert "has 1 audio track, none that can be decoded is number 2" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+
+
 def test_predict_shows_a_table(capsys, checkpoint, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["predict", "--model", checkpoint, "--text", "I loved it"]) == 0
