@@ -12,6 +12,7 @@ from transformers import BertModel
 
 from msa_online import MSAConfig, MSAModel, Prediction
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
+from msa_online.shipped_configs import description, shipped
 from msa_online_cli import build_parser, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -538,8 +539,6 @@ def test_get_models_says_where_a_model_is(capsys, tmp_path, monkeypatch):
 
 
 def test_configs_lists_what_is_shipped_and_prints_one(capsys):
-    from msa_online.shipped_configs import description, shipped
-
     assert main(["configs"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed and description(path) in printed for name, path in shipped().items())
@@ -550,26 +549,31 @@ def test_configs_lists_what_is_shipped_and_prints_one(capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("train ebcm", "did you mean 'ebmc'? `msa-online configs` lists them"),
-        ("study ebcm", "`msa-online configs` lists them"),
-        ("train ebmc training.epochs=abc", "training.epochs is 'abc', but must be int"),
-        ("train ebmc training=3", "training must be a section of keys, not 3"),
-        ("train ebmc model.head=foo", "or import your own with plugins: [package]"),
-        ("train ebmc data.missing.rates={text:~x}", "data.missing.rates.text is 'x', but must be float"),
-        ("train ebmc training.stages=[{nam:~a}]", "'training.stages[0].nam'; did you mean 'name'"),
-        ("train ebmc training.learning_rate=.nan", "is nan, but must be float and finite"),
-        ("train ebmc epochs=3", "unknown key 'epochs'; did you mean 'training.epochs'?"),
-        ("train ebmc foo=1", "unknown key 'foo'; known are model, data, training, plugins"),
-        ("train ebmc data.path=", "'data.path=' has no value: write data.path=VALUE"),
-        ("train ebmc data.path=${HOME}", "${...} is not supported"),
-        ("train ebmc plugins=[no_such_package]", "cannot import 'no_such_package'"),
-        ("train ebmc plugins=mine", "plugins is 'mine', but must be list[str]"),
-        ("study ebmc plugins=[no_such_package]", "cannot import 'no_such_package'"),
-        ("study ebmc --only nobody data.path=x", "--only 'nobody' is no variant"),
+        ("train late_fusoin", "did you mean 'late_fusion'? `msa-online configs` lists them"),
+        ("study late_fusoin", "`msa-online configs` lists them"),
+        ("train late_fusion training.epochs=abc", "training.epochs is 'abc', but must be int"),
+        ("train late_fusion training=3", "training must be a section of keys, not 3"),
+        ("train late_fusion model.head=foo", "or import your own with plugins: [package]"),
+        (
+            "train late_fusion data.missing.rates={text:~x}",
+            "data.missing.rates.text is 'x', but must be float",
+        ),
+        ("train late_fusion training.stages=[{nam:~a}]", "'training.stages[0].nam'; did you mean 'name'"),
+        ("train late_fusion training.learning_rate=.nan", "is nan, but must be float and finite"),
+        ("train late_fusion epochs=3", "unknown key 'epochs'; did you mean 'training.epochs'?"),
+        ("train late_fusion foo=1", "unknown key 'foo'; known are model, data, training, plugins"),
+        ("train late_fusion data.path=", "'data.path=' has no value: write data.path=VALUE"),
+        ("train late_fusion data.path=${HOME}", "${...} is not supported"),
+        ("train late_fusion plugins=[no_such_package]", "cannot import 'no_such_package'"),
+        ("train late_fusion plugins=mine", "plugins is 'mine', but must be list[str]"),
+        ("study STUDY plugins=[no_such_package]", "cannot import 'no_such_package'"),
+        ("study STUDY --only nobody data.path=x", "--only 'nobody' is no variant"),
         ("predict --text a --model x --plugin no_such_package", "--plugin: cannot import"),
     ],
 )
 def test_a_wrong_word_on_the_command_line_is_one_line_with_the_remedy(capsys, words, named):
+    study = next(name for name in shipped() if name.startswith("ablations/"))
+    words = words.replace("STUDY", study)
     assert named in refusal(capsys, *(word.replace("~", " ") for word in words.split()))
 
 

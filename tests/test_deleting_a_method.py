@@ -24,7 +24,10 @@ PARTS = {**HEADS, **MODULATORS, **CALIBRATORS}
 FILES = {name: kind.__module__.split(".")[2] for name, kind in PARTS.items()}  # of msa_online.methods
 METHODS = sorted({*FILES.values()} - {"base", "late_fusion"})
 
-PASSES = "test_layers and not starts or test_configs or help or keywords or in_the_order or classes_are_named"
+PASSES = (
+    "imports or test_configs and (builds_its_model or can_be_run) or configs_lists or help or keywords "
+    "or in_the_order or classes_are_named"
+)
 """Words of the tests that run in a copy. Pytest collects all tests to find them."""
 
 
