@@ -9,4 +9,4 @@ quality:        ## check it
 	ruff format --check .
 
 test:           ## run the whole suite, a process for each core
-	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -306,6 +306,12 @@ def mmsa_content() -> dict:
     return {"train": part(4, 0), "valid": part(3, 1), "test": part(2, 2)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: the last file must not keep one process busy while others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a head, a modulator or a calibrator that the tables do not have."""
     if names := {name for marker in item.iter_markers("needs") for name in marker.args}:

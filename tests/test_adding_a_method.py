@@ -95,7 +95,7 @@ def followed(tmp_path_factory) -> Path:
     """A copy of the repository to which the page has been applied."""
     copy = tmp_path_factory.mktemp("repository")
     for name in ("msa_online", "feature_extractors", "tests", "configs", "scripts", "docs"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, copy / name)
     for file in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.md"), REPOSITORY / "pyproject.toml"]:
         shutil.copy(file, copy)
     for name, language, content in CHANGES:
@@ -120,6 +120,7 @@ def test_the_page_names_all_that_a_method_consists_of():
     assert names == [HEAD, TABLES, config, test, "README.md"]
 
 
+@pytest.mark.slow
 def test_a_method_added_as_the_page_says_passes_its_tests_and_the_contract(followed):
     command = re.search(r"```bash\npython (-m pytest .*?)```", PAGE, flags=re.DOTALL)[1]
     finished = run([*shlex.split(command.replace("\\\n", " ")), "-p", "no:cacheprovider", "-rA"], followed)
@@ -167,6 +168,7 @@ def broken(followed) -> list[str]:
     return run([*words, "--tb=no", "-q"], followed).stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_new_head_is_found_and_named(mistake, broken):
     number = list(MISTAKES).index(mistake)

@@ -160,6 +160,7 @@ def test_extraction_starts_without_torch_and_without_its_own_heavy_libraries():
     )
 
 
+@pytest.mark.slow
 def test_the_package_starts_without_what_only_training_or_extraction_needs_and_without_network():
     heavy = (
         "av",

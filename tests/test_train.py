@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 240  # seconds a launch may take on a busy machine
 
 

@@ -74,6 +74,7 @@ def train(repository):
     return lambda document: train_run(parse_arguments(document), "none")
 
 
+@pytest.mark.slow
 def test_a_run_on_features_learns_and_is_a_checkpoint_that_scales_as_it_did(
     repository, document, archive, tmp_path
 ):

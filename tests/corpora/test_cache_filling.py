@@ -241,6 +241,7 @@ def test_too_little_disk_is_said_before_anything_is_extracted(corpus, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_no_clip_is_lost(corpus, tmp_path):
     killer = threading.Thread(target=kill_first_worker)
     killer.start()
@@ -268,6 +269,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_a_usable_cache_and_no_process_behind(make_clip, tmp_path):
     make_clip(tmp_path / "long.mp4", fps=8, seconds=4)
     windows = [f"long.mp4,x,{start / 100},{start / 100 + 1}" for start in range(300)]
@@ -294,6 +296,7 @@ def wait_until(condition) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_real_clips_of_many_containers_are_prepared(shared_data, tmp_path):
     names = [
         *("crema_d/1001_DFA_ANG_XX.flv", "crema_d/1001_DFA_HAP_XX.flv", "grid/bbaf2n.mpg"),

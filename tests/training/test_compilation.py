@@ -14,7 +14,7 @@ from msa_online.hub import load_checkpoint
 from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.modalities import COMPLETE
 
-pytestmark = pytest.mark.needs("ebmc", "rebalance")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("ebmc", "rebalance")]
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 STAGES = [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 2}]

@@ -174,6 +174,7 @@ def pairs(train, on_two_processes, tmp_path_factory) -> dict[str, tuple[Path, Pa
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_hold_the_same_weights_bit_for_bit(kind, pairs):
     _, two = pairs[kind]
@@ -184,6 +185,7 @@ def test_two_processes_hold_the_same_weights_bit_for_bit(kind, pairs):
     assert any(name.startswith("running state: prototypes") for name in ranks[0]) == (kind in OF_PASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AS_ONE)
 def test_two_processes_modulate_as_one_does(kind, pairs):
     """A loss that is a mean over what not all samples have is no mean of its halves: those weigh nothing."""

@@ -23,6 +23,7 @@ def test_a_run_chooses_its_precision_unless_told_otherwise():
     assert choose_precision("auto", "key").name == ("bf16" if cpu_computes_bf16() else "no")
 
 
+@pytest.mark.slow
 def test_a_processor_that_emulates_bf16_trains_in_fp32_and_warns_when_told_otherwise():
     script = """if True:
         from msa_online.training.precision import choose_precision

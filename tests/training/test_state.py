@@ -262,6 +262,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_resume_onto_the_same_weights(on_two_processes, tmp_path):
     random_ = np.random.default_rng(0)
     labels = random_.uniform(-3, 3, size=40)

@@ -17,6 +17,8 @@ from msa_online.training import data as data_of_run
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.config import DataArguments, TrainingArguments
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 3  # seconds that collectives of training may take here; by default it is half an hour
 rank = os.environ.get("RANK")
 prepare = data_of_run.prepare

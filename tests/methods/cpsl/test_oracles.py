@@ -479,6 +479,7 @@ def hold_extremes(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_extremes_that_one_holds_with_both_batches(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["msa_online.methods.cpsl"])  # imported once, not by either process

@@ -260,6 +260,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_pass_the_switch_together_and_hold_the_same_weights(runs, on_two_processes, tmp_path):
     settings = tmp_path / "two.yaml"
     document = runs.document(
