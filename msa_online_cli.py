@@ -53,10 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     prepare = commands.add_parser(
-        "prepare", help="extract all clips of a corpus into the cache, show what was found"
+        "prepare",
+        help="extract all clips of a corpus into the cache, show what was found in clips and splits",
     )
     prepare.add_argument("data", help="folder with metadata.csv or label.csv, table, or Hub repository")
     _add_extraction(prepare)
+    prepare.add_argument(
+        "--label-column", help="column of the labels, for the table of splits (default label)"
+    )
+    prepare.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse data with warnings: a speaker or recording in two splits, odd labels, tiny splits",
+    )
     prepare.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
     prepare.add_argument(
         "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"

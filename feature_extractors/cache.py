@@ -58,7 +58,7 @@ class FeatureCache:
         """
         content = {
             "format": FORMAT_VERSION,
-            "file": self._file_digest(Path(clip.path)),
+            "file": self.file_digest(Path(clip.path)),
             "window": [None if time is None else float(time) for time in (clip.start, clip.end)],
             "audio_track": clip.audio_track,
             "region": clip.region and [float(share) for share in clip.region],
@@ -130,7 +130,7 @@ class FeatureCache:
     def _entry(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _file_digest(self, path: Path) -> str:
+    def file_digest(self, path: Path) -> str:
         """SHA-256 of a file's bytes, itself cached on disk so that corpora are not read at every start."""
         check_file(path)
         status = path.stat()

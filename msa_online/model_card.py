@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a checkpoint, in its folder and on the Hub."""
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from feature_extractors.clip import printable
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.tables import markdown_table
+from msa_online.evaluation.tables import HEADLINES, markdown_table, markdown_text
 
 RUN_FILES = "Everything else is in `run.yaml` beside this file, and every epoch in `history.json`."
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -22,7 +25,7 @@ Trained with `msa_online`; the checkpoint contains its processor.
 ```python
 from msa_online import MSAPipeline
 
-pipeline = MSAPipeline.from_pretrained("{name}")
+pipeline = MSAPipeline.from_pretrained({name})
 prediction = pipeline("clip.mp4", text="what is said in it")
 print(prediction)
 print(prediction.baseline, prediction.contributions)  # prediction without input; what each modality adds
@@ -52,34 +55,51 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
     outputs = (
         f"a score in {config.label_range}"
         if config.is_regression
-        else "one of " + ", ".join(config.id2label.values())
+        else "one of " + ", ".join(map(markdown_text, config.id2label.values()))
     )
     card = template.substitute(
         metadata=yaml.safe_dump(
             _card_metadata(config, published["text_encoder"], task), sort_keys=False
         ).strip(),
-        name=name,
+        name=markdown_text(name),
         task=task,
         outputs=outputs,
         **_card_inputs(name, config, published["text_encoder"], record.get("limits", {})),
         head=config.head,
         modulator=record["modulator"],
         calibrator=config.calibrator,
-        data=record["data"],
+        data=markdown_text(record["data"]),
         splits=", ".join(f"{name} {count}" for name, count in record["splits"].items()),
         seed=record["seed"],
         precision=record["mixed_precision"],
         selection=record["selection"],
         epoch=record["epoch"],
         protocol=record["protocol"],
+        findings=_findings(record.get("findings", {})),
         results="\n\n".join(
-            f"**{split}**\n\n{markdown_table(conditions)}" for split, conditions in record["results"].items()
+            f"**{split}**\n\n{markdown_table(conditions)}{_undefined(record, split)}"
+            for split, conditions in record["results"].items()
         ),
-        comparison="\n".join(f"- {line}" for line in record["comparison"]),
-        command=record["command"],
+        comparison="\n".join(f"- {markdown_text(line)}" for line in record["comparison"]),
+        command=printable(record["command"]),
         files="" if repository else RUN_FILES,
     )
     (folder / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def _findings(counts: Mapping[str, int | str]) -> str:
+    """What was found in the clips, as a row of the table; nothing for precomputed features."""
+    if not counts:
+        return ""
+    return f"\n| found in the clips | {', '.join(f'{name}: {count}' for name, count in counts.items())} |"
+
+
+def _undefined(record: Mapping[str, Any], split: str) -> str:
+    """Why metrics of a split are undefined, as a paragraph; nothing if none is."""
+    reasons = record.get("undefined", {}).get(split, {})
+    if not reasons:
+        return ""
+    return "\n\nUndefined: " + "; ".join(f"{HEADLINES[name]} ({why})" for name, why in reasons.items())
 
 
 def _card_inputs(
@@ -90,13 +110,14 @@ def _card_inputs(
         most = ", ".join(f"{number:g} {unit}" for unit, number in limits.items())
         return {
             "inputs": "a clip of a person talking: text, audio and face",
-            "usage": CLIP_USAGE.format(name=name),
-            "front_end": f"text encoder | {text_encoder}" + (f" |\n| reads at most | {most}" if most else ""),
+            "usage": CLIP_USAGE.format(name=json.dumps(printable(name))),
+            "front_end": f"text encoder | {markdown_text(text_encoder)}"
+            + (f" |\n| reads at most | {most}" if most else ""),
         }
     widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
     return {
         "inputs": f"precomputed features of a person talking ({widths})",
-        "usage": FEATURE_USAGE.format(name=name),
+        "usage": FEATURE_USAGE.format(name=shlex.quote(printable(name))),
         "front_end": f"features | {widths}",
     }
 

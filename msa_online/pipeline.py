@@ -25,13 +25,15 @@ from msa_online.evaluation.conditions import DIVERGED, UndefinedScoreError
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
-from msa_online.processing_msa import MSAProcessor
+from msa_online.processing_msa import MSAProcessor, UnknownTokens, clean_text
 
 REASONS = {"audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
 """Findings for which a modality is missing."""
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
+
+FROM_UNKNOWN = "the tokenizer knows no word of the text: every such text gets this prediction"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class Prediction:
         contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for a
             missing modality.
         cut: For each modality that is read only in part, how much was read: "first 30.0 of 182.4 s".
-        warning: Set if all modalities are missing, so that the prediction does not depend on the clip; else
-            None.
+        warning: Set if all modalities are missing, so that the prediction does not depend on the clip, or if
+            it rests on a text of unknown words alone; else None.
         findings: What makes the clip doubtful although it is used: "several faces", "still picture", "audio
-            track 2 of 2".
+            track 2 of 2", "text: 3 of 12 tokens unknown".
     """
 
     clip: str | None
@@ -220,6 +222,7 @@ class MSAPipeline:
         outputs = attribution.outputs.tolist()
         classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
         extent = ClipExtent.of(features, self.processor.settings.hop_ms)
+        (unknown,) = self.processor.limits.unknown([text])
         used = tuple(name for name, is_present in zip(MODALITIES, present, strict=True) if is_present)
         return Prediction(
             clip=None if clip is None else str(clip.path),
@@ -228,15 +231,18 @@ class MSAPipeline:
             probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
             missing={
-                name: _why_missing(name, clip, features, self.processor.max_audio_seconds)
+                name: _why_missing(name, clip, text, features, self.processor.max_audio_seconds)
                 for name in MODALITIES
                 if name not in used
             },
             baseline=attribution.baseline.item(),
             contributions=dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
-            warning=None if used else FROM_NOTHING,
-            findings=tuple(each for each in features.findings if each not in chain(*REASONS.values())),
+            warning=_warning(used, unknown),
+            findings=(
+                *(each for each in features.findings if each not in chain(*REASONS.values())),
+                *([f"text: {unknown.description}"] if unknown.unknown else []),
+            ),
         )
 
 
@@ -260,7 +266,7 @@ def _pairs(clips: Any, text: Any) -> list[tuple[Clip | None, str | None]]:
             raise ValueError(f"clip {number} is {clip!r}: give a path, a Clip, or None")
         if not isinstance(transcript, str | None):
             raise ValueError(f"text {number} is {transcript!r}: give a string, or None if there is none")
-        if clip is None and not (transcript or "").strip():
+        if clip is None and not clean_text(transcript):
             raise ValueError("nothing to predict from: give a clip, a text, or both")
     return [
         (None if clip is None else as_clip(clip), transcript)
@@ -273,9 +279,18 @@ def as_clip(source: str | Path | Clip) -> Clip:
     return source if isinstance(source, Clip) else Clip(Path(source))
 
 
-def _why_missing(name: str, clip: Clip | None, features: ClipFeatures, max_audio_seconds: float) -> str:
+def _warning(used: tuple[str, ...], unknown: UnknownTokens) -> str | None:
+    """Why the prediction says nothing about the clip, if it does not."""
+    if not used:
+        return FROM_NOTHING
+    return FROM_UNKNOWN if used == ("text",) and unknown.all_unknown else None
+
+
+def _why_missing(
+    name: str, clip: Clip | None, text: str | None, features: ClipFeatures, max_audio_seconds: float
+) -> str:
     if name == "text":
-        return "no transcript given"
+        return "no transcript given" if text is None else "empty text"
     if clip is None:
         return "no clip given"
     if name == "audio" and features.has_audio:

@@ -18,6 +18,7 @@ from feature_extractors.worker import WorkerError
 from msa_online.corpora.corpus import CorpusError
 from msa_online.encoders.text import TextEncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
+from msa_online.evaluation.tables import printable_lines
 from msa_online.hub import CheckpointError
 from msa_online.training.divergence import DivergedError
 from msa_online.training.yaml_reader import ConfigurationError
@@ -71,7 +72,8 @@ def _report(message: str) -> None:
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _first_process_reports(message, report):
         return
-    Console(stderr=True).print(Text("error: ", style="red").append(message, style="default"), soft_wrap=True)
+    line = Text("error: ", style="red").append(printable_lines(message), style="default")
+    Console(stderr=True).print(line, soft_wrap=True)
     if report:
         # the launcher of several processes prints a long report; its last lines repeat this message
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")

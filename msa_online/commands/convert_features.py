@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`msa-online convert-features`: convert precomputed features to a corpus."""
 
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from msa_online.evaluation.tables import show
+from feature_extractors.clip import printable
+from msa_online.evaluation.tables import open_console, show
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.conversion import convert_features
 from msa_online.precomputed.corpus import features_table
@@ -15,7 +18,7 @@ from msa_online.precomputed.reading import read_features
 
 def run(options: Namespace, console: Console) -> None:
     """Convert a file of precomputed features to a corpus."""
-    with Console(stderr=True).status(f"reading {options.source}"):
+    with open_console(stderr=True).status(Text(f"reading {printable(options.source)}")):
         convert_features(
             Path(options.source),
             Path(options.folder),
@@ -37,4 +40,5 @@ def show_features(folder: str, console: Console) -> None:
     known = {name: steps.width for name, steps in corpus.steps.items()}
     # for a modality that is not in the data, any width works
     widths = ", ".join(f"{name}: {known.get(name, 1)}" for name in MODALITIES)
-    console.print(f"train on it: 'model.feature_widths={{{widths}}}' data.path={folder}", soft_wrap=True)
+    path = shlex.quote(f"data.path={folder}")
+    console.print(f"train on it: 'model.feature_widths={{{widths}}}' {path}", soft_wrap=True)

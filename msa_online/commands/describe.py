@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from feature_extractors.clip import printable
 from msa_online.commands.json_output import write_json
 from msa_online.describe import describe, description_tables, record_lines
 from msa_online.evaluation.tables import conditions_table, shares_table, show
@@ -28,10 +29,10 @@ def run(options: Namespace, console: Console) -> None:
     for table in description_tables(description, options.source):
         show(table, console)
     for line in record_lines(description):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
     for split, results in description.trained_on.get("results", {}).items():
         show(conditions_table(results, f"scores on {split}"), console)
     for split, shares in description.trained_on.get("shares", {}).items():
         show(shares_table(shares, f"what predictions on {split} come from"), console)
     for line in description.trained_on.get("comparison", ()):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)

@@ -18,8 +18,9 @@ from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.validation import why_not_writable
-from msa_online.evaluation.conditions import evaluate_conditions, evaluate_frame_rates
-from msa_online.evaluation.tables import conditions_table, frame_rates_table, show
+from msa_online.evaluation.conditions import evaluate_conditions, evaluate_frame_rates, undefined_of
+from msa_online.evaluation.metrics import METRIC_TITLES
+from msa_online.evaluation.tables import conditions_table, frame_rates_table, open_console, show
 from msa_online.hub import load_checkpoint
 from msa_online.missing.frames import FrameDrop, stand_ins_of
 from msa_online.precomputed.corpus import FeatureCorpus
@@ -42,7 +43,7 @@ def run(options: Namespace, console: Console) -> None:
     except ValueError as error:
         options.refuse(str(error))
     if precision.warning:
-        Console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
+        open_console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
     accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
     prepared = None
@@ -69,6 +70,7 @@ def run(options: Namespace, console: Console) -> None:
         results = evaluate_conditions(model, loader, accelerator)
         report["conditions"] = results
         table = conditions_table(results, title)
+    report["undefined"] = undefined = undefined_of(dataset.labels, model.config)
     if options.json:
         if prepared:
             report |= findings_record(prepared, processor.limits)
@@ -77,6 +79,8 @@ def run(options: Namespace, console: Console) -> None:
         if prepared:
             show(findings_table(prepared, processor.limits), console)
         show(table, console)
+        for name, reason in undefined.items():
+            console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
 
 
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> PreparedCorpus:

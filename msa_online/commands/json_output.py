@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON output of commands."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
+from msa_online.evaluation.json_text import json_text
+
 
 def write_json(content: object, target: str, console: Console) -> None:
     """Write `content` as JSON to the file `target`, or print it for "-"."""
-    text = json.dumps(content, indent=2)
+    text = json_text(content)
     if target == "-":
         console.out(text, highlight=False)
     else:

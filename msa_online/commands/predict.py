@@ -35,7 +35,12 @@ def run(options: Namespace, console: Console) -> None:
     results: list[Prediction | ClipError] = []
     broken = 0
     stopped = None
-    for result in MSAPipeline.from_pretrained(options.model).stream(clips, texts):
+    pipeline = MSAPipeline.from_pretrained(options.model)
+    try:
+        predictions = pipeline.stream(clips, texts)
+    except ValueError as error:  # nothing to predict from: a text without any visible character
+        options.refuse(str(error))
+    for result in predictions:
         if isinstance(result, ClipError):
             broken += 1
             if not options.skip_broken:
@@ -46,7 +51,7 @@ def run(options: Namespace, console: Console) -> None:
         write_json([_as_json(result) for result in results], "-", console)
     elif results:
         for line in prediction_lines(results):
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(printable(line)), soft_wrap=True)
     if stopped is not None:
         if len(clips) == 1:
             raise stopped
@@ -89,7 +94,11 @@ def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
 
 def _lines_of(one: Prediction, largest: float) -> list[str]:
     of_scores = one.label is None
-    answer = f"{one.score:+.3f}" if of_scores else f"{one.label} ({one.probabilities[one.label]:{PERCENT}})"
+    answer = (
+        f"{one.score:+.3f}"
+        if of_scores
+        else f"{printable(one.label)} ({one.probabilities[one.label]:{PERCENT}})"
+    )
     unit = ".3f" if of_scores else PERCENT
     lines = [
         f"{printable(one.clip or '(text only)')}: {answer}",

@@ -26,7 +26,7 @@ def run(options: Namespace, console: Console) -> None:
             f"--only {unknown.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
         )
     # bound to the terminal, because the output of each run is redirected to a file
-    console = Console(file=sys.stdout, markup=False, highlight=False)
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = UNLIMITED
     if not options.table:

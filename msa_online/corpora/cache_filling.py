@@ -62,7 +62,7 @@ def prepare(
         ClipError: A file was deleted after the corpus was read.
     """
     began = time.perf_counter()
-    keys, findings, extents = _look_up(corpus.samples, cache, settings)
+    keys, contents, findings, extents = _look_up(corpus.samples, cache, settings)
     missing = {keys[sample.id]: sample.clip for sample in corpus.samples if keys[sample.id] not in findings}
     failures: dict[str, ClipError] = {}
     if missing:
@@ -85,22 +85,25 @@ def prepare(
         extents={sample.id: extents[keys[sample.id]] for sample in usable},
         extracted=sum(keys[sample.id] in missing for sample in usable),
         seconds=time.perf_counter() - began,
+        contents={sample.id: contents[sample.id] for sample in usable},
     )
 
 
 def _look_up(
     samples: Sequence[Sample], cache: FeatureCache, settings: ExtractionSettings
-) -> tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, ClipExtent]]:
-    """Cache keys by sample id; findings and extents of the clips that are cached, by key."""
+) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]], dict[str, ClipExtent]]:
+    """Cache keys and hashes of files by sample id; findings and extents of cached clips by key."""
     keys: dict[str, str] = {}
+    contents: dict[str, str] = {}
     findings: dict[str, tuple[str, ...]] = {}
     extents: dict[str, ClipExtent] = {}
     for sample in track(samples, "reading the cache", transient=True, console=Console(stderr=True)):
         key = keys[sample.id] = cache.key(sample.clip, settings)
+        contents[sample.id] = cache.file_digest(sample.clip.path)
         if key not in findings and (features := cache.load(key)) is not None:
             findings[key] = features.findings
             extents[key] = ClipExtent.of(features, settings.hop_ms)
-    return keys, findings, extents
+    return keys, contents, findings, extents
 
 
 def _extract_all(

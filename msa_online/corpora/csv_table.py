@@ -53,6 +53,10 @@ LEGACY_ENCODINGS = (  # name in Python, name for iconv, characters of its texts,
 WESTERN = ("cp1252", "WINDOWS-1252", "[À-ÿŒœŠšŽžŸ‘’“”„–—…•€£°«»§·´¡¿ª®©™\N{NO-BREAK SPACE}]", 0.9)  # noqa: RUF001
 
 
+class MissingColumnError(CorpusError):
+    """A table lacks a column."""
+
+
 @dataclass(frozen=True)
 class CsvTable:
     """A csv file: columns, rows as (first line, {column: cell}), and rows with a wrong number of cells."""
@@ -89,13 +93,13 @@ def require_columns(path: Path, columns: Sequence[str], wanted: Iterable[str]) -
     """Check that a table has the required columns.
 
     Raises:
-        CorpusError: Columns are missing; the message names all of them, and similar ones that exist.
+        MissingColumnError: Columns are missing; the message names all of them, and similar ones that exist.
     """
     missing = [name for name in wanted if name not in columns]
     if not missing:
         return
     complaints = [f"no column {name!r}{did_you_mean(name, columns)}" for name in missing]
-    raise CorpusError(
+    raise MissingColumnError(
         f"{path} line 1: {'; '.join(complaints)}. Its columns are: {', '.join(filter(None, columns))}. "
         "Rename or add the column in the header; if the label has another name, set label_column."
     )

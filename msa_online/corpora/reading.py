@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from feature_extractors.clip import printable
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.corpora.arrow_tables import is_arrow, read_arrow
 from msa_online.corpora.corpus import TEXT_SUFFIXES, Corpus, CorpusError, Sample
 from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.corpora.splits import SPLITS, seeded_split
-from msa_online.corpora.validation import check_label_column, check_rows
+from msa_online.corpora.validation import check_label_column, check_rows, with_scores
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FEATURE_SUFFIXES = (".npz", ".npy", ".pkl", ".pickle", ".safetensors")
@@ -31,6 +32,7 @@ def read_corpus(
     skip_broken: bool = False,
     seed: int = 1111,
     audio_track: int | None = None,
+    labels_optional: bool = False,
 ) -> Corpus:
     """Read and check a corpus without decoding anything; reports all problems within a second.
 
@@ -47,27 +49,34 @@ def read_corpus(
         skip_broken: Leave out broken rows and log their number, instead of raising.
         seed: Seed of the split, if the data give none.
         audio_track: Audio track of rows that name none, counted from 1; None for `Clip`'s choice.
+        labels_optional: Rows without a label are legal, and so are labels of any kind: numbers become floats
+            if all labels are numbers.
 
     Raises:
         CorpusError: There is no metadata; a column is missing or its labels do not suit the task; or rows are
             broken, all of which are listed.
     """
     table = _read_rows(path, label_column)
-    if label_column is not None:
+    if label_column is not None and not labels_optional:
         check_label_column(table.rows, label_column, label_range, skip_broken)
     if audio_track is not None:
         rows = tuple(replace(row, audio_track=row.audio_track or str(audio_track)) for row in table.rows)
+        table = replace(table, rows=rows)
+    if labels_optional:
+        rows = tuple(replace(row, label=(row.label or "").strip() or None) for row in table.rows)
         table = replace(table, rows=rows)
     samples, broken = check_rows(table, label_range)
     if broken and not skip_broken:
         raise CorpusError.of_rows(table.source, broken)
     if broken:
         total = len(broken) + len(samples)
-        logger.warning("%s: left out %s broken rows of %s", table.source, len(broken), total)
+        logger.warning("%s: left out %s broken rows of %s", printable(table.source), len(broken), total)
     if not samples:
         raise CorpusError(f"{table.source} has no usable row: write one row for every clip", broken)
     if not any(sample.split for sample in samples):
         samples = _with_seeded_split(samples, table.source, seed)
+    if labels_optional:
+        samples = with_scores(samples)
     return Corpus(tuple(samples), table.source, tuple(broken))
 
 
@@ -137,7 +146,7 @@ def _with_seeded_split(samples: list[Sample], source: Path, seed: int) -> list[S
     sizes = Counter(splits)
     logger.warning(
         "%s gives no splits: %s clips of %s %s are split %s/%s/%s (train/valid/test, seed %s)",
-        source,
+        printable(source),
         len(samples),
         len(set(groups)),
         "speakers" if all(each.speaker for each in samples) else "speakers or files",

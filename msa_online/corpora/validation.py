@@ -9,12 +9,13 @@ import shlex
 import stat
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 from feature_extractors import limits
-from feature_extractors.clip import Clip, Region, is_region
+from feature_extractors.clip import Clip, Region, is_region, printable
 from msa_online.corpora.corpus import BrokenRow, CorpusError, Sample, place
 from msa_online.corpora.csv_table import did_you_mean
 from msa_online.corpora.layouts import Row, RowTable
@@ -161,10 +162,18 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
         logger.warning(
             "%s: column %r gives %s classes, all of them whole numbers; if they are ratings, set "
             "data.task=regression and data.label_range",
-            source,
+            printable(source),
             column,
             len(numbers),
         )
+
+
+def with_scores(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with floats for labels if all labels are numbers; else as they are."""
+    numbers = {sample.label: _number(sample.label) for sample in samples if sample.label is not None}
+    if None in numbers.values() or not all(map(math.isfinite, numbers.values())):
+        return list(samples)
+    return [replace(sample, label=numbers.get(sample.label)) for sample in samples]
 
 
 def attempt(problems: list[str], check: Callable[..., Value], *values) -> Value | None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.metrics import classification_metrics, regression_metrics
+from msa_online.evaluation.metrics import classification_metrics, regression_metrics, undefined_metrics
 from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
@@ -233,6 +233,11 @@ def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dic
     if config.is_regression:
         return regression_metrics(logits[:, 0], labels, label_range=config.label_range)
     return classification_metrics(logits, labels, num_classes=config.num_labels)
+
+
+def undefined_of(labels: Sequence[float], config: MSAConfig) -> dict[str, str]:
+    """Metrics that are undefined on a split with `labels` `(samples,)`, with the reason."""
+    return undefined_metrics(labels) if config.is_regression else {}
 
 
 def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:

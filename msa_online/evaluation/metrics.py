@@ -70,8 +70,8 @@ def regression_metrics(
 
     Returns:
         Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". The correlation is 0, with a warning,
-        if either array is constant. Non0 metrics (in "nonzero" style all) are NaN, with a warning, if every
-        label is 0.
+        if all predictions are equal, and NaN if all labels are. Non0 metrics (in "nonzero" style all) are
+        NaN, with a warning, if every label is 0.
 
     Raises:
         ValueError: Arrays are empty, not finite, of different lengths or of a wrong shape; or the style is
@@ -95,6 +95,21 @@ def regression_metrics(
     if tuple(label_range) == SEVEN_POINT:
         metrics |= {name: _rounded_accuracy(predicted, true, top) for name, top in ROUNDED_ACCURACIES.items()}
     return metrics
+
+
+def undefined_metrics(labels: ArrayLike) -> dict[str, str]:
+    """Metrics of a regression that are undefined on these labels, whatever is predicted, with the reason.
+
+    Args:
+        labels: True scores, `(samples,)`.
+    """
+    true = np.asarray(labels, dtype=np.float64).ravel()
+    reasons = {}
+    if not true.any():
+        reasons |= dict.fromkeys(("acc2_non0", "f1_non0"), "no label differs from 0")
+    if true.max() == true.min():
+        reasons["corr"] = f"all labels are {true[0]:g}"
+    return reasons
 
 
 def classification_metrics(predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> dict[str, float]:
@@ -189,12 +204,14 @@ def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:
     """Pearson correlation. max == min detects constants, whose computed deviation is rarely exactly 0."""
     if not len(true):
         return float("nan")
-    for name, values in (("predictions", predicted), ("labels", true)):
-        if values.max() == values.min():
-            warnings.warn(
-                f"all {name} are {values[0]}: correlation is undefined, reported as 0", stacklevel=3
-            )
-            return 0.0
+    if true.max() == true.min():
+        warnings.warn(f"all labels are {true[0]}: correlation is undefined", stacklevel=3)
+        return float("nan")
+    if predicted.max() == predicted.min():
+        warnings.warn(
+            f"all predictions are {predicted[0]}: correlation is undefined, reported as 0", stacklevel=3
+        )
+        return 0.0
     return float(np.corrcoef(predicted, true)[0, 1])
 
 

@@ -2,13 +2,16 @@
 """Tables of results, for the terminal and for Markdown."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import copy
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from feature_extractors.clip import printable
 from msa_online.modalities import CONDITIONS, MISSING_RATES, MODALITIES
 
 HEADLINES = {
@@ -33,27 +36,47 @@ Results = Mapping[str, Mapping[str, float]]
 """Metrics by name, by condition."""
 
 
-def open_console(*, quiet: bool = False) -> Console:
-    """The console of a command: as wide as the terminal, or unlimited if the output is not a terminal.
+class PlainConsole(Console):
+    """Prints names, labels and texts of users as they are.
 
-    Rich would use 80 columns for a file or a pipe, and truncate file names to fit. A width in the environment
-    variable COLUMNS applies.
+    Brackets are no markup and colons no emoji. Control characters and stray bytes are escaped, so that a name
+    moves no cursor and changes no colour.
     """
-    console = Console(quiet=quiet)
+
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        super().__init__(quiet=quiet, stderr=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as text to print."""
+        return super().render_str(printable_lines(text), **options)
+
+
+def printable_lines(text: str) -> str:
+    """Text in which all but line breaks can be printed: control characters and stray bytes are escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def open_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """The console of a command: as wide as the terminal, and without a limit where the output is no terminal.
+
+    Rich would take 80 columns for a file or a pipe, and cut names of files to fit. A width in the environment
+    variable COLUMNS holds.
+    """
+    console = PlainConsole(quiet=quiet, stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNLIMITED
     return console
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table; title and caption are printed separately, because rich limits them to its width."""
+    """Print a table, its title and caption in lines of their own: inside it they are cut to its width."""
     bare = copy(table)
     bare.title = bare.caption = None
     if table.title:
-        console.print(table.title, style="table.title", soft_wrap=True)
+        console.print(Text(printable(str(table.title))), style="table.title", soft_wrap=True)
     console.print(bare)
     if table.caption:
-        console.print(table.caption, style="table.caption")
+        console.print(Text(str(table.caption)), style="table.caption")
 
 
 def conditions_table(results: Results, title: str) -> Table:
@@ -94,8 +117,14 @@ def markdown_table(results: Results) -> str:
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells as a Markdown table: the first column is left-aligned, the others right-aligned."""
     ruler = ["---", *("---:" for _ in header[1:])]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, ruler, *rows))
-    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+    escaped = (list(map(markdown_text, row)) for row in (header, *rows))
+    first, *others = (f"| {' | '.join(row)} |" for row in escaped)
+    return "\n".join([first, f"| {' | '.join(ruler)} |", *others])
+
+
+def markdown_text(text: object) -> str:
+    """A name, label or text of a user in Markdown: one line without links, emphasis, HTML or more cells."""
+    return re.sub(r"([\\`*<|]|(?<=\])[(\[:])", r"\\\1", printable(str(text)))
 
 
 def shares_table(shares: Mapping[str, float], title: str) -> Table:
@@ -123,8 +152,10 @@ def epoch_line(
     return f"{title}  train: {trained}  valid: {validated}{notes}"
 
 
-def format_metric(name: str, value: float) -> str:
+def format_metric(name: str, value: float | None) -> str:
     """Format a metric as papers do: fractions in percent with two decimals, the others with three."""
+    if value is None:  # a record has no word for NaN
+        return "nan"
     return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora of precomputed features in memory, and the checks before training."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -152,6 +154,20 @@ class FeatureCorpus(BySplit):
         """Steps of a modality in each of `samples`, `(samples,)`; zeros where the corpus lacks it."""
         rows = [sample.row for sample in samples]
         return self.steps[name].lengths[rows] if name in self.steps else np.zeros(len(rows), np.int64)
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hash of the features of each sample that has any, by sample id."""
+        found = {}
+        for sample in self.samples:
+            digest, steps = hashlib.blake2b(digest_size=16), 0
+            for name in self.steps:
+                values = self.steps[name].of(sample.row)
+                digest.update(f"{name} {len(values)} ".encode())
+                digest.update(values.contiguous().numpy())
+                steps += len(values)
+            found[sample.id] = digest.hexdigest() if steps else ""
+        return found
 
     def present(self, split: str) -> Tensor:
         """Which modalities each sample of a split has, `(samples, 3)` bool."""

@@ -2,8 +2,10 @@
 """Read and validate a corpus of precomputed features before a run starts."""
 
 import logging
+import shlex
 from pathlib import Path
 
+from feature_extractors.clip import printable
 from msa_online.corpora.corpus import BrokenRow, CorpusError, place
 from msa_online.corpora.csv_table import require_columns
 from msa_online.corpora.layouts import Row
@@ -53,7 +55,7 @@ def read_features(
         raise CorpusError.of_rows(source, broken)
     if broken:
         total = len(broken) + len(samples)
-        logger.warning("%s: left out %s broken rows of %s", source, len(broken), total)
+        logger.warning("%s: left out %s broken rows of %s", printable(source), len(broken), total)
     if not samples:
         raise CorpusError(f"{source} has no usable row", broken)
     return FeatureCorpus(tuple(samples), table.steps, source, tuple(broken))
@@ -119,12 +121,15 @@ def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row
 
 def _read_table(path: Path) -> FeatureTable:
     if path.suffix in PICKLES:
-        raise CorpusError(f"{path} is a pickle: convert it with `msa-online convert-features {path} FOLDER`")
+        raise CorpusError(
+            f"{path} is a pickle: convert it with `msa-online convert-features "
+            f"{shlex.quote(str(path))} FOLDER`"
+        )
     if not path.exists():
         raise CorpusError(f"{path} does not exist: give a folder with {FEATURES}, or an .npz file")
     if not is_precomputed_path(path):
         raise CorpusError(
             f"{path} is neither an .npz file nor a folder with {FEATURES}. To extract features from raw "
-            f"clips, run `msa-online extract-features {path} FOLDER --text-encoder NAME`."
+            f"clips, run `msa-online extract-features {shlex.quote(str(path))} FOLDER --text-encoder NAME`."
         )
     return (read_feature_folder if path.is_dir() else read_feature_archive)(path)

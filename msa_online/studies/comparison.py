@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from feature_extractors.clip import printable
 from msa_online.evaluation.tables import HEADLINES, Results, as_markdown, format_metric, format_share
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, MODALITIES
 
@@ -58,9 +59,7 @@ class RunScore:
         ]
         return {
             "all": dict(complete),
-            "incomplete": {
-                name: float(np.mean([metrics[name] for metrics in incomplete])) for name in complete
-            },
+            "incomplete": {name: _mean([metrics[name] for metrics in incomplete]) for name in complete},
             "only": dict(only),
             "imr": dict(self.conditions.get(MISSING_RATES, {})),
             "shares": {name: self.shares[name] for name in MODALITIES if name in self.shares},
@@ -96,7 +95,7 @@ def comparison_table(compared: Mapping[str, Mapping[str, Any]], title: str) -> T
     for name in header[1:]:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(Text(row[0]), *row[1:])
+        table.add_row(Text(printable(row[0])), *row[1:])
     return table
 
 
@@ -105,11 +104,15 @@ def comparison_page(compared: Mapping[str, Mapping[str, Any]], title: str, notes
     return "\n\n".join([f"# {title}", as_markdown(*_cells(compared)), LEGEND, *notes]) + "\n"
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-    }
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {"mean": _mean(values), "std": float(np.std(known, ddof=1)) if len(known) > 1 else None}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are defined; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _cells(compared: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -132,7 +135,7 @@ def _cells(compared: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[l
 
 
 def _cell(group: str, name: str, spread: Mapping[str, float | None] | None) -> str:
-    if spread is None:
+    if spread is None or spread["mean"] is None:
         return "-"
     shown = [value for value in (spread["mean"], spread["std"]) if value is not None]
     return " ±".join(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry out a study in this process, and report the results: table, values, curves over its settings."""
 
-import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
+from msa_online.evaluation.json_text import json_text
 from msa_online.evaluation.tables import HEADLINES, show
 from msa_online.studies.comparison import RunScore, compare, comparison_page, comparison_table
 from msa_online.studies.study import Study, StudyRun, name_in
@@ -109,7 +109,7 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     page = comparison_page(compared, title, notes)
     (folder / "table.md").write_text(page, encoding="utf-8")
     figures = {"study": name, "split": split, "tier": tier, "variants": compared, "runs": details}
-    (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    (folder / "results.json").write_text(json_text(figures, indent=1), encoding="utf-8")
     if study.settings:
         try:
             draw_curves(compared, study, split, folder / "curves.png")

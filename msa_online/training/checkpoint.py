@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +17,21 @@ from safetensors.torch import load_model, save_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from msa_online.corpora.validation import why_not_writable
+from msa_online.evaluation.json_text import json_text
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import RunArguments, first_difference
+from msa_online.training.data import changed_data
 from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, require_settings, seal, verify
 from msa_online.training.yaml_reader import ConfigurationError, read_document
 
 STATE = "state"
 STAGES = "stages"
+DATA = "data.json"
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
     *("training.resume", "training.overwrite", "training.log_with"),
-    *("data.prepare_workers", "data.loader_workers"),
+    *("data.prepare_workers", "data.loader_workers", "data.strict"),
 }
 
 
@@ -36,6 +40,7 @@ class RunFolder:
 
         config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
         run.yaml, history.json                                                     configuration and epochs
+        data.json                                                                  fingerprint of the data
         stages/                                                                    teachers of later stages
         state/                                                                     the last epoch
         logs/                                                                      files of the tracker
@@ -74,21 +79,43 @@ class RunFolder:
                 f"training.output_dir={self.path} cannot be created: {reason}; name another"
             )
 
-    def open(self, arguments: RunArguments) -> None:
+    def open(self, arguments: RunArguments, data: Mapping[str, list[str]] | None = None) -> None:
         """Prepare the folder for a new run; the folder of a run to resume is not changed.
 
+        Args:
+            arguments: The run.
+            data: Fingerprint of its data; a resumed run must have the data it was started with.
+
         Raises:
-            ConfigurationError: As in `check`.
+            ConfigurationError: As in `check`; or the data of a run to resume have changed.
         """
         self.check(arguments)
+        if arguments.training.resume and data is not None:
+            self._require_same_data(data)
         self.accelerator.wait_for_everyone()  # all processes check before one writes
         if self.accelerator.is_main_process and not arguments.training.resume:
             if (self.path / SETTINGS).exists():
                 shutil.rmtree(self.path)  # the folder of a run, as `check` has verified
             self.path.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(self._record(arguments), sort_keys=False)
+            if data is not None:
+                _write_atomically(self.path / DATA, json.dumps(data, indent=0))
             _write_atomically(self.path / SETTINGS, settings)
         self.accelerator.wait_for_everyone()
+
+    def _require_same_data(self, data: Mapping[str, list[str]]) -> None:
+        """Check that data are those of the start; runs of earlier versions have no fingerprint."""
+        if not (self.path / DATA).exists():
+            return
+        try:
+            difference = changed_data(json.loads((self.path / DATA).read_text(encoding="utf-8")), data)
+        except (ValueError, AttributeError, LookupError, TypeError) as error:
+            raise ConfigurationError(f"{self.path / DATA}: cannot be read ({error}); {REMEDY}") from error
+        if difference:
+            raise ConfigurationError(
+                f"{self.path}: the data have changed since the run was started: {difference}. Restore them "
+                "to resume it, or start another run"
+            )
 
     def _record(self, arguments: RunArguments) -> dict[str, Any]:
         """The configuration as plain data, with the settings of `accelerate launch`."""
@@ -122,7 +149,11 @@ class RunFolder:
         if not (self.path / SETTINGS).exists():
             return f"{self.path}: nothing to resume: no run was started there; leave out training.resume"
         if (self.path / SAFE_WEIGHTS_NAME).exists():
-            return f"{self.path}: nothing to resume: the run has finished, or its state was deleted"
+            return (
+                f"{self.path}: nothing to resume: the run has finished, or its state was deleted. To train "
+                f"longer, start another from it: training.init_from={shlex.quote(str(self.path))} "
+                "training.epochs=N training.output_dir=ANOTHER"
+            )
         return (
             f"{self.path}: nothing to resume: the run stopped before its first epoch ended; start it again "
             "with training.overwrite=true"
@@ -186,6 +217,7 @@ class RunFolder:
         """Delete the state and the weights of stages, which a finished run does not need."""
         for name in (STATE, f"{STATE}.old", f"{STATE}.new", STAGES):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / DATA).unlink(missing_ok=True)
 
     def stage_file(self, name: str) -> Path:
         """File for weights or teacher targets of a stage."""
@@ -238,7 +270,7 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the record of all epochs to history.json."""
         if self.accelerator.is_main_process:
-            _write_atomically(self.path / "history.json", json.dumps(history, indent=1))
+            _write_atomically(self.path / "history.json", json_text(history, indent=1))
 
 
 def require_space(folder: Path, model: MSAModel) -> None:

@@ -52,6 +52,7 @@ class DataArguments:
         split_column: Column of the split; other names than "split" are for precomputed features only.
         label_range: Lowest and highest legal label of a regression.
         skip_broken: Leave out rows that cannot be used, instead of stopping.
+        strict: Refuse data with warnings: a speaker or recording in two splits, odd labels, tiny splits.
         split_seed: Seed of the speaker-grouped split that is made if the data have none.
         standardize: Standardise precomputed features with the statistics of the training split.
         num_frames: Frames sampled from each clip.
@@ -72,6 +73,7 @@ class DataArguments:
     split_column: str = "split"
     label_range: tuple[float, float] = (-3.0, 3.0)
     skip_broken: bool = False
+    strict: bool = False
     split_seed: int = 1111
     standardize: bool = True
     num_frames: int = 8

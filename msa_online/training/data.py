@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run: reading, preparation and loaders."""
 
-import math
+import hashlib
 from collections.abc import Mapping
 
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, require_splits
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
 from msa_online.corpora.reading import read_corpus
+from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import check_class_names
 from msa_online.evaluation.tables import show
 from msa_online.precomputed.corpus import (
@@ -27,8 +28,6 @@ from msa_online.processing_msa import InputLimits, MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments
 from msa_online.training.turns import in_turn
 from msa_online.training.yaml_reader import ConfigurationError
-
-SMALL_SPLIT = 100  # samples: the standard error of an accuracy is then at most 0.05
 
 
 def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
@@ -91,26 +90,65 @@ def prepare_data(
     `limits` are those of the model on clips; None for precomputed features.
 
     Raises:
-        CorpusError: Clips cannot be used and `skip_broken` is not set, or a split is empty without them.
+        CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, or
+            there are warnings and `strict` is set.
         SystemExit: Extraction failed in another process, which reports it.
     """
+    warnings = [*corpus_warnings(corpus, data.legal_range), *size_warnings(corpus.sizes)]
+    if data.strict:
+        refuse_warnings(corpus.source, warnings)  # before clips are decoded
     if isinstance(corpus, FeatureCorpus):
+        prepared = corpus
         show(features_table(corpus), console)
-        return corpus
-    prepared = in_turn(
-        lambda: prepare(
-            corpus,
-            FeatureCache(),
-            data.extraction,
-            data.prepare_workers,
-            data.skip_broken,
-            data.max_audio_seconds,
-        ),
-        accelerator,
-    )
-    require_splits(prepared, ("train", "valid"))
-    show(findings_table(prepared, limits), console)
+    else:
+        prepared = in_turn(
+            lambda: prepare(
+                corpus,
+                FeatureCache(),
+                data.extraction,
+                data.prepare_workers,
+                data.skip_broken,
+                data.max_audio_seconds,
+            ),
+            accelerator,
+        )
+        require_splits(prepared, ("train", "valid"))
+        show(findings_table(prepared, limits), console)
+    copies = copy_warnings(prepared, prepared.contents)
+    for line in (*warnings, *copies):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False)
+    if data.strict:
+        refuse_warnings(corpus.source, copies)
     return prepared
+
+
+def fingerprint(data: PreparedCorpus | FeatureCorpus) -> dict[str, list[str]]:
+    """What a resumed run must find unchanged: split, label, and hashes of text and content, by sample id."""
+    return {
+        sample.id: [
+            sample.split,
+            str(sample.label),
+            hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+            data.contents[sample.id][:16],
+        ]
+        for sample in data.samples
+    }
+
+
+def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> str | None:
+    """One line on how data differ from those of the start, by their fingerprints; None if they do not."""
+    differences = []
+    for what, ids in (("gone", before.keys() - now.keys()), ("new", now.keys() - before.keys())):
+        if ids:
+            differences.append(f"{len(ids):,} samples are {what} (for example {min(ids)!r})")
+    both = sorted(before.keys() & now.keys())
+    for place, name in enumerate(("splits", "labels", "transcripts", "files")):
+        if changed := [each for each in both if before[each][place] != now[each][place]]:
+            values = (part[changed[0]][place] for part in (before, now))
+            shown = ", now ".join(map(repr, values))
+            example = f"{changed[0]!r}: {shown}" if name in ("splits", "labels") else repr(changed[0])
+            differences.append(f"{len(changed):,} of {len(both):,} {name} differ (for example {example})")
+    return "; ".join(differences) or None
 
 
 def make_loaders(
@@ -145,8 +183,8 @@ def make_loaders(
     return loaders
 
 
-def loaders_report(loaders: Mapping[str, DataLoader], epochs: int) -> list[str]:
-    """Lines on the division of the training split into steps, and a warning for each split that is small.
+def steps_line(loaders: Mapping[str, DataLoader], epochs: int) -> str:
+    """How the training split is divided into steps.
 
     Args:
         loaders: Loader of each split, from `make_loaders`.
@@ -156,24 +194,9 @@ def loaders_report(loaders: Mapping[str, DataLoader], epochs: int) -> list[str]:
     samples, steps, processes = len(sampler.lengths), sampler.steps, sampler.processes
     accumulation = sampler.batches_per_step // processes
     effective = sampler.largest * sampler.batches_per_step
-    lines = [
+    return (
         f"train: {samples} samples; steps: {steps} per epoch, {steps * epochs} in all; effective batch: "
         f"{effective} = processes {processes} x batch {sampler.largest} x accumulation {accumulation} "
         f"({samples / steps:.1f} samples a step on average); padding: {sampler.padding():.0%} of the "
         f"{loaders['train'].dataset.unit} in batches"
-    ]
-    for name, loader in loaders.items():
-        if (size := len(loader.batch_sampler.lengths)) < SMALL_SPLIT:
-            lines.append(f"warning: {name} has only {size} samples: {_why_small(name, size)}")
-    return lines
-
-
-def _why_small(split: str, size: int) -> str:
-    if split == "train":
-        return f"below {SMALL_SPLIT}, results depend more on these samples and the seed than on the method"
-    purpose = "the choice of the best epoch" if split == "valid" else "a comparison of models"
-    error = 0.5 / math.sqrt(size)
-    return (
-        f"an accuracy of 0.5 has a standard error of {error:.2f}, too much for {purpose}; have at least "
-        f"{SMALL_SPLIT} (0.05)"
     )

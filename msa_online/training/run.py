@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
 
+from feature_extractors.clip import printable
 from msa_online.batching import BucketBatchSampler, in_order
+from msa_online.corpora.prepared_corpus import findings_counts
 from msa_online.evaluation.attribution import modality_shares
-from msa_online.evaluation.conditions import evaluate_conditions, selection_score, validate
+from msa_online.evaluation.conditions import evaluate_conditions, selection_score, undefined_of, validate
+from msa_online.evaluation.json_text import without_nan
 from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
 from msa_online.missing.modalities import FixedCondition, MaskedBatches
 from msa_online.missing.rates import SplitMask, rates_table
@@ -22,7 +25,14 @@ from msa_online.processing_msa import MSAProcessor
 from msa_online.training.accelerator import seed_everything, start_accelerator
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.config import RunArguments, TrainingArguments
-from msa_online.training.data import class_names, loaders_report, make_loaders, prepare_data, read_data
+from msa_online.training.data import (
+    class_names,
+    fingerprint,
+    make_loaders,
+    prepare_data,
+    read_data,
+    steps_line,
+)
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
@@ -51,6 +61,7 @@ class Run:
         masks: Mask of each split of a run with missing rates; else empty.
         for_teacher: Training split in a fixed order, with the masks of a teacher.
         for_validation: Validation split with the masks of validation.
+        findings: Number of clips with each finding; empty for precomputed features.
     """
 
     arguments: RunArguments
@@ -65,6 +76,7 @@ class Run:
     masks: Mapping[str, SplitMask]
     for_teacher: MaskedBatches
     for_validation: MaskedBatches
+    findings: Mapping[str, int | str]
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -124,9 +136,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     fit_modulator(modulator, training, occurring, console)
     input_masks = make_input_masks(data, training, masks, model, processor)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator)
-    for line in loaders_report(loaders, schedule.total_epochs):
-        console.print(line, soft_wrap=True, highlight=False)
-    folder.open(arguments)
+    console.print(steps_line(loaders, schedule.total_epochs), soft_wrap=True, highlight=False)
+    folder.open(arguments, fingerprint(data))
 
     optimizer = make_optimizer(
         model,
@@ -168,6 +179,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         masks=masks,
         for_teacher=input_masks["teacher"].over(every_train_sample),
         for_validation=input_masks["valid"].over(loaders["valid"]),
+        findings=findings_counts(data, processor.limits) if processor else {},
     )
 
 
@@ -200,9 +212,9 @@ def fit(run: Run) -> None:
         score = selection_score(metrics, loop.bare_model.config.is_regression)
         loop.modulator.on_validation(score)
         best = schedule.advance(score)
-        loop.progress.history.append(
-            {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
-        )
+        entry = {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
+        undefined = undefined_of(run.loaders["valid"].dataset.labels, loop.bare_model.config)
+        loop.progress.history.append(entry | ({"undefined": undefined} if undefined else {}))
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         if best and last_stage:
             folder.publish(loop.bare_model, run.processor)
@@ -241,9 +253,14 @@ def finish(run: Run, command: str) -> None:
     model.config.trained_on = {
         **_record(run, command),
         "selection": "validation MAE" if model.config.is_regression else "validation weighted F1",
-        "results": results,
+        "results": without_nan(results),
+        "undefined": {
+            split: reasons
+            for split in splits
+            if (reasons := undefined_of(loaders[split].dataset.labels, model.config))
+        },
         "shares": shares,
-        "constant": floors,
+        "constant": without_nan(floors),
         "comparison": comparison,
     }
     if accelerator.is_main_process:
@@ -254,7 +271,7 @@ def finish(run: Run, command: str) -> None:
         show(conditions_table(scores, f"{split}, best epoch {run.schedule.best_epoch}"), run.console)
         if split in shares:
             show(shares_table(shares[split], f"{split}: what the predictions come from"), run.console)
-    run.console.print(Text("\n".join(comparison)), soft_wrap=True)
+    run.console.print(Text("\n".join(map(printable, comparison))), soft_wrap=True)
     run.console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
 
 
@@ -291,6 +308,8 @@ def _record(run: Run, command: str) -> dict[str, Any]:
             "seconds of sound": limits.max_audio_seconds,
             "frames": run.processor.settings.num_frames,
         }
+    if run.findings:
+        record["findings"] = dict(run.findings)
     if run.masks:
         drawn = {split: mask.record for split, mask in run.masks.items()}
         record["missing"] = {**asdict(data.missing), "splits": drawn}
