@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
+from msa_online.evaluation.json_text import json_text
 from msa_online.evaluation.metrics import (
     METRIC_TITLES,
     classification_metrics,
     emotion_binary_metrics,
     regression_metrics,
+    undefined_metrics,
 )
 
 REGRESSION_KEYS = ["mae", "corr", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0", "acc7", "acc5", "acc3"]
@@ -84,6 +88,38 @@ def test_labels_that_are_all_zero_leave_non0_undefined_but_the_rest_defined():
     assert {str(warning.message)[:12] for warning in caught} == {"no label dif", "all labels a"}
     assert math.isnan(metrics["acc2_non0"]) and math.isnan(metrics["f1_non0"])
     assert metrics["mae"] == pytest.approx(0.2) and metrics["acc2_has0"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "undefined"),
+    [
+        ([0.0, 0.0], {"acc2_non0", "f1_non0", "corr"}),
+        ([1.5, 1.5], {"corr"}),
+        ([0.0, 1.0], set()),
+        ([-2.0], {"corr"}),
+    ],
+)
+def test_what_is_undefined_whatever_is_predicted_has_a_reason(labels, undefined):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = regression_metrics(np.linspace(0, 1, len(labels)), labels)
+    reasons = undefined_metrics(labels)
+    assert {name for name, value in metrics.items() if math.isnan(value)} == set(reasons) == undefined
+    assert all(
+        reason.startswith(("no label differs from 0", "all labels are")) for reason in reasons.values()
+    )
+
+
+def test_results_with_undefined_metrics_are_valid_json():
+    results = {
+        "text": {"corr": math.nan, "mae": np.float64(0.5)},
+        "more": [math.inf, -math.inf, 1, "nan", None],
+    }
+    text = json_text(results)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "text": {"corr": None, "mae": 0.5},
+        "more": [None, None, 1, "nan", None],
+    }
 
 
 def test_nonzero_style_scores_everything_without_zero_labels():

@@ -139,6 +139,67 @@ def test_resuming_a_finished_run_says_that_it_has_finished(begun, path):
         Run(path).folder.open(configured(path, resume=True))
 
 
+def test_a_finished_run_says_how_to_train_longer(begun, path):
+    (path / "model.safetensors").write_bytes(b"the best epoch")
+    begun.folder.forget_state()
+    with pytest.raises(
+        ConfigurationError, match=r"training\.init_from=\S+one training\.epochs=N training\.output_dir"
+    ):
+        Run(path).folder.open(configured(path, resume=True))
+
+
+SAMPLES = {f"s{number}": ["train", f"{number}.0", "text", "file"] for number in range(4)}
+
+
+def changed(name: str, place: int, value: str) -> dict:
+    return {**SAMPLES, name: [value if at == place else each for at, each in enumerate(SAMPLES[name])]}
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (changed("s2", 0, "test"), r"1 of 4 splits differ \(for example 's2': 'train', now 'test'\)"),
+        (changed("s2", 1, "-2.0"), r"1 of 4 labels differ \(for example 's2': '2\.0', now '-2\.0'\)"),
+        (changed("s0", 2, "other"), r"1 of 4 transcripts differ \(for example 's0'\)"),
+        (changed("s3", 3, "other"), r"1 of 4 files differ \(for example 's3'\)"),
+        ({name: SAMPLES[name] for name in ("s0", "s1")}, r"2 samples are gone \(for example 's2'\)"),
+        ({**SAMPLES, "s9": SAMPLES["s0"]}, r"1 samples are new \(for example 's9'\)"),
+    ],
+)
+def test_a_run_is_not_resumed_on_data_that_have_changed(path, now, message):
+    run = Run(path)
+    run.folder.open(configured(path), SAMPLES)
+    run.save()
+    Run(path).folder.open(configured(path, resume=True), dict(reversed(SAMPLES.items())))
+    with pytest.raises(
+        ConfigurationError, match=f"{path.name}: the data have changed since .*{message}"
+    ) as caught:
+        Run(path).folder.open(configured(path, resume=True), now)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_of_the_data_goes_with_the_state(path):
+    run = Run(path)
+    run.folder.open(configured(path), SAMPLES)
+    assert (path / "data.json").exists()
+    run.folder.forget_state()
+    assert [file.name for file in path.iterdir()] == ["run.yaml"]
+
+
+def test_a_damaged_fingerprint_is_named_and_a_run_of_an_earlier_version_goes_on(begun, path):
+    Run(path).folder.open(configured(path, resume=True), SAMPLES)
+    for content in ("{", "[1]", '{"s0": 3}'):
+        (path / "data.json").write_text(content)
+        with pytest.raises(ConfigurationError, match=r"data\.json: cannot be read.*training\.overwrite=true"):
+            Run(path).folder.open(configured(path, resume=True), SAMPLES)
+
+
+def test_history_is_valid_json_whatever_the_metrics(begun, path):
+    begun.folder.write_history([{"valid": {"acc2_non0": float("nan"), "mae": 0.5}}])
+    (epoch,) = json.loads((path / "history.json").read_text(), parse_constant=pytest.fail)
+    assert epoch["valid"] == {"acc2_non0": None, "mae": 0.5}
+
+
 def test_a_damaged_best_epoch_is_named_when_the_run_is_resumed_and_not_after_the_last_epoch(begun, path):
     save_file({"weight": torch.zeros(64)}, path / "model.safetensors")
     Run(path).folder.open(configured(path, resume=True))
