@@ -3,6 +3,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ def run(options: Namespace, console: Console) -> None:
         predictions = pipeline.stream(clips, texts)
     except ValueError as error:  # nothing to predict from: a text without any visible character
         options.refuse(str(error))
-    for result in predictions:
-        if isinstance(result, ClipError):
-            broken += 1
-            if not options.skip_broken:
-                stopped = result
-                break
-        results.append(result)
+    with closing(predictions):
+        for result in predictions:
+            if isinstance(result, ClipError):
+                broken += 1
+                if not options.skip_broken:
+                    stopped = result
+                    break
+            results.append(result)
     if options.json and results:
         write_json([_as_json(result) for result in results], "-", console)
     elif results:
