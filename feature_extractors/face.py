@@ -70,6 +70,9 @@ MAX_SQUARES = 32
 CENSUS = 2
 """Number of frames searched for other people, if the search stopped early at the tracked face."""
 
+CENSUS_LONG = 1.5
+"""Aspect ratio up to which the whole frame shows nearly all faces that its squares show."""
+
 MIN_REGION = 16
 """Smallest side in pixels of a searched region; smaller regions are enlarged."""
 
@@ -191,7 +194,7 @@ class FaceExtractor:
             followed[index] = tracked = nearest_or_largest(faces, tracked)
             if not again:
                 alone = tracked.square is not None and len(people(faces)) == 1
-            if again or (tracked.square is None and _is_long(area)):
+            if again or (tracked.square is None and _is_long(area, CENSUS_LONG)):
                 partly.append(index)
             else:
                 complete.append(faces)
@@ -273,8 +276,8 @@ def _bordered(view: np.ndarray, border: int) -> np.ndarray:
     return cv2.copyMakeBorder(view, *[border] * 4, cv2.BORDER_CONSTANT)
 
 
-def _is_long(area: View) -> bool:
-    return max(area.width, area.height) > LONG * min(area.width, area.height)
+def _is_long(area: View, ratio: float = LONG) -> bool:
+    return max(area.width, area.height) > ratio * min(area.width, area.height)
 
 
 def _squares(area: View, overlap: float = 0.4) -> Iterator[View]:
