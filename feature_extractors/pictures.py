@@ -106,8 +106,10 @@ class PictureConverter:
 
         self.max_height = max_height
         self._path = path
-        self._stream = stream
-        self._opened_with = stream.codec_context.sample_aspect_ratio
+        self._decoder = stream.codec_context
+        self._flags_its_frames = self._decoder.name in FLAGS_ITS_FRAMES
+        self._of_container = stream.sample_aspect_ratio
+        self._at_first = self._decoder.sample_aspect_ratio
         self._reformatter = VideoReformatter()  # one for all frames: creating it costs more than using it
 
     def receive(self, frame: "av.VideoFrame") -> DecodedFrame:
@@ -168,19 +170,17 @@ class PictureConverter:
 
     def _pixel_aspect(self) -> Fraction:
         """The pixel aspect ratio of the container, else of the stream, which may change, else 1."""
-        of_stream = self._stream.sample_aspect_ratio
-        now = self._stream.codec_context.sample_aspect_ratio
-        changed = now and now != self._opened_with and of_stream == self._opened_with
-        return (now if changed else of_stream or now) or Fraction(1)
+        now = self._decoder.sample_aspect_ratio
+        changed = now and now != self._at_first and self._of_container == self._at_first
+        return (now if changed else self._of_container or now) or Fraction(1)
 
     def _fields(self, frame: "av.VideoFrame") -> str | None:
         """Which field of an interlaced frame is first; see `DecodedFrame`."""
         if frame.interlaced_frame:
             return "auto"
-        context = self._stream.codec_context
-        if context.name in FLAGS_ITS_FRAMES:
+        if self._flags_its_frames:
             return None
-        return {2: "tff", 3: "bff", 4: "bff", 5: "tff"}.get(context.field_order)
+        return {2: "tff", 3: "bff", 4: "bff", 5: "tff"}.get(self._decoder.field_order)
 
 
 def together(pictures: list[np.ndarray]) -> np.ndarray:
