@@ -25,8 +25,8 @@ FILES = {name: kind.__module__.split(".")[2] for name, kind in PARTS.items()}  #
 METHODS = sorted({*FILES.values()} - {"base", "late_fusion"})
 
 PASSES = (
-    "imports or test_configs and (builds_its_model or can_be_run) or configs_lists or help or keywords "
-    "or in_the_order or classes_are_named"
+    "test_layers and import or test_a_configuration or configs_lists or help or keywords or in_the_order "
+    "or classes_are_named"
 )
 """Words of the tests that run in a copy. Pytest collects all tests to find them."""
 
