@@ -135,6 +135,7 @@ def test_the_run_is_a_checkpoint_with_a_model_card(whole_run, tiny_corpus):
     for fact in (
         "regression",
         f"| data | {tiny_corpus.name} |",
+        "| found in the clips | no audio stream: 1, empty text: 1",
         "train 16, valid 6, test 8",
         "1111",
         "MSAPipeline",

@@ -295,3 +295,107 @@ def test_a_model_that_has_learned_nothing_is_compared_with_the_mean_label(train,
     assert all(
         f"- {line}" in (tmp_path / "run" / "README.md").read_text() for line in trained_on["comparison"]
     )
+
+
+def saved_with(archive: Path, folder: Path, **changes) -> str:
+    """A copy of the archive with other arrays."""
+    with np.load(archive) as arrays:
+        np.savez(folder / "changed.npz", **{**arrays, **changes})
+    return str(folder / "changed.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("labels", r"of 40 labels differ"),
+        ("splits", r"16 of 40 splits differ \(for example 's\d+': '\w+', now '\w+'\)"),
+        ("features", r"40 of 40 files differ"),
+        ("samples", r"1 sample is gone \(for example 's39'\)"),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data(change, message, archive, document, train, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODULATORS, "stopping", Stopping)
+    document["training"] |= {"epochs": 3, "modulator": "stopping"}
+    document["data"]["path"] = saved_with(archive, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Stopping, "stops", True)
+        train(document)
+    with np.load(archive) as arrays:
+        changes = {
+            "labels": {"label": -arrays["label"][::-1]},
+            "splits": {"split": np.array((["train"] * 3 + ["test", "valid"]) * 8)},
+            "features": {"vision": arrays["vision"] + 1},
+            "samples": {name: arrays[name][:39] for name in arrays},
+        }[change]
+    saved_with(archive, tmp_path, **changes)
+    GradientState._reset_state()
+    document["training"]["resume"] = True
+    with pytest.raises(
+        ConfigurationError, match=f"the data have changed since the run was started: .*({message})"
+    ):
+        train(document)
+    saved_with(archive, tmp_path)
+    GradientState._reset_state()
+    train(document)  # on the data of the start it goes on
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
+
+
+def test_undefined_metrics_are_null_with_the_reason_wherever_they_are_stored(
+    archive, document, train, tmp_path, capsys
+):
+    from msa_online_cli import main
+
+    with np.load(archive) as arrays:
+        split = arrays["split"]
+        label = np.where(split == "train", arrays["label"], np.where(split == "test", 0.0, 1.5))
+    document["data"]["path"] = saved_with(archive, tmp_path, label=label)
+    with pytest.warns(UserWarning, match="no label differs from 0|all labels are"):
+        train(document)
+    run = tmp_path / "run"
+    record = json.loads((run / "config.json").read_text(), parse_constant=pytest.fail)["trained_on"]
+    for scores in (*record["results"]["test"].values(), record["constant"]["test"]):
+        assert scores["corr"] is scores["acc2_non0"] is scores["f1_non0"] is None and scores["mae"] >= 0
+    assert record["undefined"] == {
+        "valid": {"corr": "all labels are 1.5"},
+        "test": {
+            "acc2_non0": "no label differs from 0",
+            "f1_non0": "no label differs from 0",
+            "corr": "all labels are 0",
+        },
+    }
+    (epoch,) = json.loads((run / "history.json").read_text(), parse_constant=pytest.fail)
+    assert epoch["valid"]["corr"] is None and epoch["undefined"] == {"corr": "all labels are 1.5"}
+    assert "Undefined: Acc-2 Non0 (no label differs from 0); " in (run / "README.md").read_text()
+    capsys.readouterr()
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.warns(UserWarning, match="no label differs from 0|all labels are"):
+        assert main(["evaluate", str(run), document["data"]["path"], "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["undefined"] == record["undefined"]["test"]
+    assert all(scores["corr"] is None for scores in report["conditions"].values())
+    assert main(["describe", str(run)]) == 0 and main(["describe", str(run), "--json"]) == 0
+
+
+def test_strict_refuses_odd_data_before_training(archive, document, train, tmp_path, capsys):
+    with np.load(archive) as arrays:
+        changes = {"label": np.abs(arrays["label"]), "speaker": np.array(["ann", "bob"] * 20)}
+        vision, text, audio = (arrays[name].copy() for name in ("vision", "text", "audio"))
+    for values in (vision, text, audio):
+        values[3] = values[0]  # a sample of validation is one of training
+    document["data"]["path"] = saved_with(archive, tmp_path, **changes, vision=vision, text=text, audio=audio)
+    train(document)
+    printed = capsys.readouterr().out
+    for expected in (
+        "warning: 2 of 2 speakers are in more than one split",
+        "warning: none of 40 labels is negative",
+        "warning: 2 samples have the same bytes as samples of another split, under other names (for example "
+        "'s0' of train and 's3' of valid)",
+        "warning: train has only 24 samples",
+    ):
+        assert expected in printed
+    document["data"]["strict"] = True
+    document["training"]["output_dir"] = str(tmp_path / "strict")
+    with pytest.raises(INPUT_ERRORS, match=r"5 warnings, which --strict \(data.strict=true\) refuses"):
+        train(document)
+    assert not (tmp_path / "strict").exists()

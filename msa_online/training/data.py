@@ -140,7 +140,8 @@ def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
     differences = []
     for what, ids in (("gone", before.keys() - now.keys()), ("new", now.keys() - before.keys())):
         if ids:
-            differences.append(f"{len(ids):,} samples are {what} (for example {min(ids)!r})")
+            samples = "1 sample is" if len(ids) == 1 else f"{len(ids):,} samples are"
+            differences.append(f"{samples} {what} (for example {min(ids)!r})")
     both = sorted(before.keys() & now.keys())
     for place, name in enumerate(("splits", "labels", "transcripts", "files")):
         if changed := [each for each in both if before[each][place] != now[each][place]]:

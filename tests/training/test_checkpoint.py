@@ -163,7 +163,7 @@ def changed(name: str, place: int, value: str) -> dict:
         (changed("s0", 2, "other"), r"1 of 4 transcripts differ \(for example 's0'\)"),
         (changed("s3", 3, "other"), r"1 of 4 files differ \(for example 's3'\)"),
         ({name: SAMPLES[name] for name in ("s0", "s1")}, r"2 samples are gone \(for example 's2'\)"),
-        ({**SAMPLES, "s9": SAMPLES["s0"]}, r"1 samples are new \(for example 's9'\)"),
+        ({**SAMPLES, "s9": SAMPLES["s0"]}, r"1 sample is new \(for example 's9'\)"),
     ],
 )
 def test_a_run_is_not_resumed_on_data_that_have_changed(path, now, message):
