@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from feature_extractors.clip import Clip, printable
 from msa_online.corpora.splits import SPLITS
 
-SHOWN_ROWS = 50  # problems listed in the message of a CorpusError; the exception holds all rows
+SHOWN_ROWS = 50  # lines on rows in the message of a CorpusError; the exception holds all rows
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
 """Suffixes of tables in text."""
-SHOWN_LINES = 8  # lines of rows that are listed for one problem
+SHOWN_LINES = 8  # rows with the same problem that are named; more share a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +112,19 @@ class CorpusError(ValueError):
 
     @classmethod
     def of_rows(cls, source: Path, broken: Sequence[BrokenRow]) -> "CorpusError":
-        """An error that lists broken rows by problem, and says how to leave them out."""
+        """An error that lists broken rows and says how to leave them out; many alike share a line."""
         lines = [f"{source}: {len(broken):,} broken row{'s' * (len(broken) != 1)}"]
-        by_problem: dict[tuple[Path, str], list[BrokenRow]] = {}
+        alike = Counter((row.source, row.problem) for row in broken)
+        shown: dict[tuple[Path, str, int], list[BrokenRow]] = {}
         for row in broken:
-            by_problem.setdefault((row.source, row.problem), []).append(row)
-        for (_, problem), rows in list(by_problem.items())[:SHOWN_ROWS]:
+            many = alike[row.source, row.problem] > SHOWN_LINES
+            shown.setdefault((row.source, row.problem, 0 if many else row.line), []).append(row)
+        for rows in list(shown.values())[:SHOWN_ROWS]:
             more = [str(row.line) for row in rows[1:SHOWN_LINES]]
             rest = f" and {len(rows) - SHOWN_LINES:,} more" if len(rows) > SHOWN_LINES else ""
-            lines.append(f"  {', '.join([place(rows[0].source, rows[0].line), *more])}{rest}: {problem}")
-        if len(by_problem) > SHOWN_ROWS:
-            left = sum(len(rows) for rows in list(by_problem.values())[SHOWN_ROWS:])
+            where = ", ".join([place(rows[0].source, rows[0].line), *more])
+            lines.append(f"  {where}{rest}: {rows[0].problem}")
+        if left := sum(len(rows) for rows in list(shown.values())[SHOWN_ROWS:]):
             lines.append(f"  and {left:,} more")
         lines.append("Correct these rows, or leave them out: --skip-broken, or data.skip_broken=true.")
         return cls("\n".join(lines), broken)
