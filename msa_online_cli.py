@@ -139,6 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="print JSON")
     _add_audio_track(predict, "of all clips")
     predict.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="part of the frame with the face, in all clips: 0.5 0 0.5 1 is the right half",
+    )
+    predict.add_argument(
         "--skip-broken",
         action="store_true",
         help="continue after a clip that cannot be used; the output has its error, the exit status is 1",

@@ -234,10 +234,12 @@ def test_predict_from_text_alone_as_json(capsys, checkpoint):
         assert one["contributions"]["audio"] == 0 and one["contributions"]["vision"] == 0
 
 
-def test_predict_hears_the_track_it_is_given(capsys, checkpoint, make_clip, tmp_path):
+def test_predict_takes_a_track_and_a_region(capsys, checkpoint, make_clip, tmp_path):
     path = str(make_clip(tmp_path / "a.wav", video=False))
     assert main(["predict", path, "--model", checkpoint, "--audio-track", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["modalities"] == ["audio"]
+    assert main(["predict", path, "--model", checkpoint, "--region", "0", "0", "1", "2"]) == 1
+    assert "the region is (0.0, 0.0, 1.0, 2.0)" in capsys.readouterr().err.replace("\n", " ")
     assert main(["predict", path, "--model", checkpoint, "--audio-track", "2"]) == 1
     assert "has 1 audio track, none that can be decoded is number 2" in capsys.readouterr().err.replace(
         "\n", " "

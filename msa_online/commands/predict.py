@@ -27,7 +27,8 @@ def run(options: Namespace, console: Console) -> None:
     """Predict for clips, or for text only."""
     import_plugins(options.plugin, "--plugin")
     texts = options.text or [None] * len(options.clips)
-    clips = [Clip(Path(clip), audio_track=options.audio_track) for clip in options.clips]
+    region = tuple(options.region) if options.region else None
+    clips = [Clip(Path(clip), region=region, audio_track=options.audio_track) for clip in options.clips]
     clips = clips or [None] * len(texts)
     if not clips:
         options.refuse("nothing to predict: give clips, or --text alone")
