@@ -47,9 +47,8 @@ def _read(options: Namespace) -> Corpus:
     choices = {"skip_broken": options.skip_broken, "audio_track": options.audio_track}
     if options.label_column:
         return read_corpus(options.data, label_column=options.label_column, labels_optional=True, **choices)
-    for column in LABEL_COLUMNS:
-        try:
-            return read_corpus(options.data, label_column=column, labels_optional=True, **choices)
-        except MissingColumnError:
-            continue
-    return read_corpus(options.data, label_column=None, **choices)
+    try:
+        return read_corpus(options.data, label_column=LABEL_COLUMNS[0], labels_optional=True, **choices)
+    except MissingColumnError as error:
+        column = next((name for name in LABEL_COLUMNS if name in error.columns), None)
+        return read_corpus(options.data, label_column=column, labels_optional=True, **choices)

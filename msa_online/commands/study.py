@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from rich.console import Console
 
-from msa_online.evaluation.tables import UNLIMITED
+from msa_online.evaluation.tables import UNLIMITED, PlainConsole
 from msa_online.shipped_configs import find_configuration
 from msa_online.studies.runner import carry_out, report
 from msa_online.studies.study import read_study
@@ -26,7 +26,7 @@ def run(options: Namespace, console: Console) -> None:
             f"--only {unknown.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
         )
     # bound to the terminal, because the output of each run is redirected to a file
-    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    console = PlainConsole(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = UNLIMITED
     if not options.table:

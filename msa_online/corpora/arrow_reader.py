@@ -35,7 +35,7 @@ def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, in
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
         for split, part in parts.items():
             yield path / split if split else path, split, part.features, len(part), part
-    elif path.suffix == ".arrow":
+    elif path.suffix.lower() == ".arrow":
         table = datasets.Dataset.from_file(str(path))
         yield path, None, table.features, len(table), table
     else:

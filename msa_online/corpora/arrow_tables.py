@@ -28,7 +28,7 @@ SMALL, SECONDS = 1 << 30, 60  # bytes and CPU time that a table of any size may 
 
 def is_arrow(path: Path) -> bool:
     """Whether the path is a file or a folder of Arrow tables."""
-    return path.suffix in SUFFIXES if path.is_file() else bool(_saved(path) or _table_files(path))
+    return path.suffix.lower() in SUFFIXES if path.is_file() else bool(_saved(path) or _table_files(path))
 
 
 def read_arrow(path: Path, label_column: str | None) -> RowTable:
@@ -55,7 +55,7 @@ def _saved(folder: Path) -> bool:
 def _table_files(folder: Path) -> list[Path]:
     """Parquet or Arrow files in the folder or in its data/, where the Hub keeps them."""
     places = (folder, folder / "data")
-    return sorted(path for place in places for path in place.glob("*") if path.suffix in SUFFIXES)
+    return sorted(path for place in places for path in place.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> None:

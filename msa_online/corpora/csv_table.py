@@ -54,7 +54,13 @@ WESTERN = ("cp1252", "WINDOWS-1252", "[À-ÿŒœŠšŽžŸ‘’“”„–—�
 
 
 class MissingColumnError(CorpusError):
-    """A table lacks a column."""
+    """A table lacks a column.
+
+    Attributes:
+        columns: The columns it has.
+    """
+
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,12 @@ def require_columns(path: Path, columns: Sequence[str], wanted: Iterable[str]) -
     if not missing:
         return
     complaints = [f"no column {name!r}{did_you_mean(name, columns)}" for name in missing]
-    raise MissingColumnError(
+    error = MissingColumnError(
         f"{path} line 1: {'; '.join(complaints)}. Its columns are: {', '.join(filter(None, columns))}. "
         "Rename or add the column in the header; if the label has another name, set label_column."
     )
+    error.columns = tuple(columns)
+    raise error
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

@@ -189,6 +189,7 @@ def _window_of(sample: Sample) -> tuple[float, float]:
 
 def _spelling(name: str) -> str:
     """A name without what people write differently: case, width, composed letters, spaces and signs."""
+    name = "".join(character for character in name if unicodedata.category(character) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return " ".join(folded.replace("_", " ").replace("-", " ").split())
 

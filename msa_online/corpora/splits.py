@@ -19,7 +19,7 @@ SPLIT_NAMES = {
 
 def split_of(name: str) -> str | None:
     """Translate a name of a split ("Validation", "val", "dev") into ours; None if it is unknown."""
-    return SPLIT_NAMES.get(name.strip().lower())
+    return SPLIT_NAMES.get(name.strip("\ufeff\u200b\u200e\u200f \t\r\n\u00a0").lower())
 
 
 def seeded_split(groups: Sequence[str], seed: int) -> list[str]:

@@ -20,6 +20,7 @@ from msa_online.corpora.corpus import BrokenRow, CorpusError, Sample, place
 from msa_online.corpora.csv_table import did_you_mean
 from msa_online.corpora.layouts import Row, RowTable
 from msa_online.corpora.splits import SPLIT_NAMES, split_of
+from msa_online.processing_msa import clean_text
 
 OUTSIDE = 0.1  # if a larger share of the labels is out of range, the range is probably wrong
 MANY_CLASSES = 30  # more classes with whole numbers as names are probably ratings
@@ -204,7 +205,7 @@ def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | 
     if row.label is None:
         return None
     cell = row.label.strip()
-    if not cell:
+    if not clean_text(cell):
         raise RowProblem("the label is empty: rate the clip or delete the row")
     if label_range is None:
         return cell
@@ -277,7 +278,7 @@ def _seconds(column: str, cell: str) -> float | None:
 
 def _number(cell: str) -> float | None:
     """The number in a cell, also with a decimal comma or the minus sign of typesetting; None for words."""
-    cell = cell.strip().replace("\N{MINUS SIGN}", "-")
+    cell = clean_text(cell).replace("\N{MINUS SIGN}", "-")
     if re.fullmatch(r"[-+]?\d*,\d+", cell):
         cell = cell.replace(",", ".")
     try:

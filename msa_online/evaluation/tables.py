@@ -43,8 +43,8 @@ class PlainConsole(Console):
     moves no cursor and changes no colour.
     """
 
-    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
-        super().__init__(quiet=quiet, stderr=stderr, markup=False, emoji=False)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as text to print."""

@@ -100,13 +100,13 @@ def convert_features(
 
 
 def _read(source: Path) -> FeatureTable:
-    if source.suffix in PICKLES:
+    if source.suffix.lower() in PICKLES:
         return read_mmsa_features(source)
     if not source.exists():
         raise CorpusError(f"{source} does not exist: give a .pkl or .npz file")
     if source.is_dir():
         return read_feature_folder(source)
-    if source.suffix != ".npz":
+    if source.suffix.lower() != ".npz":
         raise CorpusError(f"{source} is neither a .pkl in MMSA's layout nor an .npz file")
     return read_feature_archive(source)
 

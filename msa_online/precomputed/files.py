@@ -64,7 +64,7 @@ class FeatureTable:
 def is_precomputed_path(path: str | Path) -> bool:
     """Whether a path names precomputed features and not clips; checks the name only, not the content."""
     local = Path(path).expanduser()
-    return local.suffix in (".npz", *PICKLES) or (local / FEATURES).is_file()
+    return local.suffix.lower() in (".npz", *PICKLES) or (local / FEATURES).is_file()
 
 
 def read_feature_folder(folder: Path) -> FeatureTable:

@@ -120,7 +120,7 @@ def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row
 
 
 def _read_table(path: Path) -> FeatureTable:
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise CorpusError(
             f"{path} is a pickle: convert it with `msa-online convert-features "
             f"{shlex.quote(str(path))} FOLDER`"

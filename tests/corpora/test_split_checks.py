@@ -216,3 +216,16 @@ def test_strict_passes_data_without_warnings_and_finds_copies_after_extraction(
     assert (
         "1 warning, which --strict" in message and "'valid3.wav' of valid and 'test5.wav' of test" in message
     )
+
+
+def test_invisible_characters_in_labels_are_noticed(tmp_path):
+    rows = ["a.mp4,x,joy,train", "b.mp4,x,\ufeffjoy\u200b,\u200btrain", "c.mp4,x,jo\u200by,train"]
+    rows += ["d.mp4,x,fear,train", "e.mp4,x,fear,train"]
+    found = warnings_of(tmp_path, *rows, header=LABELS)
+    assert found[0].startswith(r"'joy' (1), '\ufeffjoy\u200b' (1), 'jo\u200by' (1) are different classes")
+    scores = ["a.mp4,x,\u200b1.5,train", "b.mp4,x,\u00a0-2\u200e,train"]
+    assert warnings_of(tmp_path, *scores, header=LABELS, **SCORES) == []
+    assert [sample.label for sample in read_corpus(tmp_path, **SCORES).samples] == [1.5, -2.0]
+    (tmp_path / "metadata.csv").write_text(f"{LABELS}\na.mp4,x,\u200b,train\nb.mp4,x,1,train\n", "utf-8")
+    with pytest.raises(CorpusError, match="the label is empty"):
+        read_corpus(tmp_path, **SCORES)

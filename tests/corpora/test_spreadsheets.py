@@ -162,3 +162,12 @@ def test_precomputed_features_in_place_of_clips_get_a_message_of_their_own(folde
         with pytest.raises(CorpusError, match="holds precomputed features, not clips") as caught:
             read_corpus(path)
         assert "convert-features" in str(caught.value) and "model.feature_widths" in str(caught.value)
+
+
+def test_upper_case_suffixes_of_features_mean_the_same(tmp_path):
+    from msa_online.precomputed.reading import read_features
+
+    parts = {"label": np.array([1.0]), "split": np.array(["train"]), "text": np.ones((1, 2))}
+    np.savez(tmp_path / "features.npz", id=np.array(["a"]), **parts)
+    (tmp_path / "features.npz").rename(tmp_path / "FEATURES.NPZ")
+    assert len(read_features(tmp_path / "FEATURES.NPZ", **SENTIMENT).samples) == 1
