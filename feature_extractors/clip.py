@@ -55,6 +55,7 @@ REMEDIES = {
     "no streams": "give a file with sound or moving pictures",
     "playlist": "give the media files it names, one clip each",
     "format": "convert it with ffmpeg, for example to mp4 or wav",
+    "bloated picture": "save it again without texts and colour profile",
     "picture too large": "scale it down or crop it with ffmpeg",
     "too many frames": "cut it into shorter clips with ffmpeg",
     "too many streams": "keep one video and one audio stream with ffmpeg (-map 0:v:0 -map 0:a:0)",

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = 8192 * 8192
 """Pixels of a frame; 8K video has half as many."""
 
+MAX_UNPACKED = 1 << 25
+"""Bytes of the unpacked texts and colour profile of a PNG picture; real ones have up to 3 MB."""
+
 MAX_ASPECT = 16
 """Ratio of a frame's longer side to the shorter one; the widest screens have 3.6."""
 

@@ -9,15 +9,16 @@ refused.
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feature_extractors.clip import ClipError
-from feature_extractors.limits import MAX_PIXELS, Deadline
+from feature_extractors.limits import MAX_PIXELS, MAX_UNPACKED, Deadline
 
 if TYPE_CHECKING:
     import av
@@ -90,6 +91,7 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
     with open(path, "rb", buffering=0) as file:
         if kind := _playlist_kind(file) or _reference_movie(file, deadline):
             raise _names_others(path, kind)
+        _check_png(path, file, deadline)
         file.seek(0)
         try:
             container = av.open(
@@ -108,6 +110,26 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
 
 def _names_others(path: Path, kind: str) -> ClipError:
     return ClipError(path, "playlist", f"is {kind}, which refers to media instead of containing them")
+
+
+def _check_png(path: Path, file: FileIO, deadline: Deadline) -> None:
+    """Refuse a PNG picture whose compressed texts and colour profile, which FFmpeg unpacks, are huge."""
+    file.seek(0)
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return
+    position, unpacked = 8, 0
+    while len(header := file.read(8)) == 8:
+        deadline.check()
+        length = int.from_bytes(header[:4], "big")
+        if header[4:] in (b"iCCP", b"zTXt"):
+            _, _, packed = file.read(min(length, MAX_UNPACKED)).partition(b"\0")
+            with suppress(zlib.error):
+                unpacked += len(zlib.decompressobj().decompress(packed[1:], MAX_UNPACKED))
+        if unpacked >= MAX_UNPACKED:
+            detail = f"has compressed texts or a colour profile of {MAX_UNPACKED >> 20} MB or more"
+            raise ClipError(path, "bloated picture", detail)
+        position += 12 + length
+        file.seek(position)
 
 
 class _MediaFile:
