@@ -48,6 +48,23 @@ SDR_GAMMA = 2.2
 TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 """Linear light with BT.2020 primaries to BT.709 primaries (ITU-R BT.2087)."""
 
+PICTURE_CODECS = {
+    "png",
+    "apng",
+    "mjpeg",
+    "jpegls",
+    "webp",
+    "tiff",
+    "libjxl",
+    "jpegxl",
+    "jpeg2000",
+    "libdav1d",
+}
+"""Codecs whose frames may have a colour profile. PyAV crashes when it frees the profile of a frame."""
+
+ICC_PROFILE = 15
+"""Number of FFmpeg's kind of side data for colour profiles."""
+
 NEW_SIDE_DATA = range(28, 48)
 """Numbers of FFmpeg's kinds of side data that PyAV does not know."""
 
@@ -106,6 +123,7 @@ class PictureConverter:
 
         self.max_height = max_height
         self._path = path
+        self._of_picture = stream.codec_context.name in PICTURE_CODECS
         self._decoder = stream.codec_context
         self._flags_its_frames = self._decoder.name in FLAGS_ITS_FRAMES
         self._of_container = stream.sample_aspect_ratio
@@ -130,7 +148,8 @@ class PictureConverter:
             ClipError: The colours are coded in a way that cannot be read, or the pixels so far from square
                 that the picture has an extreme shape.
         """
-        frame, transfer, matrix = this.frame, this.frame.color_trc, display_matrix(this.frame)
+        frame, transfer = this.frame, this.frame.color_trc
+        matrix = display_matrix(frame, self._of_picture)
         if this.fields:
             frame = _deinterlaced(this, before, after)
         colors = self._color_matrix(frame)
@@ -208,16 +227,19 @@ def _fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
-    """The (2, 2) matrix that maps stored to displayed directions (x, y); None if there is none."""
+def display_matrix(frame: "av.VideoFrame", of_picture: bool = False) -> np.ndarray | None:
+    """The (2, 2) matrix that maps stored to displayed directions (x, y); None if there is none.
+
+    Args:
+        frame: A decoded frame.
+        of_picture: Whether its codec is one of `PICTURE_CODECS`.
+    """
     from av.sidedata.sidedata import Type
 
     try:
-        side_data = frame.side_data
+        side_data = (_without_other_side_data(frame) if of_picture else frame).side_data
     except ValueError:  # PyAV knows fewer kinds of it than FFmpeg and then gives none at all
-        side_data = _filtered([frame], *(f"sidedata=delete:type={kind}" for kind in NEW_SIDE_DATA))[
-            0
-        ].side_data
+        side_data = _without_other_side_data(frame).side_data
     data = side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return None
@@ -227,6 +249,12 @@ def display_matrix(frame: "av.VideoFrame") -> np.ndarray | None:
     if not lengths.all() or abs(np.linalg.det(matrix / lengths)) < 0.5:
         return None  # flattens the picture: damaged
     return matrix / lengths
+
+
+def _without_other_side_data(frame: "av.VideoFrame") -> "av.VideoFrame":
+    """The frame without the kinds of side data that PyAV does not know, or that crash it."""
+    kinds = (ICC_PROFILE, *NEW_SIDE_DATA)
+    return _filtered([frame], *(f"sidedata=delete:type={kind}" for kind in kinds))[0]
 
 
 def upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
