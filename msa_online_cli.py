@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--label-column", help="column of the labels, for the table of splits (default label)"
     )
     prepare.add_argument(
+        "--task",
+        choices=("regression", "classification"),
+        help="what the labels are (default: scores if all are numbers, else classes)",
+    )
+    prepare.add_argument(
         "--strict",
         action="store_true",
         help="refuse data with warnings: a speaker or recording in two splits, odd labels, tiny splits",

@@ -2,6 +2,7 @@
 """`msa-online prepare`: extract a corpus into the cache."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from msa_online.corpora.csv_table import MissingColumnError
 from msa_online.corpora.prepared_corpus import findings_table, splits_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
+from msa_online.corpora.validation import with_scores
 from msa_online.encoders.text import load_tokenizer
 from msa_online.evaluation.tables import show
 from msa_online.processing_msa import InputLimits
@@ -24,6 +26,8 @@ def run(options: Namespace, console: Console) -> None:
     """Extract every clip of a corpus into the cache, and show what was found in clips, splits and labels."""
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     corpus = _read(options)
+    if options.task != "classification":
+        corpus = replace(corpus, samples=tuple(with_scores(corpus.samples)))
     warnings = [*corpus_warnings(corpus, None), *size_warnings(corpus.sizes)]
     if options.strict:
         refuse_warnings(corpus.source, warnings)

@@ -14,7 +14,7 @@ from msa_online.corpora.arrow_tables import is_arrow, read_arrow
 from msa_online.corpora.corpus import TEXT_SUFFIXES, Corpus, CorpusError, Sample
 from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
 from msa_online.corpora.splits import SPLITS, seeded_split
-from msa_online.corpora.validation import check_label_column, check_rows, with_scores
+from msa_online.corpora.validation import check_label_column, check_rows
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FEATURE_SUFFIXES = (".npz", ".npy", ".pkl", ".pickle", ".safetensors")
@@ -49,8 +49,7 @@ def read_corpus(
         skip_broken: Leave out broken rows and log their number, instead of raising.
         seed: Seed of the split, if the data give none.
         audio_track: Audio track of rows that name none, counted from 1; None for `Clip`'s choice.
-        labels_optional: Rows without a label are legal, and so are labels of any kind: numbers become floats
-            if all labels are numbers.
+        labels_optional: Rows without a label are legal, and so are labels of any kind.
 
     Raises:
         CorpusError: There is no metadata; a column is missing or its labels do not suit the task; or rows are
@@ -75,8 +74,6 @@ def read_corpus(
         raise CorpusError(f"{table.source} has no usable row: write one row for every clip", broken)
     if not any(sample.split for sample in samples):
         samples = _with_seeded_split(samples, table.source, seed)
-    if labels_optional:
-        samples = with_scores(samples)
     return Corpus(tuple(samples), table.source, tuple(broken))
 
 

@@ -2,6 +2,7 @@
 """Splits and labels that are legal but probably a mistake: each kind is one line with counts."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
+from msa_online.corpora.validation import with_scores
 
 
 def warnings_of(folder: Path, *rows: str, header: str, **arguments) -> list[str]:
@@ -130,10 +132,15 @@ def test_scores_that_use_one_side_of_the_range_are_doubted(tmp_path, labels, lab
 
 def test_labels_of_unknown_kind_are_scores_if_all_are_numbers(tmp_path):
     rows = ["a.mp4,x,0,train", "b.mp4,x,1.5,train", "c.mp4,x,,train"]
-    (warning,) = warnings_of(tmp_path, *rows, header=LABELS, labels_optional=True)
+    assert (
+        "2 of 2 classes have one clip only"
+        in warnings_of(tmp_path, *rows, header=LABELS, labels_optional=True).pop()
+    )
+    corpus = read_corpus(tmp_path, labels_optional=True)
+    scores = replace(corpus, samples=tuple(with_scores(corpus.samples)))
+    assert [sample.label for sample in scores.samples] == [0.0, 1.5, None]
+    (warning,) = corpus_warnings(scores, None)
     assert "none of 2 labels is negative" in warning and "data.task=classification" in warning
-    labels = [sample.label for sample in read_corpus(tmp_path, labels_optional=True).samples]
-    assert labels == [0.0, 1.5, None]
 
 
 def test_small_splits_are_named_with_the_reason():
@@ -229,3 +236,18 @@ def test_invisible_characters_in_labels_are_noticed(tmp_path):
     (tmp_path / "metadata.csv").write_text(f"{LABELS}\na.mp4,x,\u200b,train\nb.mp4,x,1,train\n", "utf-8")
     with pytest.raises(CorpusError, match="the label is empty"):
         read_corpus(tmp_path, **SCORES)
+
+
+def test_class_numbers_are_classes_on_request(tmp_path, make_clip, cache_dir, capsys, monkeypatch):
+    from msa_online.corpora import split_checks
+    from msa_online_cli import main
+
+    monkeypatch.setattr(split_checks, "SMALL_SPLIT", 2)
+    lines = [f"{name}.wav,x,{number % 2},train" for number, name in enumerate("abcd")]
+    for number, name in enumerate("abcd"):
+        make_clip(tmp_path / f"{name}.wav", video=False, seconds=0.5 + number / 100)
+    (tmp_path / "metadata.csv").write_text("\n".join([LABELS, *lines]))
+    words = ["prepare", str(tmp_path), "--strict", "--workers", "1"]
+    assert main(words) == 1 and "none of 4 labels is negative" in capsys.readouterr().err
+    assert main([*words, "--task", "classification"]) == 0
+    assert "0 2, 1 2" in capsys.readouterr().out
