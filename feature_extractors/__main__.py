@@ -95,7 +95,9 @@ def _table(path: Path, raw: "RawClip", features: "ClipFeatures") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(path.name), show_header=False, title_justify="left", min_width=60)
+    from feature_extractors.clip import printable
+
+    table = Table(title=escape(printable(path.name)), show_header=False, title_justify="left", min_width=60)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("duration", f"{raw.duration:.2f} s")
