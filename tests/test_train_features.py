@@ -365,6 +365,7 @@ def test_undefined_metrics_are_null_with_the_reason_wherever_they_are_stored(
     }
     (epoch,) = json.loads((run / "history.json").read_text(), parse_constant=pytest.fail)
     assert epoch["valid"]["corr"] is None and epoch["undefined"] == {"corr": "all labels are 1.5"}
+    assert "undefined: Pearson correlation (all labels are 1.5)" in capsys.readouterr().out
     assert "Undefined: Acc-2 Non0 (no label differs from 0); " in (run / "README.md").read_text()
     capsys.readouterr()
     GradientState._reset_state()

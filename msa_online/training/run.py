@@ -16,6 +16,7 @@ from msa_online.corpora.prepared_corpus import findings_counts
 from msa_online.evaluation.attribution import modality_shares
 from msa_online.evaluation.conditions import evaluate_conditions, selection_score, undefined_of, validate
 from msa_online.evaluation.json_text import without_nan
+from msa_online.evaluation.metrics import METRIC_TITLES
 from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
 from msa_online.missing.modalities import FixedCondition, MaskedBatches
 from msa_online.missing.rates import SplitMask, rates_table
@@ -269,6 +270,8 @@ def finish(run: Run, command: str) -> None:
         folder.forget_state()
     for split, scores in results.items():
         show(conditions_table(scores, f"{split}, best epoch {run.schedule.best_epoch}"), run.console)
+        for name, reason in model.config.trained_on["undefined"].get(split, {}).items():
+            run.console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
         if split in shares:
             show(shares_table(shares[split], f"{split}: what the predictions come from"), run.console)
     run.console.print(Text("\n".join(map(printable, comparison))), soft_wrap=True)
