@@ -53,6 +53,9 @@ def test_prepare_counts_texts_that_are_empty_unknown_or_cut(recordings, tiny_tex
     assert row_of(printed, "text partly unknown")[1:] == ["1", "20.0%", "3; 6.0% of all tokens"]
     assert row_of(printed, "text cut at 32 tokens")[3] == "6; longest: 32 of 42 tokens"
     assert "All texts that are unknown to the tokenizer look alike to the model." in printed
+    assert "--text-encoder" not in printed
+    assert main(["prepare", str(recordings)]) == 0
+    assert "--text-encoder NAME also counts words that its tokenizer does not know" in capsys.readouterr().out
 
 
 def test_evaluate_reports_unknown_texts_as_json(recordings, checkpoint, capsys):

@@ -38,6 +38,10 @@ def run(options: Namespace, console: Console) -> None:
     prepared = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken, seconds)
     limits = InputLimits(options.max_text_tokens, seconds, tokenizer)
     show(findings_table(prepared, limits), console)
+    if tokenizer is None:
+        console.print(
+            "--text-encoder NAME also counts words that its tokenizer does not know", soft_wrap=True
+        )
     show(splits_table(prepared), console)
     copies = copy_warnings(prepared, prepared.contents)
     for line in (*warnings, *copies):
