@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tiny models: threads that wait for each other cost more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # processes of pytest-xdist have 80; tests print as into a pipe
 
 import numpy as np
 import pytest

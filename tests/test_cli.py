@@ -540,8 +540,7 @@ def test_get_models_says_where_a_model_is(capsys, tmp_path, monkeypatch):
 # --- configs, train and study ---
 
 
-def test_configs_lists_what_is_shipped_and_prints_one(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
+def test_configs_lists_what_is_shipped_and_prints_one(capsys):
     assert main(["configs"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed and description(path) in printed for name, path in shipped().items())
