@@ -158,8 +158,8 @@ def validate(
             alone.append(torch.cat([output.modality_logits[name].where(present, 0.0), present], dim=-1))
         return torch.stack(alone, dim=1)  # (batch, predictions, outputs + 1)
 
-    answers, labels = over_split(model, batches, accelerator, logits_and_presence)
-    logits, observed = answers[..., :-1], answers[..., -1] > 0
+    outputs, labels = over_split(model, batches, accelerator, logits_and_presence)
+    logits, observed = outputs[..., :-1], outputs[..., -1] > 0
     each = [
         metrics_of(logits[seen, column], labels[seen], model.config)
         for column, seen in enumerate(observed.T)
@@ -177,15 +177,15 @@ def over_split(
     model: MSAModel,
     batches: Batches,
     accelerator: Accelerator,
-    answer: Callable[[Mapping[str, Tensor]], Tensor],
+    compute: Callable[[Mapping[str, Tensor]], Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute `answer` for every batch of a split, with the model in evaluation mode.
+    """Call `compute` on every batch of a split, with the model in evaluation mode.
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
         accelerator: Provides autocast, and gathers over ranks.
-        answer: Takes the inputs of a batch and its `index`, and returns `(batch, ...)`.
+        compute: Takes the inputs of a batch and its `index`, and returns `(batch, ...)`.
 
     Returns:
         The results `(samples, ...)` float64 and the labels `(samples,)` of all ranks, in dataset order, each
@@ -196,25 +196,25 @@ def over_split(
     """
     training = model.training
     model.eval()
-    answers, labels, index = [], [], []
+    results, labels, index = [], [], []
     for batch in batches:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with accelerator.autocast():
-            answers.append(answer(inputs).float())
+            results.append(compute(inputs).float())
         labels.append(batch["labels"])
         index.append(batch["index"])
     model.train(training)
-    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, answers, labels))
-    index, answers, labels = gathered
+    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, results, labels))
+    index, results, labels = gathered
     _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
-    answers = answers[first].astype(np.float64)
-    finite = np.isfinite(answers).reshape(len(answers), -1).all(axis=1)
+    results = results[first].astype(np.float64)
+    finite = np.isfinite(results).reshape(len(results), -1).all(axis=1)
     if not finite.all():
         found = (
             f"{np.count_nonzero(~finite):,} of {len(finite):,} samples have predictions that are not finite"
         )
         raise UndefinedScoreError(f"{found}; {DIVERGED}")
-    return answers, labels[first]
+    return results, labels[first]
 
 
 def decide_under(

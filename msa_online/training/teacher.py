@@ -20,6 +20,8 @@ from msa_online.training.stages import StageSchedule
 from msa_online.training.state import REMEDY
 from msa_online.training.yaml_reader import ConfigurationError
 
+TARGETS = "answers"  # name of the tensor in the file of a teacher, as in earlier versions
+
 
 class Teacher:
     """Targets of a frozen model for the training split, looked up by sample.
@@ -28,18 +30,18 @@ class Teacher:
     cannot be switched on.
 
     Args:
-        answers: Targets `(samples, ...)` float32, in the order of `index`; None without a teacher.
+        targets: Targets `(samples, ...)` float32, in the order of `index`; None without a teacher.
     """
 
-    def __init__(self, answers: Tensor | None = None) -> None:
-        self.answers = answers
+    def __init__(self, targets: Tensor | None = None) -> None:
+        self.targets = targets
 
     def join(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with `teacher` `(batch, ...)`, if there is a teacher."""
-        if self.answers is None:
+        if self.targets is None:
             return dict(batch)
-        self.answers = self.answers.to(batch["index"].device)
-        return {**batch, "teacher": self.answers[batch["index"]]}
+        self.targets = self.targets.to(batch["index"].device)
+        return {**batch, "teacher": self.targets[batch["index"]]}
 
 
 def appoint_teacher(
@@ -60,15 +62,15 @@ def appoint_teacher(
     taught_by = model.head.teachers.get(schedule.stage.name)
     if taught_by not in schedule.passed:
         return Teacher()
-    answers = folder.stage_file(f"{schedule.stage.name}_teacher")
-    if not answers.exists():
+    file = folder.stage_file(f"{schedule.stage.name}_teacher")
+    if not file.exists():
         targets = _targets(model, taught_by, folder.stage_file(taught_by), loader, accelerator)
         if accelerator.is_main_process:
-            draft = answers.with_suffix(".new")
-            save_file({"answers": targets}, draft)
-            os.replace(draft, answers)
+            draft = file.with_suffix(".new")
+            save_file({TARGETS: targets}, draft)
+            os.replace(draft, file)
         accelerator.wait_for_everyone()
-    return Teacher(_reading(answers, load_file, answers)["answers"])
+    return Teacher(_reading(file, load_file, file)[TARGETS])
 
 
 def _targets(
@@ -78,8 +80,8 @@ def _targets(
     frozen = deepcopy(model)
     _reading(weights, load_model, frozen, weights)
     frozen.head.start_stage(taught_by)
-    answers, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
-    return from_numpy(answers).float()
+    targets, _ = over_split(frozen, loader, accelerator, lambda batch: frozen.teach(**batch))
+    return from_numpy(targets).float()
 
 
 def _reading(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:

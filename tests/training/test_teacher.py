@@ -80,7 +80,7 @@ def test_without_a_teacher_a_batch_stays_as_it_is():
 
 @torch.no_grad()
 def test_the_best_model_of_the_stage_before_teaches_whatever_the_student_has_become(run):
-    answers = run.appoint().answers
+    answers = run.appoint().targets
     assert answers.shape == (SAMPLES, 3, 2)
     inputs = {name: value for name, value in run.batch.items() if name not in ("labels", "index")}
     torch.testing.assert_close(answers, run.best.teach(**inputs), rtol=1e-4, atol=1e-5)
@@ -90,7 +90,7 @@ def test_the_best_model_of_the_stage_before_teaches_whatever_the_student_has_bec
 
 @torch.no_grad()
 def test_what_is_said_of_a_modality_holds_whatever_else_is_hidden(run):
-    answers = run.appoint().answers
+    answers = run.appoint().targets
     inputs = {name: value for name, value in run.batch.items() if name not in ("labels", "index")}
     for column in range(3):
         alone = torch.zeros_like(inputs["modality_present"])
@@ -100,10 +100,10 @@ def test_what_is_said_of_a_modality_holds_whatever_else_is_hidden(run):
 
 
 def test_asking_twice_gives_the_same_answers_and_dropout_never_plays_a_part(run):
-    first = run.appoint().answers
+    first = run.appoint().targets
     run.folder.stage_file("balance_teacher").unlink()
     run.student.train()
-    assert torch.equal(run.appoint().answers, first)
+    assert torch.equal(run.appoint().targets, first)
 
 
 def test_asking_leaves_the_student_as_it_was(run):
@@ -114,7 +114,7 @@ def test_asking_leaves_the_student_as_it_was(run):
     assert after.keys() == before.keys()  # the teacher is no part of it
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert run.student.training and run.student.head.balancing
-    assert not teacher.answers.requires_grad
+    assert not teacher.targets.requires_grad
     assert all(parameter.grad is None for parameter in run.student.parameters())
 
 
@@ -126,9 +126,9 @@ def test_asking_draws_no_random_numbers(run):
 
 
 def test_a_resumed_run_takes_the_answers_that_were_given(run):
-    first = run.appoint().answers
+    first = run.appoint().targets
     run.folder.stage_file("enhance").unlink()  # nobody is asked again
-    assert torch.equal(run.appoint().answers, first)
+    assert torch.equal(run.appoint().targets, first)
     assert torch.equal(load_file(run.folder.stage_file("balance_teacher"))["answers"], first)
 
 
@@ -137,14 +137,14 @@ def test_a_stage_whose_teacher_was_never_trained_has_none(stages, run, tiny_conf
     student = make_model(tiny_config)
     schedule = standing_in(*stages)
     teacher = appoint_teacher(student, schedule, run.folder, run.loader, run.folder.accelerator)
-    assert teacher.answers is None
+    assert teacher.targets is None
     assert not run.folder.stage_file("balance_teacher").exists()
 
 
 def test_a_method_without_teachers_asks_nobody(run, tiny_config):
     student = make_model(tiny_config, "late_fusion")
     teacher = appoint_teacher(student, standing_in("train"), run.folder, run.loader, run.folder.accelerator)
-    assert teacher.answers is None
+    assert teacher.targets is None
     with pytest.raises(TypeError, match="LateFusionHead defines no teach"):
         student.head.teach({})
 
