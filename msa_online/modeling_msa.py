@@ -210,20 +210,28 @@ class MSAModel(PreTrainedModel):
             "vision_blendshapes": vision_blendshapes,
             "vision_mask": vision_mask,
         }
-        if missing := [name for name in self.input_names if inputs[name] is None]:
-            raise ValueError(
-                f"the model needs {', '.join(missing)}: make batches with the checkpoint's processor, in "
-                "transformers.Trainer with data_collator=MSADataCollator(processor)"
-            )
-        if labels is not None and self.config.is_regression and not labels.is_floating_point():
-            labels = labels.float()
-        output = self.decide(self.encode(modality_present, **inputs), labels, teacher)
+        self._require_inputs(inputs)
+        sequences = self.encode(modality_present, **inputs)
+        output = self.decide(sequences, self._typed_labels(labels), teacher)
         return output if output_internals else output.without_internals()
 
     @property
     def input_names(self) -> list[str]:
         """Inputs that `forward` needs in addition to `modality_present`."""
         return [name for encoder in self.encoders.values() for name in encoder.input_names]
+
+    def _require_inputs(self, inputs: Mapping[str, Tensor | None]) -> None:
+        """Raise `ValueError` if `inputs` lack one that the model reads."""
+        if missing := [name for name in self.input_names if inputs[name] is None]:
+            raise ValueError(
+                f"the model needs {', '.join(missing)}: make batches with the checkpoint's processor, in "
+                "transformers.Trainer with data_collator=MSADataCollator(processor)"
+            )
+
+    def _typed_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels `(batch,)`, as floats in a regression: `Trainer` may pass integers."""
+        as_integers = labels is not None and not labels.is_floating_point()
+        return labels.float() if as_integers and self.config.is_regression else labels
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload to the Hub for `push_to_hub`, with a model card that names the repository."""
@@ -259,7 +267,7 @@ def look_up(table: Mapping[str, type], kind: str, name: str, plugins: Sequence[s
         table: Classes by name.
         kind: What they are, for the message.
         name: Name of the class.
-        plugins: Modules that a checkpoint names as the ones that register its classes.
+        plugins: Modules that register the classes of a checkpoint, from its configuration.
 
     Raises:
         ValueError: The name is unknown; the message names the plug-ins, or lists the known names.
