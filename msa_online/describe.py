@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from feature_extractors import ExtractionSettings
+from feature_extractors.clip import NUM_BLENDSHAPES
 from msa_online.configuration_msa import MSAConfig
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
@@ -111,7 +112,7 @@ def _clip_shapes(
         "audio_values": torch.zeros(1, steps, settings.num_mels),
         "audio_mask": torch.ones(1, steps, dtype=torch.bool),
         "vision_values": torch.zeros(1, frames, size, size, 3, dtype=torch.uint8),
-        "vision_blendshapes": torch.zeros(1, frames, 52),
+        "vision_blendshapes": torch.zeros(1, frames, NUM_BLENDSHAPES),
         "vision_mask": torch.ones(1, frames, dtype=torch.bool),
     }
     tokens = torch.ones(1, EXAMPLE_TOKENS, dtype=torch.bool)
@@ -150,8 +151,8 @@ def description_tables(description: Description, source: str) -> list[Table]:
     parts.add_section()
     parts.add_row("total", f"{description.parameters['total']:,}")
     clip, features = (
-        f"one clip of {EXAMPLE_SECONDS} s on its way",
-        f"features of {EXAMPLE_TOKENS} steps on their way",
+        f"shapes for one clip of {EXAMPLE_SECONDS} s",
+        f"shapes for features of {EXAMPLE_TOKENS} steps",
     )
     title = clip if "log-mel" in description.shapes else features
     shapes = Table(title=title, title_justify="left")

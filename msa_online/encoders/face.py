@@ -5,10 +5,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_extractors.clip import NUM_BLENDSHAPES
 from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
-NUM_BLENDSHAPES = 52
 TYPICAL_PIXEL = (128.0, 64.0)  # mean and standard deviation of 8-bit RGB
 TYPICAL_BLENDSHAPE = (0.1, 0.2)
 GROUPS = 8

@@ -37,7 +37,7 @@ def audio_descriptors(log_mel: np.ndarray) -> np.ndarray:
     if len(log_mel) == 0:
         return np.zeros((0, len(DESCRIPTORS)), np.float32)
     power = np.exp(log_mel.T.astype(np.float64))  # (mels, steps)
-    # bands are triangles between neighbouring frequencies: the ends of the range are no centres
+    # bands are triangles between neighbouring frequencies, so the ends of the range are not centres
     centres = librosa.mel_frequencies(len(power) + 2, fmin=0, fmax=SAMPLE_RATE / 2)[1:-1]
     spectrum = {"S": np.sqrt(power), "freq": centres}
     cepstrum = librosa.feature.mfcc(S=log_mel.T, n_mfcc=COEFFICIENTS)

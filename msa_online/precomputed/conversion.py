@@ -28,7 +28,6 @@ from msa_online.precomputed.reading import check_features
 LABELS = ("label", "regression_labels", "annotations", "classification_labels")
 """Default columns of the label; the first that exists is used."""
 
-NON_FINITE = ("refuse", "zero")
 SHOWN_IDS = 5
 
 

@@ -2,7 +2,7 @@
 """Extract a corpus of features from clips: states of a frozen text encoder, acoustic and face descriptors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,17 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from feature_extractors import CacheError, ExtractionSettings, FeatureCache
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
-from msa_online.corpora.cache_filling import PreparedCorpus, prepare
+from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus
+from msa_online.corpora.prepared_corpus import PreparedCorpus
 from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.precomputed.corpus import FeatureSteps
 from msa_online.precomputed.files import require_new_folder, write_feature_folder
 from msa_online.precomputed.pooling import pool
-from msa_online.processing_msa import MAX_TEXT_TOKENS, clean_text, token_ids
+from msa_online.processing_msa import MAX_TEXT_TOKENS, clean_text, mask_of, token_ids
 
-TEXTS_TOGETHER = 32
+TEXTS_TOGETHER = 32  # in one forward pass
+NO_SOUND = np.zeros((0, 1), np.float32)
 
 
 def extract_features(
@@ -73,7 +75,7 @@ def extract_features(
         features = cache.load(prepared.keys[sample.id])
         if features is None:
             raise CacheError(f"the features of {sample.clip.path} were deleted from the cache: start again")
-        sequences["audio"].append(audio_descriptors(features.log_mel if features.has_audio else _NO_SOUND))
+        sequences["audio"].append(audio_descriptors(features.log_mel if features.has_audio else NO_SOUND))
         sequences["vision"].append(blendshapes_of(features))
     widths = {"text": _width_of(encoder), "audio": len(DESCRIPTORS), "vision": NUM_BLENDSHAPES}
     steps = {name: FeatureSteps.join(sequences[name], widths[name]) for name in MODALITIES}
@@ -103,9 +105,6 @@ def extract_features(
     return prepared
 
 
-_NO_SOUND = np.zeros((0, 1), np.float32)
-
-
 @torch.inference_mode()
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
@@ -125,13 +124,12 @@ def encode_texts(
     order = sorted(ids, key=lambda number: len(ids[number]))
     batches = [order[at : at + TEXTS_TOGETHER] for at in range(0, len(order), TEXTS_TOGETHER)]
     for batch in _progress(batches, "encoding texts"):
-        padding = tokenizer.pad_token_id
-        padded = pad_sequence([ids[number] for number in batch], batch_first=True, padding_value=padding)
-        lengths = torch.tensor([len(ids[number]) for number in batch])
-        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+        texts_of_batch = [ids[number] for number in batch]
+        padded = pad_sequence(texts_of_batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = mask_of(texts_of_batch)
         sequence = encoder({"text_input_ids": padded.to(device), "text_mask": mask.to(device)})
-        for number, values, length in zip(batch, sequence.values.cpu().numpy(), lengths, strict=True):
-            states[number] = values[:length].copy()
+        for number, values in zip(batch, sequence.values.cpu().numpy(), strict=True):
+            states[number] = values[: len(ids[number])].copy()
     return states
 
 
@@ -144,5 +142,5 @@ def _width_of(encoder: TextEncoder) -> int:
     return encoder.model.config.hidden_size
 
 
-def _progress(items: Sequence, description: str):
+def _progress(items: Sequence, description: str) -> Iterable:
     return track(items, description, transient=True, console=Console(stderr=True))

@@ -7,9 +7,6 @@ import numpy as np
 
 from msa_online.precomputed.corpus import FeatureSteps
 
-LEVELS = ("sequence", "utterance")
-"""Levels of a corpus of features: all steps, or one vector per sample."""
-
 
 def pool(steps: Mapping[str, FeatureSteps]) -> dict[str, FeatureSteps]:
     """Pool to one step per sample: mean over time of text, mean and standard deviation of audio and vision.
