@@ -22,7 +22,8 @@ from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline
 
 SPEAKING_FRAMES = 3
-"""Frames looked at for each frame kept, to see whose mouth moves; odd, so that midpoints stay midpoints."""
+"""Frames searched for each frame that is kept, to find the mouth that moves. It is odd, so that the kept frames
+are those that are sampled without the search."""
 
 
 def extract(
@@ -31,7 +32,7 @@ def extract(
     face_extractor: FaceExtractor,
     deadline: Deadline | None = None,
 ) -> ClipFeatures:
-    """Extract all inputs of a model but the text.
+    """Extract all inputs of a model except the text.
 
     Args:
         clip: The recording.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the faces in a clip is followed: the largest, or the one that speaks.
+"""Choose which face of a clip to track: the largest, or the one that speaks.
 
-Pure arithmetic on what a detector found in each frame. Nothing here is learned or looks at pixels.
+It computes with the faces that a detector found in each frame, and reads no pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ COMPARABLE = 1 / 3
 SEVERAL_SHARE = 0.25
 """Share of the frames with a face that must show a second one before it is reported."""
 
-ROOM = 0.25
-"""Widths of a face that a view must show on each side of it to show it whole."""
+MARGIN = 0.25
+"""Margin, in widths of the face, that a view must show on each side to show the whole face."""
 
 MIN_FRAMES = 3
 """Number of frames with a face that are needed to measure the movement of its mouth."""
@@ -88,8 +88,8 @@ class Face:
         return self.distance(earlier) <= CONTINUES * earlier.size
 
     def lies_inside(self, view: View) -> bool:
-        """Whether a view shows the face whole."""
-        low, high = self.landmarks.min(0) - ROOM * self.size, self.landmarks.max(0) + ROOM * self.size
+        """Whether a view shows the whole face."""
+        low, high = self.landmarks.min(0) - MARGIN * self.size, self.landmarks.max(0) + MARGIN * self.size
         return bool((low >= view[:2]).all() and (high <= np.add(view[:2], view[2:])).all())
 
 

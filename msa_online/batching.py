@@ -19,7 +19,7 @@ from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
 
-EXCESS = 0.035  # allowed overlap of two epochs above that of a random order; more would save padding
+EXCESS = 0.035  # allowed overlap of two epochs above that of a random order; a larger value saves padding
 MEASURED = 128  # number of optimizer steps on which the overlap is measured
 
 
@@ -325,7 +325,7 @@ def _least_noise(lengths: np.ndarray, steps: int) -> float:
         return float(np.mean([overlap(*pair) for pair in epochs]))
 
     most = mean_overlap(0.0, 1.0) + EXCESS
-    scales = max(1.0, lengths.mean()) * 2.0 ** np.arange(-10, 10, 0.125)
+    scales = max(1.0, lengths.mean()) * 2.0 ** np.arange(-10, 10, 0.125)  # eight for each doubling
     enough = bisect_left(scales[:-1], True, key=lambda scale: mean_overlap(1.0, scale) <= most)
     return float(scales[enough])
 
@@ -350,7 +350,7 @@ def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int
         persistent_workers=workers > 0,
         collate_fn=MSADataCollator(dataset.processor),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # otherwise starting it would use the generator of dropout
+        generator=torch.Generator(),  # the default is the generator of dropout
     )
 
 

@@ -67,7 +67,7 @@ class InputLimits:
         return len(token_ids(self.tokenizer, text))
 
     def unknown(self, texts: Sequence[str | None]) -> list["UnknownTokens"]:
-        """How much of each text the tokenizer does not know; nothing is counted without a tokenizer."""
+        """Count the unknown tokens of each text; without a tokenizer, all counts are zero."""
         if self.tokenizer is None or self.tokenizer.unk_token_id is None:
             return [UnknownTokens(0, 0)] * len(texts)
         cleaned = [clean_text(text) for text in texts]
@@ -90,7 +90,7 @@ class UnknownTokens:
 
     @property
     def all_unknown(self) -> bool:
-        """Whether the model sees nothing of the text but that there is one."""
+        """Whether no token of the text is known: the model then only learns that there is a text."""
         return 0 < self.tokens == self.unknown
 
     @property
@@ -103,8 +103,8 @@ def clean_text(text: str | None) -> str:
     """A transcript without invisible characters at its ends; "" if it shows nothing.
 
     Spaces, control characters, byte-order and direction marks, zero-width characters and variation selectors
-    are invisible, and a combining mark needs a letter. Bytes that are no text (lone surrogates) become the
-    replacement character, since tokenizers refuse them.
+    are invisible, and so is a combining mark without a letter. Lone surrogates become the replacement
+    character, because tokenizers refuse them.
     """
     text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if not any(map(_is_visible, text)):

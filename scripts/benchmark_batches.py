@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  the path has to know the repository before its modules are imported
+# ruff: noqa: E402  the repository joins sys.path before its modules are imported
 """Compare the batches of training with a random order and with sorting: overlap, padding, balance of work.
 
     python scripts/benchmark_batches.py FOLDER

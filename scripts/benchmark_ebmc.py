@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  the path has to know the repository before its modules are imported
+# ruff: noqa: E402  the repository joins sys.path before its modules are imported
 """Time EBMC's training steps and reference computations, alternating in one process.
 
     python scripts/benchmark_ebmc.py               online: the whole model with EBMC's head or late fusion's

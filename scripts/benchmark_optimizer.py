@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  the path has to know the repository before its modules are imported
+# ruff: noqa: E402  the repository joins sys.path before its modules are imported
 """Time the optimizer step of training and torch's other AdamW steps, alternating in one process.
 
     python scripts/benchmark_optimizer.py

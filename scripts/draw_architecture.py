@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the architecture: a raw clip on its way to logits, and the methods that plug in.
+"""Draw the architecture: the path of a raw clip to logits, and the methods that plug in.
 
     python scripts/draw_architecture.py            # writes docs/architecture.svg
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  the path has to know the repository before its modules are imported
+# ruff: noqa: E402  the repository joins sys.path before its modules are imported
 """Measure the effect of a constant coefficient on an encoder under AdamW (docs/methods/numerics.md).
 
     python scripts/measure_modulation.py FEATURES [key=value ...] [--modality text] [--coefficient 0.2]
@@ -39,7 +39,7 @@ from msa_online.training.run import train
 from msa_online.user_errors import run_command
 
 CONFIG = REPOSITORY / "configs" / "late_fusion.yaml"
-WAYS = {"none": 1.0, "gradient": None, "lr": None}  # None: the coefficient asked for
+WAYS = {"none": 1.0, "gradient": None, "lr": None}  # None: the coefficient of the command line
 
 
 class ConstantCoefficient(GradientModulator):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as valid JSON, which has no word for NaN and infinity."""
+"""Write results as valid JSON, in which NaN and infinity become null."""
 
 import json
 import math

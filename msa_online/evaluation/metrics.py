@@ -43,7 +43,7 @@ METRIC_TITLES: Mapping[str, str] = {
     **{f"f1_{emotion}": f"F1 {emotion} vs rest, weighted" for emotion in EMOTIONS},
     "f1_mean": "F1, mean of the four emotions (RAVEN/MulT protocol)",
 }
-"""Full names of all metrics for tables and model cards, in the order of the tables."""
+"""Full names of all metrics, in the order of the tables; `tables.HEADLINES` has the column titles."""
 
 
 def regression_metrics(

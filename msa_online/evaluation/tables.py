@@ -39,8 +39,8 @@ Results = Mapping[str, Mapping[str, float]]
 class PlainConsole(Console):
     """Prints names, labels and texts of users as they are.
 
-    Brackets are no markup and colons no emoji. Control characters and stray bytes are escaped, so that a name
-    moves no cursor and changes no colour.
+    Rich's markup and emoji codes are off. Control characters and stray bytes are escaped, so that a name
+    cannot move the cursor or change colours.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -57,10 +57,10 @@ def printable_lines(text: str) -> str:
 
 
 def open_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """The console of a command: as wide as the terminal, and without a limit where the output is no terminal.
+    """The console of a command: as wide as the terminal, or unlimited if the output is not a terminal.
 
-    Rich would take 80 columns for a file or a pipe, and cut names of files to fit. A width in the environment
-    variable COLUMNS holds.
+    For a file or a pipe, rich uses 80 columns by default, and cuts file names to fit. The environment
+    variable COLUMNS sets the width in any case.
     """
     console = PlainConsole(quiet=quiet, stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -69,7 +69,7 @@ def open_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table, its title and caption in lines of their own: inside it they are cut to its width."""
+    """Print a table; title and caption have separate lines, because rich cuts them to the table's width."""
     bare = copy(table)
     bare.title = bare.caption = None
     if table.title:
@@ -154,7 +154,7 @@ def epoch_line(
 
 def format_metric(name: str, value: float | None) -> str:
     """Format a metric as papers do: fractions in percent with two decimals, the others with three."""
-    if value is None:  # a record has no word for NaN
+    if value is None:  # NaN in a record
         return "nan"
     return f"{value:.3f}" if name in IN_UNITS_OF_THE_LABEL else f"{100 * value:.2f}"
 

@@ -273,6 +273,7 @@ def rebalance(
         name: DECAY * before[name] + (1 - DECAY) * value if name in before else value
         for name, value in found.items()
     }
+    # keeps the shares defined without progress (B5)
     least = 1e-3 * sum(running.values()) / len(found) + 1e-12
     gained = {name: max(before.get(name, value) - value, 0.0) + least for name, value in running.items()}
     total = sum(gained.values())

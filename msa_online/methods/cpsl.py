@@ -415,7 +415,7 @@ class ConflictModulator(GradientModulator):
         shift: 0 as printed: the coefficient jumps from 1 to 1 - tanh(alpha) at equal scores. 1 makes it
             continuous (Q1).
         norm: "mean" over tensors as printed; "rms" over elements is fair to encoders of different size (Q4).
-        apply: "gradient" as published, or "lr": under Adam only "lr" slows a modality for long (Q18).
+        apply: "gradient" as published, or "lr": under Adam only "lr" has a lasting effect (Q18).
 
     Raises:
         ValueError: A setting is out of range.

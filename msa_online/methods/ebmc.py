@@ -22,7 +22,8 @@ from msa_online.methods.base import BalancingHead, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
 
 LOG_VARIANCE = (-6.0, 3.0)  # bounds of a predicted log-variance; the likelihood is unbounded without them
-LENDERS = {"text": "audio", "audio": "text", "vision": "text"}  # `cce: shared` reads this one's shared part
+LENDERS = {"text": "audio", "audio": "text", "vision": "text"}
+"""Modality whose shared part `cce: shared` reads to rebuild each modality."""
 
 
 class EBMCHead(BalancingHead):

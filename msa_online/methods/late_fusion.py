@@ -20,7 +20,7 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 class LateFusionHead(BalancingHead):
     """Concatenates the pooled modalities and predicts with a two-layer MLP (the LF-DNN of the MMSA toolkit).
 
-    It is the baseline: a balancing method has to beat it at equal encoders, budget and tuning.
+    It is the baseline: compare a balancing method with it at equal encoders, budget and tuning.
 
         h_m = GELU(W_m LayerNorm(mean_t X_m))        (5.1); a learned token where m is absent
         s_m = U_m h_m                                (5.2); prediction of m alone

@@ -40,7 +40,7 @@ class OGMModulator(GradientModulator):
         strength: alpha.
         noise: Standard deviation of the noise, relative to that of the gradient; 0 is OGM without GE.
         epochs: First and last epoch of modulation, from 0; None for all.
-        apply: "gradient" as published, or "lr": under Adam only "lr" slows a modality for long.
+        apply: "gradient" as published, or "lr": under Adam only "lr" has a lasting effect.
 
     Raises:
         ValueError: A setting is out of range.

@@ -172,7 +172,7 @@ def rates_table(masks: Mapping[str, SplitMask]) -> Table:
     )
     if spared:
         kept = ", ".join(f"{count:,} {split}" for split, count in spared.items())
-        caption += f" Samples that keep masked modalities, for lack of others: {kept}."
+        caption += f" Samples that keep masked modalities, because they have no others: {kept}."
     table = Table(
         title="missing modalities, %",
         title_justify="left",

@@ -13,7 +13,7 @@ from msa_online.training.config import TrainingArguments
 from msa_online.training.precision import choose_precision
 from msa_online.training.yaml_reader import ConfigurationError
 
-# ways to divide a model among processes, and sizes that do so, by their names in Accelerate's environment
+# backends, and sizes of parallelism, that divide a model among processes; keys as in Accelerate's environment
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 DIVIDED = ("DP_SHARD", "TP", "CP", "SP")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -38,7 +38,7 @@ def start_accelerator(training: TrainingArguments) -> Accelerator:
         log_with=training.log_with,
         project_dir=f"{training.output_dir}/logs",
         step_scheduler_with_optimizer=False,
-        # in some stages and heads, parameters get no gradient
+        # some parameters get no gradient in some stages
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"

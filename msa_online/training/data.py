@@ -18,10 +18,7 @@ from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import check_class_names
 from msa_online.evaluation.tables import show
-from msa_online.precomputed.corpus import (
-    FeatureCorpus,
-    features_table,
-)
+from msa_online.precomputed.corpus import FeatureCorpus, features_table
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import InputLimits, MSAProcessor
@@ -123,7 +120,7 @@ def prepare_data(
 
 
 def fingerprint(data: PreparedCorpus | FeatureCorpus) -> dict[str, list[str]]:
-    """What a resumed run must find unchanged: split, label, and hashes of text and content, by sample id."""
+    """Split, label, and hashes of text and content, by sample id; a resumed run must find the same."""
     return {
         sample.id: [
             sample.split,
@@ -136,7 +133,7 @@ def fingerprint(data: PreparedCorpus | FeatureCorpus) -> dict[str, list[str]]:
 
 
 def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> str | None:
-    """One line on how data differ from those of the start, by their fingerprints; None if they do not."""
+    """Differences between the data of the start and those of now, in one line; None if they are equal."""
     differences = []
     for what, ids in (("gone", before.keys() - now.keys()), ("new", now.keys() - before.keys())):
         if ids:

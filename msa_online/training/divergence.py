@@ -11,8 +11,8 @@ from torch.amp import GradScaler
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.conditions import DIVERGED, metrics_of, selection_score
 
-ABSURD = 10.0
-"""A run has diverged if its validation MAE is above this many times the width of the label range."""
+LARGEST_MAE = 10.0
+"""Largest validation MAE of a run, in widths of the label range; above it, the run has diverged."""
 
 
 class DivergedError(RuntimeError):
@@ -76,7 +76,7 @@ def check_epoch(
     if not losses and (scaler is None or scaler.get_scale() < 1):
         raise DivergedError(f"{title}: every step was skipped, because no gradient was finite; {DIVERGED}")
     low, high = label_range
-    if "mae" in metrics and metrics["mae"] > ABSURD * (high - low):
+    if "mae" in metrics and metrics["mae"] > LARGEST_MAE * (high - low):
         raise DivergedError(
             f"{title}: validation MAE {metrics['mae']:.3g} for labels from {low:g} to {high:g}; {DIVERGED}"
         )

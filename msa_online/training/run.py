@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in three acts: build everything and check it, fit epoch by epoch, finish with scores and a card."""
+"""A training run in three steps: build and check, fit epoch by epoch, finish with scores and a card."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -100,7 +100,7 @@ def train(arguments: RunArguments, command: str) -> None:
     """Carry out the run that `arguments` describe; `command` is the command line, for the record."""
     accelerator = start_accelerator(arguments.training)
     carry_out(arguments, command, accelerator)
-    # free the wrapped model first: as the last owner of the process group it may wait for its threads forever
+    # free the wrapped model first: if it is freed after the process group, it may wait for threads forever
     accelerator.free_memory()
     accelerator.end_training()
 
@@ -236,13 +236,13 @@ def finish(run: Run, command: str) -> None:
     model, training = run.loop.bare_model, run.arguments.training
     accelerator.wait_for_everyone()  # the main process has published the best epoch
     folder.load_best(model)
-    model.head.start_stage(model.head.stages[-1])  # the one it predicts in
+    model.head.start_stage(model.head.stages[-1])  # the stage that predicts
 
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
     splits = [split for split in ("valid", "test") if split in loaders]
     results = {split: _score(run, split, conditions) for split in splits}
     shares = {}
-    if set(conditions) == set(CONDITIONS):  # otherwise it has not learned to predict without a modality
+    if set(conditions) == set(CONDITIONS):  # a model of one condition cannot predict without a modality
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in splits}
     constant = run.constant
     floors = {split: constant.metrics(loaders[split].dataset.labels) for split in splits}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow work that one process does for all, while the others wait without a time limit."""
+"""Run slow work in one process while the others wait, beyond the time limit of collectives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

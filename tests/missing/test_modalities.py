@@ -112,6 +112,6 @@ def test_a_fixed_condition_never_brings_back_what_was_absent(make_batch):
 
 def test_hiding_nothing_hands_on_the_batch(make_batch):
     batch = make_batch()
-    hiding = InputMask()
-    hiding.start_epoch(3)
-    assert hiding.apply(batch) == batch
+    mask = InputMask()
+    mask.start_epoch(3)
+    assert mask.apply(batch) == batch

@@ -56,9 +56,9 @@ class Trial:
         model, optimizer = accelerator.prepare(model, optimizer)
         self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)
         self.loader = accelerator.prepare(DataLoader(rows, batch_sampler=self.sampler))
-        hiding = ModalityDropout({}, len(rows), seed=3)
+        mask = ModalityDropout({}, len(rows), seed=3)
         self.loop = TrainingLoop(
-            accelerator, model, optimizer, scheduler, modulator or GradientModulator(), hiding, 1.0, 3
+            accelerator, model, optimizer, scheduler, modulator or GradientModulator(), mask, 1.0, 3
         )
 
     def train(self, epochs: int = 2) -> dict[str, torch.Tensor]:

@@ -64,9 +64,9 @@ def test_dropout_of_modalities_is_for_training_alone(data, batch):
 def test_frames_are_dropped_from_training_and_half_of_them_from_validation(data, batch):
     _, found = input_masks(data, frame_dropout=True)
     share = {}
-    for reader, hiding in found.items():
-        hiding.start_epoch(0)
-        seen = hiding.apply(batch)
+    for reader, mask in found.items():
+        mask.start_epoch(0)
+        seen = mask.apply(batch)
         share[reader] = np.mean([(seen[f"{name}_values"] == 0).double().mean() for name in MODALITIES])
     assert share["teacher"] == 0.0
     assert share["train"] == pytest.approx(0.25, abs=0.12) and share["valid"] == pytest.approx(0.5, abs=0.1)

@@ -18,10 +18,7 @@ from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, mean_where, task_loss
 from msa_online.layers.modules import Dropout, ExpertLayer, masked_mean
 from msa_online.layers.precision import in_fp32, without_autocast
-from msa_online.methods.base import (
-    BalancingHead,
-    HeadOutput,
-)
+from msa_online.methods.base import BalancingHead, HeadOutput
 from msa_online.methods.pase.prototypes import (
     UNKNOWN,
     PrototypeBanks,

@@ -15,11 +15,7 @@ from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import task_loss
 from msa_online.layers.precision import in_fp32
 from msa_online.layers.shapley import SUBSETS, shapley_values
-from msa_online.methods.base import (
-    GradientModulator,
-    Modulation,
-    ModulationContext,
-)
+from msa_online.methods.base import GradientModulator, Modulation, ModulationContext
 from msa_online.methods.gradients import APPLICATIONS, apply_coefficients
 from msa_online.methods.pase.head import PAIRS, TINY, TRANSPORTS, PaSEHead
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -58,8 +54,8 @@ class ShapleyModulator(GradientModulator):
 
     Deviations and readings: exact values over all subsets, not sampled orders, and the utility "task" (P17).
     Everything that belongs to a modality is scaled, in every step (P8). The second phase starts at a
-    validation plateau (P9). Only modalities that occur in training form subsets: one that never occurs
-    contributes nothing, and next to it all others would be slowed equally (P20).
+    validation plateau (P9). Only modalities that occur in training form subsets: a modality that never occurs
+    would have the smallest contribution, zero, and slow all others equally (P20).
 
     Relations: `PaSEHead` is the other half of the method; each works without the other.
 
