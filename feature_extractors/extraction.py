@@ -22,8 +22,8 @@ from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline
 
 SPEAKING_FRAMES = 3
-"""Frames searched for each frame that is kept, to find the mouth that moves. It is odd, so that the kept frames
-are those that are sampled without the search."""
+"""Frames searched for each frame that is kept, to find the mouth that moves. Odd, so that the kept frames are
+those that are sampled without the search."""
 
 
 def extract(

@@ -24,7 +24,7 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(FOLDER))
 
 
-def command_of(path: Path, program: str = "accelerate launch") -> list[str]:
+def command_of(path: Path, program: str) -> list[str]:
     """The command in the comment a configuration opens with."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith(f"# {program} "), f"{path} does not open with the command that runs it"
@@ -38,10 +38,10 @@ def test_every_configuration_is_looked_at():
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
-def test_a_configuration_says_how_to_run_it_and_can_be_run_so(path):
-    words = command_of(path)
-    script, config, *changes = words[words.index("train.py") :]
-    assert (REPOSITORY / script).is_file() and REPOSITORY / config == path
+def test_a_configuration_says_how_to_run_it_and_can_be_run_so_anywhere(path, monkeypatch, tmp_path):
+    _, _, config, *changes = command_of(path, "msa-online train")
+    monkeypatch.chdir(tmp_path)
+    assert find_configuration(config) == path
     read_arguments(path, changes)
 
 
@@ -75,7 +75,7 @@ def test_every_variant_of_a_study_builds_its_model_and_differs_from_the_others(p
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name_of)
 def test_accelerate_reads_its_configurations(path):
-    words = command_of(path)
+    words = command_of(path, "accelerate launch")
     assert REPOSITORY / words[words.index("--config_file") + 1] == path and "train.py" in words
     config = load_config_from_file(str(path))
     assert config.num_machines == 1 and config.mixed_precision in ("no", "fp16", "bf16")
