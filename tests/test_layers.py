@@ -2,6 +2,7 @@
 """The picture of the layers in ARCHITECTURE.md, read from the imports."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -126,6 +127,18 @@ def test_scripts_are_imported_by_nobody():
 
 def test_every_module_is_in_the_picture():
     assert not {name for name in MODULES if place(name) == "msa_online" != name}
+
+
+def test_the_picture_in_architecture_has_these_levels():
+    page = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawn = {}
+    for level_of_line, names in re.findall(r"^(\d(?:\.\d)?)  +(\S.*)$", page, flags=re.MULTILINE):
+        for name in re.sub(r"\(.*\)", "", names).split():
+            path = REPOSITORY / name if (REPOSITORY / name).exists() else REPOSITORY / "msa_online" / name
+            assert path.exists(), f"no {name}"
+            module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+            drawn[module.removesuffix(".__init__")] = float(level_of_line)
+    assert drawn == LEVELS
 
 
 def test_names_of_modules_say_what_is_inside():
