@@ -55,7 +55,6 @@ REMEDIES = {
     "no streams": "give a file with sound or moving pictures",
     "playlist": "give the media files it names, one clip each",
     "format": "convert it with ffmpeg, for example to mp4 or wav",
-    "bloated picture": "save it again without texts and colour profile",
     "picture too large": "scale it down or crop it with ffmpeg",
     "too many frames": "cut it into shorter clips with ffmpeg",
     "too many streams": "keep one video and one audio stream with ffmpeg (-map 0:v:0 -map 0:a:0)",
@@ -64,6 +63,8 @@ REMEDIES = {
     "unusual sound": "convert the sound with ffmpeg, for example with -ac 1 -ar 16000",
     "bad samples": "export the sound again, with finite samples from -1 to 1",
     "too slow": "convert it to a lower resolution with ffmpeg, or cut it into shorter clips",
+    "metadata too large": "convert it with ffmpeg, without its metadata (-map_metadata -1)",
+    "too much memory": "convert it to a lower resolution with ffmpeg, or leave it out",
     "crashed": "convert it with ffmpeg, or leave it out",
 }
 

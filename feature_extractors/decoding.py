@@ -82,8 +82,9 @@ def decode(
 
     Raises:
         ClipError: The file is missing, not a file, empty, a playlist, not decodable, truncated, without
-            streams, beyond a limit (size, length, channels, time), or has samples that are not finite or far
-            beyond full scale; or the window is invalid or outside the file, or the region outside the frame.
+            streams, beyond a limit (size, length, channels, metadata, time, memory), or has samples that are
+            not finite or far beyond full scale; or the window is invalid or outside the file, or the region
+            outside the frame.
     """
     import av
 
@@ -96,6 +97,8 @@ def decode(
     try:
         media = _read(reading)
         sound, findings = _best_sound(reading, media)
+    except MemoryError as error:
+        raise limits.too_much_memory(clip.path) from error
     except (av.error.FFmpegError, OSError, OverflowError) as error:  # OverflowError: times beyond 64 bits
         raise ClipError(clip.path, "undecodable", f"cannot be decoded ({_reason(error)})") from error
     _check_samples(clip, sound.waveform, media.window.start)

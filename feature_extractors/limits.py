@@ -5,6 +5,7 @@ A few bytes of header can demand gigabytes of memory or days of work. Limits are
 decoding, and again for each decoded frame, because streams can change.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 8192 * 8192
 """Pixels of a frame; 8K video has half as many."""
 
-MAX_UNPACKED = 1 << 25
+MAX_UNPACKED = 32_000_000
 """Bytes of the unpacked texts and colour profile of a PNG picture; real ones have up to 3 MB."""
 
 MAX_ASPECT = 16
@@ -37,6 +38,12 @@ MAX_CHANNELS = 64
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000
 """Samples per second of a sound stream."""
+
+MAX_DECLARED = 64_000_000
+"""Bytes that a header may declare for a text, or for the unpacked index of a QuickTime file."""
+
+MAX_MEMORY = 4_000_000_000
+"""Bytes that a worker process may map for one clip; 8K video with many reference frames needs two billion."""
 
 OPENING_SECONDS = 120.0
 """Time limit of a clip, in addition to `SECONDS_PER_SECOND` for its length."""
@@ -77,6 +84,30 @@ def too_slow(path: Path, seconds: float) -> ClipError:
     """The error of a clip that was not extracted within this many seconds."""
     return ClipError(
         path, "too slow", f"takes longer than the {seconds:.0f} s allowed for a clip of its length"
+    )
+
+
+def too_much_memory(path: Path) -> ClipError:
+    """The error of a clip that needs more memory than is allowed, or than there is."""
+    return ClipError(path, "too much memory", "needs more memory than a clip may use")
+
+
+def limit_memory(extra: int) -> None:
+    """Limit the memory of this process; beyond it an allocation fails. Linux only; others have no such limit.
+
+    Args:
+        extra: Bytes that it may map in addition to those mapped now. An existing lower limit stays.
+    """
+    mapped = Path("/proc/self/statm")
+    if not mapped.exists():
+        return
+    import resource
+
+    pages = int(mapped.read_text().split()[0])
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
     )
 
 

@@ -9,16 +9,16 @@ refused.
 
 import os
 import re
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feature_extractors.clip import ClipError
-from feature_extractors.limits import MAX_PIXELS, MAX_UNPACKED, Deadline
+from feature_extractors.limits import MAX_PIXELS, Deadline
+from feature_extractors.unpacking import MetadataGuard, check_declared
 
 if TYPE_CHECKING:
     import av
@@ -79,8 +79,8 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
         deadline: Time limit, checked at each read.
 
     Raises:
-        ClipError: The file is a playlist or refers to other files, is not in an accepted format, or exceeds
-            the time limit.
+        ClipError: The file is a playlist or refers to other files, is not in an accepted format, has metadata
+            that unpack to more than the limit, or exceeds the time limit.
         OSError: The file cannot be read, or FFmpeg cannot open it.
     """
     import av
@@ -89,13 +89,12 @@ def open_media(path: Path, deadline: Deadline) -> Iterator["av.container.InputCo
         raise _names_others(path, f"a file that refers to {url!r}")
 
     with open(path, "rb", buffering=0) as file:
-        if kind := _playlist_kind(file) or _reference_movie(file, deadline):
+        if kind := _playlist_kind(file) or _reference_movie(path, file, deadline):
             raise _names_others(path, kind)
-        _check_png(path, file, deadline)
         file.seek(0)
         try:
             container = av.open(
-                _MediaFile(file, _hint(path), deadline),
+                _MediaFile(path, file, deadline),
                 container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
                 options={"max_pixels": str(MAX_PIXELS)},  # opening a file decodes its first frames
                 metadata_errors="replace",
@@ -112,36 +111,20 @@ def _names_others(path: Path, kind: str) -> ClipError:
     return ClipError(path, "playlist", f"is {kind}, which refers to media instead of containing them")
 
 
-def _check_png(path: Path, file: FileIO, deadline: Deadline) -> None:
-    """Refuse a PNG picture whose compressed texts and colour profile, which FFmpeg unpacks, are huge."""
-    file.seek(0)
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return
-    position, unpacked = 8, 0
-    while len(header := file.read(8)) == 8:
-        deadline.check()
-        length = int.from_bytes(header[:4], "big")
-        if header[4:] in (b"iCCP", b"zTXt"):
-            _, _, packed = file.read(min(length, MAX_UNPACKED)).partition(b"\0")
-            with suppress(zlib.error):
-                unpacked += len(zlib.decompressobj().decompress(packed[1:], MAX_UNPACKED))
-        if unpacked >= MAX_UNPACKED:
-            detail = f"has compressed texts or a colour profile of {MAX_UNPACKED >> 20} MB or more"
-            raise ClipError(path, "bloated picture", detail)
-        position += 12 + length
-        file.seek(position)
-
-
 class _MediaFile:
-    """File object for FFmpeg with a neutral name and a time limit."""
+    """File object for FFmpeg with a neutral name, a time limit, and a limit on metadata."""
 
-    def __init__(self, file: FileIO, name: str, deadline: Deadline):
-        self.name = name
+    def __init__(self, path: Path, file: FileIO, deadline: Deadline):
+        self.name = _hint(path)
         self._file, self._deadline = file, deadline
+        self._guard = MetadataGuard(path, file, deadline)
 
     def read(self, size: int) -> bytes:
         self._deadline.check()
-        return self._file.read(size)
+        position = self._file.tell()
+        data = self._file.read(size)
+        self._guard.look(data, position)
+        return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._deadline.check()
@@ -183,20 +166,34 @@ def _playlist_kind(file: FileIO) -> str | None:
     return next((kind for kind, begins in PLAYLISTS.items() if re.match(begins, text, re.IGNORECASE)), None)
 
 
-def _reference_movie(file: FileIO, deadline: Deadline) -> str | None:
-    """Description of a QuickTime or MP4 file that refers to other files; None for all others."""
+def _reference_movie(path: Path, file: FileIO, deadline: Deadline) -> str | None:
+    """Description of a QuickTime or MP4 file that refers to other files; None for all others.
+
+    Raises:
+        ClipError: Its index is compressed and unpacks to too many bytes.
+    """
     size = file.seek(0, os.SEEK_END)
     for name, begin, end in _boxes(file, 0, size, deadline):
         if not (name.isascii() and name.replace(b" ", b"a").isalnum()):
             return None  # not a QuickTime file, or damaged
         if name == b"moov":
             movie = list(_boxes(file, begin, end, deadline))
+            _check_index(path, file, movie, deadline)
             references = [box for box in movie if box[0] == b"rmra"]
             tracks = (box for name, *box in movie if name == b"trak")
             if references or any(_is_external(file, *track, deadline) for track in tracks):
                 return "a QuickTime reference movie"
             return None
     return None
+
+
+def _check_index(path: Path, file: FileIO, movie: list[tuple[bytes, int, int]], deadline: Deadline) -> None:
+    """Check the size to which the compressed index of a movie unpacks, if it has one."""
+    for _, begin, end in (box for box in movie if box[0] == b"cmov"):
+        for name, content, _ in _boxes(file, begin, end, deadline):
+            if name == b"cmvd":
+                file.seek(content)
+                check_declared(path, int.from_bytes(file.read(4), "big"))
 
 
 def _is_external(file: FileIO, begin: int, end: int, deadline: Deadline) -> bool:

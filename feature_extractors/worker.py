@@ -251,12 +251,15 @@ def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSett
         connection.send(_READY)
         while (job := connection.recv()) is not None:
             key, clip = job
+            limits.limit_memory(limits.MAX_MEMORY)
             try:
                 features = extract(clip, settings, face_extractor, _ReportedDeadline(clip.path, connection))
                 cache.store(key, features)
                 connection.send((features.findings, ClipExtent.of(features, settings.hop_ms)))
             except (ClipError, CacheError) as error:
                 connection.send(error)
+            except MemoryError:
+                connection.send(limits.too_much_memory(clip.path))
 
 
 def _end_with_parent() -> None:

@@ -34,6 +34,7 @@ def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, in
         loaded = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
         for split, part in parts.items():
+            _require_inside(path, part)
             yield path / split if split else path, split, part.features, len(part), part
     elif path.suffix.lower() == ".arrow":
         table = datasets.Dataset.from_file(str(path))
@@ -42,6 +43,17 @@ def tables(path: Path) -> Iterator[tuple[Path, str | None, datasets.Features, in
         parquet = pyarrow.parquet.ParquetFile(path)
         features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
         yield path, None, features, parquet.metadata.num_rows, parquet
+
+
+def _require_inside(folder: Path, part: datasets.Dataset) -> None:
+    """Refuse a saved data set whose description names tables outside its folder.
+
+    Raises:
+        ValueError: It does; names the table.
+    """
+    for file in part.cache_files:
+        if not Path(os.path.abspath(file["filename"])).is_relative_to(os.path.abspath(folder)):
+            raise ValueError(f"it names {file['filename']!r}, a table outside its folder")
 
 
 def batches(table: Any, features: datasets.Features, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:

@@ -308,9 +308,10 @@ class _FileCheck:
         if not row.file.strip() or "\0" in row.file:
             raise RowProblem(f"file name {row.file!r} is empty or invalid: name the clip of this row")
         windows = PureWindowsPath(row.file)
-        if os.path.isabs(row.file) or (windows.drive and windows.root):
-            raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
         path = row.folder / row.file
+        rooted = windows.root and (windows.drive or not os.path.lexists(path))
+        if os.path.isabs(row.file) or rooted:
+            raise RowProblem(f"{row.file!r} is an absolute path: write it relative to {row.folder}")
         try:
             if not os.path.lexists(path) and (same := self._same_name(row)):
                 path = same
@@ -377,6 +378,9 @@ class _FileCheck:
     def _suggestion(self, row: Row) -> str:
         """Hint at the file probably meant: another suffix or case, lost zeros, a similar name, elsewhere."""
         wanted = PurePosixPath(_with_slashes(row.file))
+        if ".." in wanted.parts:  # the hint names no file outside the corpus
+            near = self._elsewhere(row.folder).get(_form(wanted.name))
+            return f" (but {near!r} does)" if near else ""
         folder = row.folder / wanted.parent
         if folder not in self.by_key:
             self.by_key[folder] = {_key(PurePosixPath(name).stem): name for name in self._names(folder)}

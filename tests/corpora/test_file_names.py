@@ -55,6 +55,21 @@ def test_backslashes_do_not_lead_out_of_the_corpus(tmp_path):
     assert "is an absolute path" in complaint(corpus_of(tmp_path / "corpus", [], ["C:\\clips\\a.mp4"]))
 
 
+@pytest.mark.parametrize("name", ["\\etc\\hostname", "\\etc\\hostnam", "\\", "\\\\server\\share\\a.mp4"])
+def test_a_path_from_the_root_of_windows_is_absolute(tmp_path, name):
+    assert "is an absolute path" in complaint(corpus_of(tmp_path, [], [name]))
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_a_hint_names_no_file_outside_the_corpus(tmp_path, separator):
+    (tmp_path / "secret.mp4").write_bytes(b"media")
+    written = [f"..{separator}secrets.mp4", f"missing{separator}..{separator}..{separator}secrets.mp4"]
+    message = complaint(corpus_of(tmp_path / "corpus", ["clips/a.mp4"], written))
+    assert "secret.mp4" not in message
+    message = complaint(corpus_of(tmp_path / "corpus", [], [f"sub{separator}..{separator}a.mp4"]))
+    assert "(but 'clips/a.mp4' does)" in message
+
+
 @pytest.mark.parametrize(
     ("written", "hint"),
     [

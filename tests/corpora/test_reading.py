@@ -222,6 +222,20 @@ def test_arrow_tables_bring_their_clips_into_the_cache_once(stored, kind, tmp_pa
     assert read_corpus(target, **SENTIMENT).samples[0].clip.path.stat().st_mtime_ns == written
 
 
+def test_a_saved_data_set_that_names_tables_outside_its_folder_is_refused(tmp_path):
+    import datasets
+
+    for name in ("one", "other"):
+        rows = datasets.Dataset.from_dict({"file_name": ["a.mp4"], "text": ["x"], "label": [1.0]})
+        rows.save_to_disk(tmp_path / name)
+    state = tmp_path / "one" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../other/data-00000"))
+    assert "a table outside its folder" in str(complaint(tmp_path / "one"))
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["../other"]}')
+    assert "a table outside its folder" in str(complaint(tmp_path / "dict"))
+
+
 def test_arrow_table_of_paths_and_class_numbers(tmp_path):
     import datasets
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,10 +78,19 @@ def test_a_clip_whose_process_was_killed_is_tried_again(clips, tmp_path):
     assert list(results)[-1] == list(clips)[1]  # the one whose process was killed comes last
 
 
-def test_clips_that_end_their_process_are_reported_with_the_reason(clips, tmp_path):
+def test_clips_that_need_too_much_memory_are_reported_by_a_process_that_lives_on(clips, tmp_path, capfd):
     two = dict(list(clips.items())[:2])
-    unbearable = ExtractionSettings(num_frames=10**12)  # no machine has the memory: the process ends
-    results = dict(extract_in_processes(two, FeatureCache(tmp_path), unbearable, workers=2))
+    unbearable = ExtractionSettings(num_frames=10**12)
+    results = dict(extract_in_processes(two, FeatureCache(tmp_path), unbearable, workers=1))
+    for key, clip in two.items():
+        assert isinstance(results[key], ClipError) and results[key].path == clip.path
+        assert results[key].problem == "too much memory"
+    assert capfd.readouterr().err == ""
+
+
+def test_clips_that_end_their_process_are_reported_with_the_reason(clips, tmp_path):
+    two = {key: replace(clip, start="no number") for key, clip in list(clips.items())[:2]}
+    results = dict(extract_in_processes(two, FeatureCache(tmp_path), SETTINGS, workers=2))
     for key, clip in two.items():
         assert isinstance(results[key], ClipError) and results[key].path == clip.path
         assert results[key].problem == "crashed"
