@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips that would cost gigabytes or days are refused from their header, naming value and limit."""
 
-import gc
 import struct
 import subprocess
 import sys
