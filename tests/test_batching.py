@@ -52,7 +52,7 @@ def test_an_order_does_not_depend_on_the_epochs_before_it(lengths):
     assert batches(BucketBatchSampler(lengths, 8, seed=5), epoch=2) == went_through[2]
 
 
-def test_a_resumed_run_goes_on_with_the_order_of_its_epoch(lengths):
+def test_a_resumed_run_continues_with_the_order_of_its_epoch(lengths):
     AcceleratorState._reset_state(reset_partial_state=True)
     rows = [{"index": torch.tensor(number)} for number in range(len(lengths))]
     sampler = BucketBatchSampler(lengths, 8, seed=5)
@@ -288,7 +288,7 @@ def test_loading_draws_none_of_the_random_numbers_that_training_draws(dataset, w
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_cache_emptied_during_training_is_said_with_the_clip_and_the_remedy(dataset):
+def test_a_cache_emptied_during_training_is_reported_with_the_clip_and_the_remedy(dataset):
     for entry in dataset.cache.folder.rglob(f"{dataset.keys[1]}*"):
         entry.unlink()
     with pytest.raises(OSError, match=r"mute\.mp4 were deleted from the cache .*features: start again"):

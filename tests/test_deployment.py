@@ -166,7 +166,7 @@ def saved(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "used"), [({}, "sdpa"), *(({"attn_implementation": it}, it) for it in ("sdpa", "eager"))]
 )
-def test_the_text_encoder_takes_the_attention_that_is_asked_for(asked, used, saved, make_batch):
+def test_the_text_encoder_uses_the_requested_attention(asked, used, saved, make_batch):
     model = AutoModel.from_pretrained(saved, **asked)
     assert model.encoders["text"].model.config._attn_implementation == used
     batch = make_batch()

@@ -164,7 +164,7 @@ def test_a_configuration_that_builds_no_model_is_a_message_and_no_traceback(writ
         describe(write_config(**model))
 
 
-def test_what_is_no_configuration_and_no_checkpoint_is_said(tmp_path):
+def test_a_source_that_is_no_configuration_and_no_checkpoint_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="none.yaml: cannot read"):
         describe(tmp_path / "none.yaml")
     with pytest.raises(CheckpointError, match="config.json is missing"):

@@ -104,13 +104,13 @@ def test_a_configuration_that_builds_no_model_is_refused(checkpoint, change):
     refused(checkpoint)
 
 
-def test_missing_weights_are_said(checkpoint):
+def test_missing_weights_are_named(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     assert "model.safetensors" in refused(checkpoint)
 
 
 @pytest.mark.parametrize("damage", ["cut", "pointer"])
-def test_damaged_weights_are_said(checkpoint, damage):
+def test_damaged_weights_are_named(checkpoint, damage):
     weights = checkpoint / "model.safetensors"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])

@@ -116,7 +116,7 @@ def test_a_method_imports_no_other_method(module):
     assert "msa_online.methods" not in names  # the tables name the methods, not the reverse
 
 
-def test_scripts_are_imported_by_nobody():
+def test_no_module_imports_scripts():
     importers = {
         name
         for name, path in MODULES.items()

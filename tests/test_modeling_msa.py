@@ -192,9 +192,7 @@ def test_a_model_in_half_precision_takes_fp32_inputs_and_predicts_the_same(
 
 @every_head
 @pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, "float16"])
-def test_a_checkpoint_opens_in_the_precision_that_is_asked_for(
-    head, asked, tiny_config, make_batch, tmp_path
-):
+def test_a_checkpoint_opens_in_the_requested_precision(head, asked, tiny_config, make_batch, tmp_path):
     torch.manual_seed(0)
     MSAModel(half_config(head, {}, [*CALIBRATORS][-1], False, tiny_config)).save_pretrained(tmp_path)
     batch = {name: value for name, value in make_batch().items() if name != "labels"}

@@ -33,7 +33,7 @@ def test_without_a_transcript_the_text_is_missing_and_the_output_says_so(pipelin
     assert prediction.missing == {"text": "no transcript given"}
 
 
-def test_what_makes_a_face_doubtful_is_said(pipeline, make_clip, face_image, tmp_path):
+def test_what_makes_a_face_doubtful_is_reported(pipeline, make_clip, face_image, tmp_path):
     pair = np.broadcast_to(np.concatenate([face_image, face_image], axis=1), (8, 160, 320, 3))
     path = make_clip(tmp_path / "a.mp4", frames=pair, size=(320, 160), fps=8, audio=None)
     prediction = pipeline(path, text="a good movie")
@@ -151,7 +151,7 @@ def test_contributions_add_up_to_the_prediction_less_what_the_model_says_of_noth
     assert seen.baseline == pytest.approx(said_of_nothing, abs=1e-6)
 
 
-def test_the_encoders_run_once_however_many_subsets_are_asked_about(make_pipeline, make_clip, tmp_path):
+def test_the_encoders_run_once_for_any_number_of_subsets(make_pipeline, make_clip, tmp_path):
     pipeline, calls = make_pipeline(), Counter()
     parts = {**pipeline.model.encoders, "head": pipeline.model.head}
     for name, part in parts.items():

@@ -112,7 +112,7 @@ def test_findings_name_the_lines_that_lack_a_modality(prepared):
     }
 
 
-def test_what_samples_are_said_to_lack_is_what_a_batch_lacks(prepared, cache, tiny_tokenizer):
+def test_reported_and_masked_modalities_are_the_same(prepared, cache, tiny_tokenizer):
     processor = MSAProcessor(tiny_tokenizer, {"num_frames": 2})
     inputs = [
         processor.encode(cache.load(prepared.keys[sample.id]), sample.text) for sample in prepared.samples
@@ -218,7 +218,7 @@ def test_keys_lead_to_the_features_and_equal_files_share_theirs(prepared, cache)
     assert cache.load(keys["good.mp4@0.0-0.5"]).duration == pytest.approx(0.5)
 
 
-def test_nothing_lacking_is_said_too_and_needs_no_worker(prepared, cache):
+def test_complete_clips_are_reported_and_need_no_worker(prepared, cache):
     whole = replace(prepared.corpus, samples=prepared.samples[:2], broken=())
     began = time.perf_counter()
     again = prepare(whole, cache, SETTINGS)
@@ -232,7 +232,7 @@ def test_all_clips_broken_is_an_error_even_when_they_may_be_skipped(corpus, cach
         prepare(only_broken, cache, SETTINGS, skip_broken=True)
 
 
-def test_too_little_disk_is_said_before_anything_is_extracted(corpus, tmp_path):
+def test_too_little_disk_is_reported_before_anything_is_extracted(corpus, tmp_path):
     enormous = ExtractionSettings(num_frames=10**12)
     with pytest.raises(
         CacheError, match=r"need about [\d,]+ bytes but .* has [\d,]+ bytes free; .*MSA_CACHE"

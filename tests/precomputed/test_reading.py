@@ -61,7 +61,7 @@ def test_rows_of_zeros_at_the_end_are_padding_unless_lengths_are_given(feature_a
     assert corpus.steps["audio"].lengths.tolist() == [5] * 12
 
 
-def test_what_samples_are_said_to_lack_is_what_a_batch_lacks(feature_arrays, write_archive):
+def test_reported_and_masked_modalities_are_the_same(feature_arrays, write_archive):
     del feature_arrays["vision"]
     corpus = read_features(write_archive(feature_arrays), label_range=RANGE)
     dataset = FeatureDataset(corpus, corpus.samples, WIDTHS, None)

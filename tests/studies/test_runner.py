@@ -105,7 +105,7 @@ def test_variants_in_settings_are_drawn_over_them(run, tmp_path):
     assert (tmp_path / "study" / "curves.png").stat().st_size > 5000
 
 
-def test_a_killed_study_goes_on_where_it_stopped(start, run, tmp_path):
+def test_a_killed_study_continues_where_it_stopped(start, run, tmp_path):
     variants = {"one": {}, "two": {"training.epochs": 8}}
     process = start(variants)
     deadline = time.monotonic() + LIMIT

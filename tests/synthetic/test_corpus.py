@@ -166,7 +166,7 @@ def test_closed_form_weights_are_those_that_a_regression_on_the_cues_finds(large
     assert sum(shares) == pytest.approx(1)
 
 
-def test_each_cue_has_the_strength_asked_for_and_contradictions_are_opposite(large_plan):
+def test_each_cue_has_the_requested_strength_and_contradictions_are_opposite(large_plan):
     cues, labels, clips, recipe = large_plan
     agreeing = np.array([not clip.contradicting for clip in clips])
     for column, name in enumerate(MODALITIES):

@@ -186,7 +186,7 @@ def test_the_fingerprint_of_the_data_goes_with_the_state(path):
     assert [file.name for file in path.iterdir()] == ["run.yaml"]
 
 
-def test_a_damaged_fingerprint_is_named_and_a_run_of_an_earlier_version_goes_on(begun, path):
+def test_a_damaged_fingerprint_is_named_and_a_run_of_an_earlier_version_continues(begun, path):
     Run(path).folder.open(configured(path, resume=True), SAMPLES)
     for content in ("{", "[1]", '{"s0": 3}'):
         (path / "data.json").write_text(content)
@@ -222,7 +222,7 @@ def test_resuming_under_another_configuration_names_what_changed(begun, path, ch
         Run(path).folder.open(configured(path, resume=True, **change))
 
 
-def test_a_run_goes_on_after_its_folder_was_moved(begun, path):
+def test_a_run_continues_after_its_folder_was_moved(begun, path):
     moved = path.with_name("moved")
     path.rename(moved)
     Run(moved).folder.open(configured(moved, resume=True))
@@ -237,7 +237,7 @@ def test_a_key_given_up_since_the_start_counts_as_a_change(begun, path):
         Run(path).folder.open(configured(path, resume=True))
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in(begun, path):
+def test_a_run_continues_in_the_precision_it_began_in(begun, path):
     """On a machine that would choose another one, the user names the precision of the start."""
     Run(path).folder.open(configured(path, resume=True, mixed_precision="no"))  # which `auto` came to
     AcceleratorState._reset_state(reset_partial_state=True)

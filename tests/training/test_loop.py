@@ -265,7 +265,7 @@ def test_accumulated_halves_are_one_batch_for_what_is_linear_in_the_batch(stage,
 
 
 @pytest.mark.needs("ebmc")
-def test_every_sample_is_taught_by_what_was_said_of_it(ebmc_config, rows):
+def test_every_sample_gets_its_own_teacher_target(ebmc_config, rows):
     """The loader shuffles, the teacher's answers do not: a student that copies them has nothing to distil."""
     trial = taught(ebmc_config(), rows)
     model = trial.loop.bare_model.eval()

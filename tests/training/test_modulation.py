@@ -206,7 +206,7 @@ def test_under_adam_a_constant_coefficient_slows_only_as_a_learning_rate(
 
 
 @conflict
-def test_after_a_step_at_scaled_rates_the_schedule_goes_on_as_without(still_config, rows, make_trial):
+def test_after_a_step_at_scaled_rates_the_schedule_continues_as_without(still_config, rows, make_trial):
     plain = make_trial(still_config, rows, GradientModulator())
     plain.train(1)
     rated = make_trial(still_config, rows, MODULATORS["conflict"](apply="lr", noise=0))

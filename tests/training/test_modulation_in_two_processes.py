@@ -234,7 +234,7 @@ STOPPED = {
 
 @pytest.mark.needs("cpsl")
 @pytest.mark.parametrize("kind", [kind for kind in STOPPED if kind.split()[0] in MODULATORS])
-def test_a_stopped_run_goes_on_with_the_same_noise_and_coefficients(kind, train, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_with_the_same_noise_and_coefficients(kind, train, tmp_path, monkeypatch):
     kwargs, calibrator = STOPPED[kind]
     interrupted = stopping(MODULATORS[kind.split()[0]])
     monkeypatch.setitem(MODULATORS, "stopping", interrupted)

@@ -172,7 +172,7 @@ def test_the_fused_step_follows_the_plain_one(head, tiny_config):
         torch.testing.assert_close(fused[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_reloaded_optimizer_goes_on_bit_for_bit(tiny_config):
+def test_a_reloaded_optimizer_continues_bit_for_bit(tiny_config):
     def start():
         torch.manual_seed(0)
         model = MSAModel(tiny_config)

@@ -18,13 +18,13 @@ def a_fresh_start_on_a_cpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
-def test_a_run_chooses_its_precision_unless_told_otherwise():
+def test_a_run_chooses_its_precision_unless_one_is_set():
     assert TrainingArguments().mixed_precision == "auto"
     assert choose_precision("auto", "key").name == ("bf16" if cpu_computes_bf16() else "no")
 
 
 @pytest.mark.slow
-def test_a_processor_that_emulates_bf16_trains_in_fp32_and_warns_when_told_otherwise():
+def test_a_processor_that_emulates_bf16_trains_in_fp32_and_warns_if_bf16_is_set():
     script = """if True:
         from msa_online.training.precision import choose_precision
         for requested in ("auto", "bf16"):

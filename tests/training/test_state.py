@@ -185,7 +185,7 @@ def draw() -> list[float]:
     return [random.random(), float(np.random.normal()), torch.rand(()).item(), random.gauss(0, 1)]
 
 
-def test_every_generator_goes_on_where_it_was(settings, tmp_path):
+def test_every_generator_continues_where_it_was(settings, tmp_path):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(5)
     draw()  # of the two numbers that a normal deviate is drawn with, one waits for the next

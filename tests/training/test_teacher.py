@@ -141,7 +141,7 @@ def test_a_stage_whose_teacher_was_never_trained_has_none(stages, run, tiny_conf
     assert not run.folder.stage_file("balance_teacher").exists()
 
 
-def test_a_method_without_teachers_asks_nobody(run, tiny_config):
+def test_a_method_without_teachers_has_an_empty_teacher(run, tiny_config):
     student = make_model(tiny_config, "late_fusion")
     teacher = appoint_teacher(student, standing_in("train"), run.folder, run.loader, run.folder.accelerator)
     assert teacher.targets is None

@@ -120,7 +120,7 @@ def test_the_gap_is_three_times_the_squared_distances_from_the_mean_and_knows_no
     assert energy_gap(energy[:1].expand(3), everyone) == 0
 
 
-def test_a_modality_that_nobody_has_plays_no_part_in_the_gap():
+def test_a_modality_without_samples_is_left_out_of_the_gap():
     energy = torch.tensor([5.0, 2.0, 0.0])
     assert energy_gap(energy, torch.tensor([True, True, False])) == 9.0
     assert energy_gap(energy, torch.tensor([True, False, False])) == 0.0
@@ -227,7 +227,7 @@ def test_the_inverted_contrast_of_the_first_implementation_is_not_ours():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
-def test_samples_that_all_look_the_same_cannot_be_told_apart(batch):
+def test_samples_that_all_look_the_same_cannot_be_distinguished(batch):
     present = torch.ones(3, batch, dtype=torch.bool)
     found = invariance_loss(alike(random(1, 8).expand(batch, 8)), present, 0.05)
     assert found.item() == pytest.approx(math.log(batch), abs=1e-12)

@@ -109,7 +109,7 @@ def test_attention_heads_add_no_parameters():
         ("sentence-transformers/all-MiniLM-L6-v2", PUBLISHED, 25_933_034),
     ],
 )
-def test_whole_models_have_the_sizes_that_are_told_of_them(text_encoder, structure, expected):
+def test_whole_models_have_the_documented_sizes(text_encoder, structure, expected):
     config = MSAConfig(
         text_config=load_text_config(text_encoder),
         blendshapes=False,

@@ -139,7 +139,7 @@ def test_a_stopped_run_lands_where_an_uninterrupted_one_does(stopped, step, lost
         ("cut short", "balance_teacher.safetensors"),
     ],
 )
-def test_a_teacher_that_cannot_be_read_is_said_and_costs_nothing_else(harm, file, runs):
+def test_an_unreadable_teacher_is_named_and_other_files_stay(harm, file, runs):
     path = runs.folder / "stopped"
     if not path.exists():
         runs.start("stopped", stop_before=2 * STEPS)
@@ -182,7 +182,7 @@ def test_a_finished_run_publishes_the_student_alone(whole_run):
     assert all(("imtd" in epoch["losses"]) == (epoch["stage"] == "balance") for epoch in history(whole_run))
 
 
-def test_the_optimizer_goes_on_into_the_second_stage_with_what_it_knows(runs):
+def test_the_optimizer_keeps_its_state_in_the_second_stage(runs):
     taken = []
 
     def count(optimizer, *_):
@@ -227,7 +227,7 @@ def test_a_run_for_one_condition_trains_and_is_judged_under_it_alone(runs):
     assert balanced["valid"]["mae"] == pytest.approx(best["mae"])
 
 
-def test_the_gradient_of_every_loss_is_measured_when_asked_for_and_changes_nothing(runs, whole_run):
+def test_the_gradient_of_every_loss_is_measured_on_request_and_changes_nothing(runs, whole_run):
     path = runs.start("measured", measure_gradients=True)
     for measured, plain in zip(history(path), history(whole_run), strict=True):
         norms = {

@@ -299,7 +299,7 @@ def check_finite(head: nn.Module, sequences, labels: Tensor) -> None:
 
 @every_gate
 @pytest.mark.parametrize("present", list(itertools.product([True, False], repeat=3)))
-def test_a_batch_in_which_nobody_has_a_modality_stays_finite(gate, present, make_sequences):
+def test_a_batch_without_a_modality_stays_finite(gate, present, make_sequences):
     """From the first batch on, so that nothing of that modality was ever seen."""
     check_finite(make_head(gate=gate), make_sequences(8, present), SCORES)
 

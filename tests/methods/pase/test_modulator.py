@@ -136,7 +136,7 @@ def test_contributions_add_up_to_the_loss_that_is_saved(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_modality_that_nobody_has_contributes_exactly_nothing(head):
+def test_a_modality_without_samples_contributes_exactly_zero(head):
     model = make_model(head).train()
     present = torch.tensor([True, True, False]).expand(8, 3)
     found = contributions_of(attached(model), model, make_inputs(present=present))

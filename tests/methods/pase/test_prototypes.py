@@ -269,7 +269,7 @@ def test_the_contrast_moves_states_and_no_prototype():
     assert moved.tolist() == member.any(dim=-1).tolist()
 
 
-def test_of_a_modality_that_nobody_has_the_contrast_is_zero_and_finite():
+def test_without_samples_the_contrast_is_zero_and_finite():
     member = membership(BATCH, tuple((1, sample) for sample in range(8)))
     states = make_states()
     states[1] = 0  # as the head reads it
