@@ -37,7 +37,7 @@ class MSAOutput(ModelOutput):
         loss: Sum of the losses weighted by `config.loss_weights`, a scalar; None without labels.
         logits: Fused prediction, `(batch, outputs)`.
         modality_logits: Prediction of each modality alone, `(batch, outputs)` each.
-        features: Pooled state of each modality, `(batch, hidden)` each.
+        features: State of each modality that the fusion reads, `(batch, width)` each.
         fused: Input of the last layer of the fused prediction, `(batch, width)`.
         losses: Unweighted loss terms by name, scalars; empty without labels.
         diagnostics: Detached tensors for the log, by name.
