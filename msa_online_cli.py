@@ -51,7 +51,23 @@ def build_parser() -> argparse.ArgumentParser:
         prog="msa-online", description="Multimodal sentiment analysis from raw video."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_describe(commands)
+    models = commands.add_parser("get-models", help="download pretrained files to the cache")
+    models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
+    _add_synthesize(commands)
+    _add_convert_features(commands)
+    _add_extract_features(commands)
+    _add_train(commands)
+    _add_study(commands)
+    configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
+    configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
+    return parser
 
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="extract all clips of a corpus into the cache, show what was found in clips and splits",
@@ -99,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="count tokens with this encoder (default: count words, which misses some truncated texts)",
     )
 
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate", help="score a checkpoint under the seven modality conditions, or with frames missing"
     )
@@ -137,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plugin(evaluate)
     evaluate.set_defaults(refuse=evaluate.error)
 
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser("predict", help="predict from raw clips, audio files, or text only")
     predict.add_argument("clips", nargs="*", metavar="CLIP", help="media files")
     predict.add_argument("--model", required=True, help="folder of a run, or Hub repository")
@@ -158,6 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plugin(predict)
     predict.set_defaults(refuse=predict.error)
 
+
+def _add_describe(commands: argparse._SubParsersAction) -> None:
     describe = commands.add_parser("describe", help="show the parts of a model and their parameters")
     describe.add_argument(
         "source", metavar="CONFIG_OR_CHECKPOINT", help="file, shipped name, run or Hub repository"
@@ -165,9 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_argument("--json", action="store_true", help="print JSON")
     _add_plugin(describe)
 
-    models = commands.add_parser("get-models", help="download pretrained files to the cache")
-    models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
 
+def _add_synthesize(commands: argparse._SubParsersAction) -> None:
     synthesize = commands.add_parser("synthesize", help="render the synthetic corpus of talking clips")
     synthesize.add_argument("folder")
     synthesize.add_argument("--clips", type=_at_least(1), default=240)
@@ -176,14 +197,6 @@ def build_parser() -> argparse.ArgumentParser:
         synthesize.add_argument(f"--{name}", type=float, default=strength, help="strength of the cue, 0 to 1")
     synthesize.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
     synthesize.set_defaults(refuse=synthesize.error)
-
-    _add_convert_features(commands)
-    _add_extract_features(commands)
-    _add_train(commands)
-    _add_study(commands)
-    configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
-    configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
-    return parser
 
 
 class _TrainingHelp(argparse.Action):
