@@ -233,11 +233,11 @@ def absurd_header(content: bytearray, others: Sequence[bytes], rng: random.Rando
 DAMAGES = {"bits": flip_bits, "cut": cut, "splice": splice, "header": absurd_header}
 
 
-def damaged_files(intact: Sequence[Path], count: int, seed: int, folder: Path) -> Iterator[Damaged]:
+def damaged_files(intact: Sequence[Path], options: argparse.Namespace, folder: Path) -> Iterator[Damaged]:
     """Write files one by one; each depends on the seed, its number and the intact files alone."""
     contents = [path.read_bytes() for path in intact]
-    for number in range(count):
-        rng = random.Random(f"{seed} {number}")
+    for number in range(options.first, options.first + options.files):
+        rng = random.Random(f"{options.seed} {number}")
         index = number % len(intact)
         damage = rng.choice(list(DAMAGES))
         content = DAMAGES[damage](bytearray(contents[index]), contents, rng)
@@ -344,7 +344,7 @@ def fuzz(options: argparse.Namespace) -> Report:
         stream = chain(
             (Damaged(path, path.suffix, "none") for path in written),
             (Damaged(path, path.suffix.lower(), "as found") for path in found),
-            damaged_files([*written, *found], options.files, options.seed, work / "damaged"),
+            damaged_files([*written, *found], options, work / "damaged"),
         )
         while files := list(islice(stream, AT_ONCE)):
             extract_all(files, options, work, report)
@@ -379,6 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--files", type=int, default=200, help="number of damaged files (200)")
     parser.add_argument("--seed", type=int, default=1111, help="seed of the damage (1111)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first file, to repeat one (0)")
     parser.add_argument("--folder", type=Path, help="folder with further media files, at most 2 MB each")
     parser.add_argument("--seconds", type=float, default=20.0, help="time limit of a file (20)")
     parser.add_argument("--memory", type=float, default=1000.0, help="memory limit of a file in MB (1000)")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A short run of the fuzzer; and it notices what it is there for."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -25,12 +26,13 @@ def test_the_files_of_a_seed_are_always_the_same(script, tmp_path):
     script.write_clip(intact[0], None, "pcm_s16le")
     script.write_clip(intact[1], None, "pcm_s16be")
     contents = []
-    for name in ("one", "two"):
+    for name, first, count in (("one", 0, 20), ("two", 0, 20), ("last", 19, 1)):
         (tmp_path / name).mkdir()
-        files = list(script.damaged_files(intact, 20, seed=3, folder=tmp_path / name))
+        options = argparse.Namespace(seed=3, first=first, files=count)
+        files = list(script.damaged_files(intact, options, tmp_path / name))
         contents.append([(file.path.name, file.path.read_bytes()) for file in files])
-    assert contents[0] == contents[1]
-    assert {file.damage for file in files} == set(script.DAMAGES)
+    assert contents[0] == contents[1] and contents[0][-1:] == contents[2]
+    assert {name.partition("-")[2].partition(".")[0] for name, _ in contents[0]} == set(script.DAMAGES)
     whole = {path.read_bytes() for path in intact}
     assert sum(content not in whole for _, content in contents[0]) >= 18
 
