@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local cache of pretrained files, and the verification of these files.
 
-`get_asset` downloads a file or folder into the cache from the first source that has it; `asset_path` only
-looks into the cache. Weights are checked against pinned SHA-256 sums, so the source does not matter.
+`get_asset` downloads a file or folder into the cache from the first source that has it, or converts it from
+another asset; `asset_path` only looks into the cache. Weights are checked against pinned SHA-256 sums, so the
+source does not matter.
 
 To use other weights, set `MSA_MODEL_<NAME>` (for instance `MSA_MODEL_FACE_LANDMARKER=/data/face.task`); they
 are not checked. `MSA_CACHE` sets the folder of the cache.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from feature_extractors.catalogue import ASSETS, Asset, AssetError
 from feature_extractors.sources import SOURCES
+from feature_extractors.whisper_weights import convert_encoder
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def asset_path(name: str) -> Path | None:
 
 
 def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
-    """Path of a model, which is downloaded if necessary.
+    """Path of a model, which is downloaded or converted if necessary.
 
     Args:
         name: A key of `ASSETS`.
@@ -71,6 +73,8 @@ def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
     if path := asset_path(name):
         return path
     asset = _asset(name)
+    if asset.encoder_of:
+        return _convert(asset, progress)
     folder = _folder(asset)
     failures = []
     with _workspace(asset, folder.parent) as workspace:
@@ -91,6 +95,25 @@ def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
             progress(f"{name}: downloaded from {label}, sha256 correct, stored in {_result(asset)}")
             return _result(asset)
     raise AssetError(_unavailable(asset, failures))
+
+
+def _convert(asset: Asset, progress: Callable[[str], None]) -> Path:
+    """Convert an asset from another one, which is downloaded if necessary."""
+    origin, folder = get_asset(asset.encoder_of, progress), _folder(asset)
+    with _workspace(asset, folder.parent) as workspace:
+        converted = Path(tempfile.mkdtemp(dir=workspace))
+        try:
+            verify(ASSETS[asset.encoder_of], origin)
+            convert_encoder(origin / "model.bin", converted)
+            verify(asset, converted)
+            _publish(asset, converted, folder)
+        except (AssetError, OSError) as error:
+            raise AssetError(
+                f"cannot convert {asset.name} from {origin}: {error};"
+                f" set {asset.variable} to a folder with an encoder of your own"
+            ) from error
+    progress(f"{asset.name}: converted from {origin}, sha256 correct, stored in {_result(asset)}")
+    return _result(asset)
 
 
 def _asset(name: str) -> Asset:

