@@ -55,9 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_describe(commands)
-    models = commands.add_parser(
-        "get-models", help="download pretrained files to the cache, and convert some"
-    )
+    models = commands.add_parser("get-models", help="download or convert pretrained files")
     models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
     _add_synthesize(commands)
     _add_convert_features(commands)

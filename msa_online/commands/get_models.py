@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msa-online get-models`: download pretrained files to the cache, and convert some of them."""
+"""`msa-online get-models`: download or convert pretrained files, into the cache."""
 
 from argparse import Namespace
 
