@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_extractors import CacheError, FeatureCache
 from msa_online.configuration_msa import MSAConfig
-from msa_online.corpora.corpus import Sample
-from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.corpora.corpus import ReadyCorpus, Sample
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
@@ -172,7 +171,7 @@ class FeatureDataset(SplitDataset):
 
 
 def make_dataset(
-    data: PreparedCorpus | FeatureCorpus, split: str, processor: MSAProcessor | None, config: MSAConfig
+    data: ReadyCorpus, split: str, processor: MSAProcessor | None, config: MSAConfig
 ) -> SplitDataset:
     """Dataset of a split for a model of `config`; precomputed features need no processor.
 

@@ -2,10 +2,12 @@
 """Corpora in memory: samples by split, broken rows, and the error that lists them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from feature_extractors.clip import Clip, printable
 from msa_online.corpora.splits import SPLITS
@@ -74,6 +76,36 @@ class BySplit:
         """Number of samples in each split that has any."""
         counts = Counter(sample.split for sample in self.samples)
         return {name: counts[name] for name in SPLITS if counts[name]}
+
+
+class ReadyCorpus(BySplit):
+    """Base of corpora whose samples can be loaded: `PreparedCorpus` of clips, `FeatureCorpus` of features.
+
+    Training sees this and does not ask which of the two it is.
+
+    Attributes:
+        contents: Hash of the clip or of the features of each sample, by sample id.
+    """
+
+    contents: Mapping[str, str]
+
+    def present(self, split: str) -> Tensor:
+        """Which modalities each sample of a split has, `(samples, 3)` bool."""
+        raise NotImplementedError
+
+    def statistics(
+        self, split: str, seen: Tensor, widths: Mapping[str, int]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of each feature over a split, `(width,)` each, by modality.
+
+        Empty here: encoders of raw clips learn their scaling.
+
+        Args:
+            split: "train", "valid" or "test".
+            seen: Which modalities of each sample count, `(samples, 3)` bool.
+            widths: Width of each modality in the model.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

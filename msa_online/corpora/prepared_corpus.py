@@ -22,7 +22,7 @@ from feature_extractors.clip import (
     ClipExtent,
     printable,
 )
-from msa_online.corpora.corpus import BrokenRow, BySplit, Corpus, Sample, place
+from msa_online.corpora.corpus import BrokenRow, Corpus, ReadyCorpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits, UnknownTokens
 
@@ -39,7 +39,7 @@ SHOWN_LINES = 8  # of the rows with a finding, in the table
 
 
 @dataclass(frozen=True)
-class PreparedCorpus(BySplit):
+class PreparedCorpus(ReadyCorpus):
     """A corpus whose features are all in the cache.
 
     Attributes:
@@ -121,7 +121,7 @@ class PreparedCorpus(BySplit):
 
 @dataclass(frozen=True)
 class Finding:
-    """What is remarkable about some rows.
+    """A finding about some rows.
 
     Attributes:
         name: What it is: "no face", "text cut at 128 tokens".

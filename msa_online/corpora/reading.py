@@ -19,7 +19,7 @@ from msa_online.corpora.validation import check_label_column, check_rows
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FEATURE_SUFFIXES = (".npz", ".npy", ".pkl", ".pickle", ".safetensors")
 FEATURES = "features.safetensors"
-"""Names of precomputed features, which `precomputed` reads."""
+"""Names of precomputed features: `precomputed` reads them, `read_corpus` refuses them."""
 SHOWN_NAMES = 8  # files listed in the message about a folder without metadata
 logger = logging.getLogger(__name__)
 

@@ -176,12 +176,11 @@ def _why_small(split: str, size: int) -> str:
 
 def _file_of(sample: Sample) -> str:
     """What two samples of one recording have in common; samples of features stand alone."""
-    clip = getattr(sample, "clip", None)
-    return sample.id if clip is None else os.path.realpath(clip.path)
+    return sample.id if sample.clip is None else os.path.realpath(sample.clip.path)
 
 
 def _window_of(sample: Sample) -> tuple[float, float]:
-    clip = getattr(sample, "clip", None)
+    clip = sample.clip
     if clip is None:
         return 0.0, 1.0
     return clip.start or 0.0, float("inf") if clip.end is None else clip.end

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from msa_online.corpora.corpus import BrokenRow, BySplit, CorpusError
+from msa_online.corpora.corpus import BrokenRow, CorpusError, ReadyCorpus
 from msa_online.corpora.splits import SPLITS
 from msa_online.modalities import MODALITIES
 
@@ -118,6 +118,7 @@ class FeatureSample:
         source: The file that contains the row.
         line: The row's first line in `source` (in an .npz: its row), counted from 1.
         row: Index of the sample in the features.
+        clip: None: there is no media file.
     """
 
     id: str
@@ -128,10 +129,11 @@ class FeatureSample:
     source: Path
     line: int
     row: int
+    clip: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
-class FeatureCorpus(BySplit):
+class FeatureCorpus(ReadyCorpus):
     """The usable samples of a corpus of features, in the order of their rows.
 
     Attributes:
@@ -174,13 +176,20 @@ class FeatureCorpus(BySplit):
         lengths = [self.lengths(name, self.split(split)) for name in MODALITIES]
         return torch.from_numpy(np.stack(lengths, axis=1) > 0)
 
-    def statistics(self, split: str, seen: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def statistics(
+        self, split: str, seen: Tensor, widths: Mapping[str, int]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and standard deviation of each feature over a split, `(width,)` each, by modality.
 
         Args:
             split: "train", "valid" or "test".
             seen: Which modalities of each sample count, `(samples, 3)` bool.
+            widths: Width of each modality in the model.
+
+        Raises:
+            CorpusError: The features have other widths.
         """
+        require_widths(self, widths)
         rows = [sample.row for sample in self.split(split)]
         return {
             name: steps.statistics([row for row, counts in zip(rows, seen[:, column], strict=True) if counts])

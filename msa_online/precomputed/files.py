@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.csv_table import MOST_ROWS, CsvTable, read_csv
 from msa_online.corpora.limited_process import installed_memory
+from msa_online.corpora.reading import FEATURES
 from msa_online.corpora.validation import why_not_writable
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureSteps
 
 METADATA = "metadata.csv"
-FEATURES = "features.safetensors"
 ORIGIN = "origin.json"
 PICKLES = (".pkl", ".pickle")
 COLUMNS = ("id", "text", "label", "split", "speaker")

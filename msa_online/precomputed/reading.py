@@ -9,10 +9,10 @@ from feature_extractors.clip import printable
 from msa_online.corpora.corpus import BrokenRow, CorpusError, place
 from msa_online.corpora.csv_table import require_columns
 from msa_online.corpora.layouts import Row
+from msa_online.corpora.reading import FEATURES
 from msa_online.corpora.validation import attempt, check_label_column, checked_label, checked_split
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample
 from msa_online.precomputed.files import (
-    FEATURES,
     PICKLES,
     FeatureTable,
     is_precomputed_path,

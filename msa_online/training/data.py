@@ -12,8 +12,8 @@ from feature_extractors import FeatureCache
 from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
-from msa_online.corpora.corpus import Corpus, require_splits
-from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
+from msa_online.corpora.corpus import Corpus, ReadyCorpus, require_splits
+from msa_online.corpora.prepared_corpus import findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import check_class_names
@@ -80,7 +80,7 @@ def prepare_data(
     limits: InputLimits | None,
     accelerator: Accelerator,
     console: Console,
-) -> PreparedCorpus | FeatureCorpus:
+) -> ReadyCorpus:
     """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
     Features of clips that are not in the cache are extracted by the main process, while the others wait.
@@ -119,7 +119,7 @@ def prepare_data(
     return prepared
 
 
-def fingerprint(data: PreparedCorpus | FeatureCorpus) -> dict[str, list[str]]:
+def fingerprint(data: ReadyCorpus) -> dict[str, list[str]]:
     """Split, label, and hashes of text and content, by sample id; a resumed run must find the same."""
     return {
         sample.id: [
@@ -150,7 +150,7 @@ def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
 
 
 def make_loaders(
-    data: PreparedCorpus | FeatureCorpus,
+    data: ReadyCorpus,
     processor: MSAProcessor | None,
     config: MSAConfig,
     arguments: RunArguments,

@@ -3,18 +3,17 @@
 
 from collections.abc import Mapping
 
-from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
 from msa_online.missing.modalities import InputMask, ModalityDropout
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
-from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import MissingArguments, TrainingArguments
 
 
-def draw_split_masks(data: PreparedCorpus | FeatureCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
+def draw_split_masks(data: ReadyCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
     """The mask of each split with samples; empty without missing rates.
 
     Raises:
@@ -36,7 +35,7 @@ def draw_split_masks(data: PreparedCorpus | FeatureCorpus, missing: MissingArgum
 
 
 def occurring_modalities(
-    data: PreparedCorpus | FeatureCorpus,
+    data: ReadyCorpus,
     training: TrainingArguments,
     masks: Mapping[str, SplitMask],
     stages: int,
@@ -56,7 +55,7 @@ def occurring_modalities(
 
 
 def make_input_masks(
-    data: PreparedCorpus | FeatureCorpus,
+    data: ReadyCorpus,
     training: TrainingArguments,
     masks: Mapping[str, SplitMask],
     model: MSAModel,

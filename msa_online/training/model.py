@@ -8,12 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from msa_online.configuration_msa import MSAConfig, without_path
-from msa_online.corpora.prepared_corpus import PreparedCorpus
+from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.encoders.text import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.missing.rates import SplitMask
 from msa_online.modeling_msa import MSAModel
-from msa_online.precomputed.corpus import FeatureCorpus, require_widths
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments
@@ -91,7 +90,7 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
 
 def fit_encoders(
     model: MSAModel,
-    data: PreparedCorpus | FeatureCorpus,
+    data: ReadyCorpus,
     arguments: RunArguments,
     masks: Mapping[str, SplitMask],
 ) -> None:
@@ -103,10 +102,7 @@ def fit_encoders(
     Raises:
         CorpusError: The features have other widths than the model.
     """
-    if not isinstance(data, FeatureCorpus):
-        return
     if arguments.data.standardize and not arguments.training.init_from:
-        require_widths(data, model.config.widths)
         seen = masks["train"].seen if masks else data.present("train")
-        for name, (mean, deviation) in data.statistics("train", seen).items():
+        for name, (mean, deviation) in data.statistics("train", seen, model.config.widths).items():
             model.encoders[name].standardize_by(mean, deviation)
