@@ -394,6 +394,8 @@ def _is_beyond(start: float, end: float, length: float) -> bool:
 
 
 def _beyond(clip: Clip, start: float, end: float, length: float) -> ClipError:
+    if (clip.start, clip.end) == (None, None):
+        return ClipError(clip.path, "undecodable", "cannot be decoded (it contains no media)")
     return ClipError(
         clip.path,
         "window beyond clip",

@@ -89,7 +89,7 @@ def too_slow(path: Path, seconds: float) -> ClipError:
 
 def too_much_memory(path: Path) -> ClipError:
     """The error of a clip that needs more memory than is allowed, or than there is."""
-    return ClipError(path, "too much memory", "needs more memory than a clip may use")
+    return ClipError(path, "too much memory", "is damaged, or needs more memory than a clip may use")
 
 
 def limit_memory(extra: int) -> None:
@@ -123,11 +123,19 @@ def check_streams(
         raise ClipError(path, "too many streams", f"has {count:,} streams, more than {MAX_STREAMS}")
     if video is not None:
         check_picture(path, video.codec_context.width, video.codec_context.height)
-        if video.frames > MAX_FRAMES:
-            detail = f"declares {video.frames:,} frames, more than {MAX_FRAMES:,}"
-            raise ClipError(path, "too many frames", detail)
+        check_frames(path, video.frames)
     if audio is not None and audio.codec_context.sample_rate:  # zero means unknown
         check_sound(path, audio.codec_context.layout.nb_channels, audio.codec_context.sample_rate)
+
+
+def check_frames(path: Path, frames: int) -> None:
+    """Check the number of frames that a header declares.
+
+    Raises:
+        ClipError: There are too many; names the number and the limit.
+    """
+    if frames > MAX_FRAMES:
+        raise ClipError(path, "too many frames", f"declares {frames:,} frames, more than {MAX_FRAMES:,}")
 
 
 def check_picture(path: Path, width: int, height: int) -> None:

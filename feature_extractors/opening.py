@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feature_extractors.clip import ClipError
-from feature_extractors.limits import MAX_PIXELS, Deadline
+from feature_extractors.limits import MAX_PIXELS, Deadline, check_frames
 from feature_extractors.unpacking import MetadataGuard, check_declared
 
 if TYPE_CHECKING:
@@ -170,9 +170,11 @@ def _reference_movie(path: Path, file: FileIO, deadline: Deadline) -> str | None
     """Description of a QuickTime or MP4 file that refers to other files; None for all others.
 
     Raises:
-        ClipError: Its index is compressed and unpacks to too many bytes.
+        ClipError: Its index is compressed and unpacks to too many bytes, or its fragments declare too many
+            frames.
     """
     size = file.seek(0, os.SEEK_END)
+    frames = 0
     for name, begin, end in _boxes(file, 0, size, deadline):
         if not (name.isascii() and name.replace(b" ", b"a").isalnum()):
             return None  # not a QuickTime file, or damaged
@@ -183,8 +185,22 @@ def _reference_movie(path: Path, file: FileIO, deadline: Deadline) -> str | None
             tracks = (box for name, *box in movie if name == b"trak")
             if references or any(_is_external(file, *track, deadline) for track in tracks):
                 return "a QuickTime reference movie"
-            return None
+        if name == b"moof":
+            frames += _frames_in(file, begin, end, deadline)
+            check_frames(path, frames)
     return None
+
+
+def _frames_in(file: FileIO, begin: int, end: int, deadline: Deadline) -> int:
+    """Number of frames that a movie fragment declares; FFmpeg makes an index of them without reading more."""
+    frames = 0
+    for name, run, run_end in _boxes(file, begin, end, deadline):
+        if name == b"traf":
+            frames += _frames_in(file, run, run_end, deadline)
+        if name == b"trun":
+            file.seek(run + 4)
+            frames += int.from_bytes(file.read(4), "big")
+    return frames
 
 
 def _check_index(path: Path, file: FileIO, movie: list[tuple[bytes, int, int]], deadline: Deadline) -> None:

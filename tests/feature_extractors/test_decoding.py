@@ -376,3 +376,17 @@ def test_sound_before_the_window_is_not_kept_in_memory():
     tracemalloc.stop()
     np.testing.assert_allclose(waveform, np.full(16_000, 0.1), atol=1e-6)
     assert peak < 1_000_000  # the whole sound has 6.5 MB
+
+
+def test_a_file_without_media_is_not_said_to_have_a_window(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.apng"
+    pictures = [Image.new("L", (16, 16), level) for level in (0, 99, 200)]
+    pictures[0].save(path, format="PNG", save_all=True, append_images=pictures[1:])
+    assert len(decode(Clip(path)).frames) == 3
+    content = bytearray(path.read_bytes())
+    content[content.index(b"fcTL") + 8] = 0x40  # the first frame is wider than the picture
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match="it contains no media"):
+        decode(Clip(path))

@@ -123,6 +123,30 @@ def test_too_many_frames_are_refused(tmp_path, make_clip, monkeypatch):
         decode(Clip(path))
 
 
+def test_fragments_that_declare_too_many_frames_are_refused_before_an_index_is_made(tmp_path, make_clip):
+    import av
+
+    whole = make_clip(tmp_path / "clip.mp4", seconds=1)
+    path = tmp_path / "fragments.mp4"
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    assert len(decode(Clip(path)).frames) == 8
+    content = bytearray(path.read_bytes())
+    at = content.index(b"trun") + 8
+    assert struct.unpack(">I", content[at : at + 4])[0] <= 25
+    content[at : at + 4] = struct.pack(">I", 80_000_000)
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match=r"declares 80,000,\d\d\d frames, more than 20,000,000"):
+        decode(Clip(path))
+
+
 def test_pictures_that_grow_after_the_header_are_refused(tmp_path):
     import av
 
