@@ -73,7 +73,8 @@ def read_variables(content: bytes) -> dict[str, np.ndarray]:
         )
     variables = {}
     for _ in range(reader.number("I")):
-        name = reader.name()
+        if (name := reader.name()) in variables:
+            raise AssetError(f"{name} occurs twice")
         if (rank := reader.number("B")) > HIGHEST_RANK:
             raise AssetError(f"{name} has {rank} dimensions; at most {HIGHEST_RANK} are expected")
         shape = tuple(reader.number("I") for _ in range(rank))
@@ -98,13 +99,16 @@ def encoder_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Whisper, so theirs must be zero.
 
     Raises:
-        AssetError: A variable is missing, left over, or has an unexpected shape or non-finite values.
+        AssetError: A variable is missing, unknown or quantised, or its shape or values are not as expected.
     """
     unread = {name for name in variables if name.startswith("encoder/")} - {"encoder/num_heads"}
     weights: dict[str, np.ndarray] = {}
 
     def read(name: str, *shape: int) -> np.ndarray:
-        values = _variable(variables, f"encoder/{name}").astype(np.float32)
+        stored = _variable(variables, f"encoder/{name}")
+        if stored.dtype.kind != "f":
+            raise AssetError(f"encoder/{name} is quantised to {stored.dtype}; float16 or float32 is expected")
+        values = stored.astype(np.float32)
         if values.shape != shape:
             raise AssetError(f"encoder/{name} has shape {_show(values.shape)}, not {_show(shape)}")
         if not np.isfinite(values).all():
@@ -173,8 +177,8 @@ def model_config(variables: dict[str, np.ndarray]) -> dict:
     }
     for part in ("encoder", "decoder"):
         shape(f"{part}/num_heads", 0)
-        heads = int(variables[f"{part}/num_heads"])
-        if heads < 1 or width % heads:
+        heads = variables[f"{part}/num_heads"].item()
+        if not isinstance(heads, int) or heads < 1 or width % heads:
             raise AssetError(f"{part}/num_heads is {heads}, which does not divide the width {width}")
         layers = {name.split("/")[1] for name in variables if name.startswith(f"{part}/layer_")}
         config[f"{part}_attention_heads"] = heads
