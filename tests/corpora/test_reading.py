@@ -402,6 +402,21 @@ def test_repository_in_the_hub_cache_is_read_through_its_links(hub_cache):
     )
 
 
+def test_links_of_a_repository_to_files_outside_it_are_refused(hub_cache):
+    repository = hub_cache / "datasets--owner--clips"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (hub_cache / "datasets--owner--clips-of-others").write_bytes(b"media")
+    (snapshot / "a.mp4").symlink_to("../../../datasets--owner--clips-of-others")
+    (snapshot / "metadata.csv").write_text(
+        "file_name,text,label,split\na.mp4,x,1,train\n../../../datasets--owner--clips-of-others,x,1,train\n"
+    )
+    message = str(complaint("owner/clips"))
+    assert message.count("leads out of the corpus to") == 2
+
+
 def test_repository_without_network_is_one_clear_message(hub_cache):
     error = complaint("owner/clips")
     assert_names(
