@@ -56,6 +56,11 @@ class ModalitySequence:
         """
         return replace(self, values=_masked(values, self.mask))
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySequence":
+        """The same sequence on another device; Accelerate calls this between parts on several devices."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in vars(self).items()}
+        return replace(self, **moved)
+
     def only(self, present: Tensor) -> "ModalitySequence":
         """The same sequence; samples are hidden where `present` `(batch,)` bool is False."""
         mask = self.mask & present.unsqueeze(-1)

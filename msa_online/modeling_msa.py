@@ -84,6 +84,7 @@ class MSAModel(PreTrainedModel):
     config_class = MSAConfig
     base_model_prefix = "msa"
     main_input_name = "text_input_ids"
+    supports_gradient_checkpointing = True  # by the layers of the text encoder
     # the attention setting applies to the text encoder only, which refuses what it does not support
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -95,6 +96,8 @@ class MSAModel(PreTrainedModel):
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
         self.probes = nn.ModuleDict()  # of a modulator, in training only
+        parts = (*self.encoders.values(), self.calibrator, self.head)
+        self._no_split_modules = sorted({type(part).__name__ for part in parts})  # for device_map
         self.post_init()
 
     def encode(self, modality_present: Tensor, **inputs: Tensor) -> dict[str, ModalitySequence]:
@@ -106,7 +109,7 @@ class MSAModel(PreTrainedModel):
             States `(batch, time, width)` of each modality; absent modalities are masked.
         """
         return {
-            name: encoder(inputs).only(modality_present[:, column])
+            name: encoder(inputs).to(modality_present.device).only(modality_present[:, column])
             for column, (name, encoder) in enumerate(self.encoders.items())
         }
 
@@ -233,6 +236,23 @@ class MSAModel(PreTrainedModel):
         as_integers = labels is not None and not labels.is_floating_point()
         return labels.float() if as_integers and self.config.is_regression else labels
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embeddings of the text encoder.
+
+        Raises:
+            NotImplementedError: A model of precomputed features has none.
+        """
+        return self._text_model().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings of the text encoder; errors as in `get_input_embeddings`."""
+        self._text_model().set_input_embeddings(value)
+
+    def _text_model(self) -> PreTrainedModel:
+        if self.config.feature_widths is not None:
+            raise NotImplementedError("a model of precomputed features has no token embeddings")
+        return self.encoders["text"].model
+
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload to the Hub for `push_to_hub`, with a model card that names the repository."""
         if self.config.trained_on:
@@ -243,6 +263,25 @@ class MSAModel(PreTrainedModel):
         """Parameters of each modality: its encoder, and those that the head declares; the rest is shared."""
         of_head = self.head.modality_parameters()
         return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that do not match the configuration are an error.
+
+        With `output_loading_info`, nothing is refused and the report is returned too.
+
+        Raises:
+            ValueError: The checkpoint lacks tensors of the model, or has others.
+        """
+        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, found
+        if names := found["missing_keys"] | found["unexpected_keys"]:
+            raise ValueError(
+                f"{model.name_or_path}: the weights do not match config.json in {len(names)} tensors, for "
+                f"example {min(names)}"
+            )
+        return model
 
     @classmethod
     def from_pretrained_text(cls, config: MSAConfig, source: str | Path) -> "MSAModel":

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model in the hands of other libraries: `transformers.Trainer`, attention kernels, `torch.export`."""
 
+import copy
 import inspect
 
 import numpy as np
 import pytest
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import compute_module_sizes
+from safetensors.torch import load_file, save_file
 from torch.export import Dim
 from transformers import AutoModel, AutoProcessor, MPNetConfig, Trainer, TrainingArguments
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
 from msa_online.methods import CALIBRATORS, HEADS
+from msa_online.modalities import MODALITIES
 from msa_online.training.callback import RunningStateCallback
 
 SENTENCES = ["i loved the film", "a bad ending", "it was not really good but great", "", "awful", "the movie"]
@@ -230,3 +236,92 @@ def test_an_exported_model_of_features_takes_any_number_of_steps(head):
     for size, steps in ((4, 7), (2, 11)):
         batch = features_batch(size, steps)
         torch.testing.assert_close(program(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
+
+
+# --- what transformers and Accelerate ask of a model ---
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@every_head
+def test_gradient_checkpointing_changes_no_gradient_and_recomputes_the_layers_of_text(
+    head, make_model, make_batch
+):
+    def gradients(model: MSAModel) -> list[torch.Tensor | None]:
+        torch.manual_seed(1)
+        model.train()(**make_batch()).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    torch.manual_seed(0)
+    model = make_model(head)
+    changed = copy.deepcopy(model)
+    changed.gradient_checkpointing_enable()
+    calls = []
+    layer = changed.encoders["text"].model.encoder.layer[0].attention
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    for expected, found in zip(gradients(model), gradients(changed), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_trainer_checkpoints_gradients(make_model, tiny_processor, samples, tmp_path):
+    model = make_model("late_fusion")
+    arguments = TrainingArguments(
+        tmp_path, gradient_checkpointing=True, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    collator = MSADataCollator(tiny_processor)
+    Trainer(model, arguments, train_dataset=samples, data_collator=collator).train()
+    assert model.is_activation_checkpointing
+
+
+def test_token_embeddings_are_those_of_the_text_encoder_and_grow(make_model, make_batch):
+    model = make_model("late_fusion").eval()
+    before = model(**make_batch()).logits
+    assert model.get_input_embeddings() is model.encoders["text"].model.embeddings.word_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(vocabulary + 3)
+    assert model.config.text_config.vocab_size == len(model.get_input_embeddings().weight) == vocabulary + 3
+    torch.testing.assert_close(model(**make_batch()).logits, before)
+    with pytest.raises(NotImplementedError, match="precomputed features has no token embeddings"):
+        MSAModel(MSAConfig(feature_widths=WIDTHS)).get_input_embeddings()
+
+
+@every_head
+def test_a_device_map_keeps_each_part_on_one_device(head, make_model):
+    model = make_model(head, calibrator=[*CALIBRATORS][-1])
+    size = compute_module_sizes(model)
+    largest = max(size[name] for name in (*(f"encoders.{name}" for name in MODALITIES), "head"))
+    room = {"cpu": largest + size["encoders.text"] + size["encoders.audio"] // 2, "disk": size[""]}
+    devices = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    parts = {"encoders.text", "encoders.audio", "encoders.vision", "calibrator", "head", "probes"}
+    assert devices.keys() <= parts | {"encoders"} and set(devices.values()) == {"cpu", "disk"}
+
+
+@every_head
+def test_what_a_part_reads_follows_it_to_its_device(head, make_model, make_batch):
+    """The device "meta" stands for a second one: it needs no hardware, and computes shapes only."""
+    model = make_model(head).eval()
+    batch = {name: values for name, values in make_batch().items() if name != "labels"}
+    add_hook_to_module(model.encoders["text"], AlignDevicesHook(execution_device="cpu"))
+    expected = model(**batch).logits
+    sequences = model.encode(**batch)
+    hook = AlignDevicesHook(execution_device="meta")
+    (moved,), _ = hook.pre_forward(model.head, sequences)
+    assert all(each.values.device == each.mask.device == torch.device("meta") for each in moved.values())
+    torch.testing.assert_close(model.decide(sequences).logits, expected)
+
+
+def test_a_folder_opens_with_a_device_map(saved, make_batch):
+    expected = AutoModel.from_pretrained(saved)(**make_batch()).logits
+    for device_map in ("auto", {"": "cpu"}):
+        model = AutoModel.from_pretrained(saved, device_map=device_map)
+        torch.testing.assert_close(model(**make_batch()).logits, expected)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
+def test_weights_that_do_not_fit_are_an_error_of_the_auto_class_too(prefix, saved):
+    weights = {prefix + name: value for name, value in load_file(saved / "model.safetensors").items()}
+    weights.popitem()
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the weights do not match config.json.*, for example "):
+        AutoModel.from_pretrained(saved)
