@@ -23,6 +23,7 @@ from feature_extractors.clip import (
 from feature_extractors.decoding import decode
 from feature_extractors.extraction import extract
 from feature_extractors.face import BLENDSHAPE_NAMES, FaceExtractor
+from feature_extractors.in_memory import Upload, clip_of_arrays
 
 __all__ = [
     "ASSETS",
@@ -39,8 +40,10 @@ __all__ = [
     "FaceExtractor",
     "FeatureCache",
     "RawClip",
+    "Upload",
     "asset_path",
     "cache_root",
+    "clip_of_arrays",
     "decode",
     "extract",
     "get_asset",

@@ -52,9 +52,12 @@ def extract(
 
 def decode_for(clip: Clip, settings: ExtractionSettings, deadline: Deadline | None = None) -> RawClip:
     """The first half of `extract`: frames and sound as `measure` needs them."""
-    speaking = settings.face_choice == "most_speaking"
-    num_frames = settings.num_frames * (SPEAKING_FRAMES if speaking else 1)
-    return decode(clip, num_frames, settings.max_height, deadline)
+    return decode(clip, frames_to_decode(settings), settings.max_height, deadline)
+
+
+def frames_to_decode(settings: ExtractionSettings) -> int:
+    """Number of frames that `measure` needs of a clip."""
+    return settings.num_frames * (SPEAKING_FRAMES if settings.face_choice == "most_speaking" else 1)
 
 
 def measure(

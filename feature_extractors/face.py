@@ -10,12 +10,14 @@ import os
 import re
 import tempfile
 import threading
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import numpy as np
 
@@ -256,6 +258,62 @@ class FaceExtractor:
             )
             for points, scores in zip(result.face_landmarks, result.face_blendshapes, strict=True)
         ]
+
+
+def face_extractor_of(owner: object, settings: ExtractionSettings) -> FaceExtractor:
+    """The open extractor of an object, opened at the first call; errors as for `FaceExtractor`.
+
+    It stays open while the object exists, or until `close_face_extractor_of`. MediaPipe must not be closed by
+    the garbage collector. That may run in MediaPipe's own thread, which then waits for itself. So the
+    extractor of an object that was dropped stays open for the next one. Those left are closed at the end of
+    the interpreter. Each process has its own: a forked one has none of MediaPipe's threads.
+    """
+    with _LOADING:
+        loan = _LOANS.get(owner)
+        if loan is None or loan.process != os.getpid() or loan.extractor.size != settings.face_size:
+            loan = _LOANS[owner] = _Loan(owner, settings)
+        return loan.extractor
+
+
+def close_face_extractor_of(owner: object) -> None:
+    """Close the extractor of an object, if it has one."""
+    with _LOADING:
+        if (loan := _LOANS.pop(owner, None)) is not None:
+            loan.close()
+
+
+class _Loan:
+    """An open `FaceExtractor` of one owner; goes to `_idle` when the owner is dropped."""
+
+    _open: ClassVar[dict[FaceExtractor, int]] = {}  # with the process that opened it
+    _idle: ClassVar[list[FaceExtractor]] = []
+
+    def __init__(self, owner: object, settings: ExtractionSettings):
+        self.process = os.getpid()
+        fitting = [
+            number
+            for number, idle in enumerate(self._idle)
+            if (idle.size, self._open[idle]) == (settings.face_size, self.process)
+        ]
+        self.extractor = self._idle.pop(fitting[0]) if fitting else FaceExtractor(settings)
+        if not self._open:  # functions of `atexit` run too late: MediaPipe's threads have ended by then
+            threading._register_atexit(self._close_all)
+        self._open[self.extractor] = self.process
+        self._give_back = weakref.finalize(owner, self._idle.append, self.extractor)
+
+    def close(self) -> None:
+        if self._give_back.detach() and self.process == os.getpid():
+            del self._open[self.extractor]
+            self.extractor.close()
+
+    @classmethod
+    def _close_all(cls) -> None:
+        for extractor, process in cls._open.items():
+            if process == os.getpid():
+                extractor.close()
+
+
+_LOANS: "weakref.WeakKeyDictionary[object, _Loan]" = weakref.WeakKeyDictionary()
 
 
 def _area(width: int, height: int, region: Region | None) -> View:

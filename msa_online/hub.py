@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,8 +25,12 @@ class CheckpointError(ValueError):
     """A folder or repository is not a usable checkpoint of this project; the message says why."""
 
 
-def load_config(source: str | Path) -> MSAConfig:
+def load_config(source: str | Path, **options: Any) -> MSAConfig:
     """Configuration of a checkpoint.
+
+    Args:
+        source: Folder or Hub repository.
+        options: `revision` and `token` of the Hub.
 
     Raises:
         CheckpointError: `source` does not exist, or has no configuration, or that of another kind of model.
@@ -39,7 +44,7 @@ def load_config(source: str | Path) -> MSAConfig:
             f"{folder}: not a checkpoint, config.json is missing (the folder contains {present})"
         )
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source))
+        config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source), **options)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{source}: neither a checkpoint folder nor a readable repository ({_first_line(error)})"
@@ -52,17 +57,33 @@ def load_config(source: str | Path) -> MSAConfig:
     return config
 
 
-def load_checkpoint(source: str | Path) -> tuple[MSAModel, MSAProcessor | None]:
-    """Load the model, in fp32 and in evaluation mode, and the processor of a checkpoint.
+def load_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[MSAModel, MSAProcessor | None]:
+    """Load the model, in evaluation mode, and the processor of a checkpoint.
 
     A model of precomputed features has no processor.
+
+    Args:
+        source: Folder or Hub repository.
+        revision: Branch, tag or commit of the repository.
+        token: Access token of a private repository; by default that of `hf auth login`.
+        dtype: Type of the weights as in transformers; by default fp32, whatever the checkpoint has.
+        device_map: Devices of the parts as in transformers; by default all are on the CPU.
 
     Raises:
         CheckpointError: As in `load_config`; or the weights or the processor are missing or damaged, or do
             not match the configuration.
     """
-    config = load_config(source)
-    model, found, processor = _load(source, config)
+    of_hub = {"revision": revision or "main", "token": token}
+    config = load_config(source, **of_hub)
+    options = {"dtype": dtype or torch.float32, "device_map": device_map}
+    model, found, processor = _load(source, config, of_hub, options)
     _require_fit(source, config, model, found)
     return model.eval(), processor
 
@@ -105,7 +126,7 @@ def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> FineTuning:
             own configuration; or no layer of an encoder matches the new configuration.
     """
     before = load_config(source)
-    model, found, processor = _load(source, config)
+    model, found, processor = _load(source, config, {}, {"dtype": torch.float32})
     _require_fit(source, before, model, found)
     new = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
     loaded: dict[str, tuple[int, int]] = {}
@@ -195,7 +216,9 @@ def _part_of(name: str) -> str:
     return f"{part} encoder" if top == "encoders" else top
 
 
-def _load(source: str | Path, config: MSAConfig) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
+def _load(
+    source: str | Path, config: MSAConfig, of_hub: dict[str, Any], options: dict[str, Any]
+) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
     processor = None
     try:
         model, found = MSAModel.from_pretrained(
@@ -204,11 +227,12 @@ def _load(source: str | Path, config: MSAConfig) -> tuple[MSAModel, dict[str, se
             use_safetensors=True,  # never a pickle, which could execute code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report; the error of transformers names none
-            dtype=torch.float32,  # even of a checkpoint saved in half precision; autocast does the rest
             local_files_only=_only_local(source),
+            **of_hub,
+            **options,
         )
         if config.feature_widths is None:
-            processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source))
+            processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source), **of_hub)
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
     return model, found, processor

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAPipeline: predictions for media files."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -10,22 +10,19 @@ from typing import Any
 
 import torch
 
-from feature_extractors import (
-    Clip,
-    ClipError,
-    ClipExtent,
-    ClipFeatures,
-    FaceExtractor,
-    FeatureCache,
-    extract,
-)
+from feature_extractors import ClipError, ClipExtent, ClipFeatures, FeatureCache, RawClip, Upload, extract
 from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
-from msa_online.evaluation.attribution import Attribution, attribute
+from feature_extractors.extraction import measure
+from feature_extractors.face import close_face_extractor_of, face_extractor_of
+from msa_online.evaluation.attribution import Attribution
+from msa_online.evaluation.attribution import attribute as attribution_of
+from msa_online.evaluation.attribution import predict as outputs_of
 from msa_online.evaluation.conditions import DIVERGED, UndefinedScoreError
 from msa_online.hub import CheckpointError, load_checkpoint
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
-from msa_online.processing_msa import MSAProcessor, UnknownTokens, clean_text
+from msa_online.pipeline_inputs import Sample, is_lazy, sample_of, samples_of
+from msa_online.processing_msa import MSAProcessor, UnknownTokens
 
 REASONS = {"audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
 """Findings for which a modality is missing."""
@@ -46,16 +43,17 @@ class Prediction:
     added. They show what moves the prediction, not what makes it correct.
 
     Attributes:
-        clip: The file, or None for text only.
+        clip: The file, or None for arrays and for text only.
         score: Predicted label of a regression, in the units of the training labels, not clipped to their
             range; None in classification.
         label: Most probable class; None in regression.
         probabilities: Probability of each class, summing to one; empty in regression.
         modalities: Modalities that the prediction uses.
         missing: Reason for each modality that was not used.
-        baseline: The score, or the probability of `label`, without any modality.
+        baseline: The score, or the probability of `label`, without any modality; None if contributions were
+            not asked for.
         contributions: What each modality adds to the baseline, in the same unit, by name; exactly 0 for a
-            missing modality.
+            missing modality. Empty if they were not asked for.
         cut: For each modality that is read only in part, how much was read: "first 30.0 of 182.4 s".
         warning: Set if all modalities are missing, so that the prediction does not depend on the clip, or if
             it rests on a text of unknown words alone; else None.
@@ -69,7 +67,7 @@ class Prediction:
     probabilities: dict[str, float]
     modalities: tuple[str, ...]
     missing: dict[str, str]
-    baseline: float
+    baseline: float | None
     contributions: dict[str, float]
     cut: dict[str, str] = field(default_factory=dict)
     warning: str | None = None
@@ -83,11 +81,20 @@ class Prediction:
 class MSAPipeline:
     """Predicts from raw media, with the extraction settings of training.
 
+    MediaPipe is opened at the first clip and stays open. To free it, call `close` or use a `with` block:
+
+        with MSAPipeline.from_pretrained("runs/mine") as pipeline:
+            prediction = pipeline("clip.mp4")
+
     Args:
         model: A trained model.
         processor: The processor saved with it.
-        device: Device of the model; by default a GPU if there is one.
-        cache: Cache of extracted features; None extracts every time.
+        device: Device of the model; by default a GPU if there is one. A model with a device map stays where
+            it is.
+        cache: Cache of extracted features, or its folder; None extracts every time.
+
+    Raises:
+        ValueError: `device` is given for a model with a device map.
     """
 
     def __init__(
@@ -95,21 +102,50 @@ class MSAPipeline:
         model: MSAModel,
         processor: MSAProcessor,
         device: str | torch.device | None = None,
-        cache: FeatureCache | None = None,
+        cache: FeatureCache | str | Path | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        is_placed = getattr(model, "hf_device_map", None) is not None
+        if is_placed and device is not None:
+            raise ValueError("the model has a device map: leave out device, or load it without device_map")
+        if not is_placed:
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = model.device
+        self.model = model.eval()
         self.processor = processor
-        self.cache = cache
+        self.cache = FeatureCache(cache) if isinstance(cache, str | Path) else cache
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device | None = None) -> "MSAPipeline":
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        cache: FeatureCache | str | Path | None = None,
+    ) -> "MSAPipeline":
         """Load a checkpoint folder or Hub repository.
+
+        Args:
+            source: The folder or the name of the repository.
+            device: As in `MSAPipeline`.
+            revision: Branch, tag or commit of the repository.
+            token: Access token of a private repository; by default that of `hf auth login`.
+            dtype: Type of the weights, such as "bfloat16"; by default fp32.
+            device_map: Devices of the parts as in transformers, such as "auto", in place of `device`.
+            cache: As in `MSAPipeline`.
 
         Raises:
             CheckpointError: It is not a checkpoint of this project, or its model does not take clips.
+            ValueError: Both `device` and `device_map` are given.
         """
-        model, processor = load_checkpoint(source)
+        if device is not None and device_map is not None:
+            raise ValueError("device and device_map are both given: give one of them")
+        model, processor = load_checkpoint(
+            source, revision=revision, token=token, dtype=dtype, device_map=device_map
+        )
         if processor is None:
             widths = ", ".join(f"{name} {width}" for name, width in model.config.widths.items())
             raise CheckpointError(
@@ -117,51 +153,88 @@ class MSAPipeline:
                 "`msa-online evaluate` on such features; to predict from clips, train with "
                 "model.text_encoder in place of model.feature_widths"
             )
-        return cls(model, processor, device=device)
+        return cls(model, processor, device=device, cache=cache)
+
+    def __enter__(self) -> "MSAPipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free MediaPipe; the pipeline can still be used and then opens it again."""
+        close_face_extractor_of(self.processor)
 
     def __call__(
         self,
-        clips: str | Path | Clip | None | Sequence[str | Path | Clip | None] = None,
-        text: str | None | Sequence[str | None] = None,
+        clips: Any = None,
+        text: str | None | Iterable[str | None] = None,
         *,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        frames: Any = None,
+        start: float | None = None,
+        end: float | None = None,
         skip_broken: bool = False,
-    ) -> Prediction | list[Prediction | ClipError]:
+        batch_size: int = BATCH_SIZE,
+        attribute: bool = True,
+    ) -> Prediction | list[Prediction | ClipError] | Iterator[Prediction | ClipError]:
         """Predict for one clip, or for several at once.
 
         Args:
-            clips: A media file, a `Clip` with a window, None for text only, or a list of these. Audio files
-                are allowed.
-            text: The transcript: one string for one clip, or a list as long as `clips`. None means that there
-                is no transcript.
-            skip_broken: For a clip of a list that cannot be used, return the `ClipError` in its place instead
-                of raising it.
+            clips: A media file (path, bytes, or a file opened in binary mode; audio files are allowed), a
+                `Clip`, None for text only; or a list or an iterator of these. An item can also be a dict with
+                the names of the arguments of one clip: "clip", "text", "audio", "sampling_rate", "frames",
+                "start", "end".
+            text: The transcript: one string for one clip, or as many as `clips`. None means that there is no
+                transcript.
+            audio: Sound of one clip in place of a file, as in `clip_of_arrays`.
+            sampling_rate: Samples per second of `audio`.
+            frames: Pictures of one clip in place of a file, (frames, height, width, 3) uint8 RGB.
+            start: Start of the part of one file that is read, in seconds.
+            end: End of that part.
+            skip_broken: For a clip of several that cannot be used, return the `ClipError` in its place
+                instead of raising it.
+            batch_size: Clips in one forward pass.
+            attribute: Compute the contributions of the modalities. Without them the head runs once, not eight
+                times.
 
         Returns:
-            One `Prediction`, or a list for lists.
+            One `Prediction`; a list for a list; an iterator for an iterator.
 
         Raises:
             ClipError: A file is missing, broken or not a media file.
-            ValueError: There is neither a clip nor a text, a list is combined with a single value, the lists
-                differ in length, or a value has a wrong type.
+            ValueError: There is neither a clip nor a text, several values are combined with a single one,
+                their numbers differ, or a value has a wrong type or shape. Of an iterator, raised when the
+                item is reached.
             UndefinedScoreError: The model's predictions are not finite.
         """
-        if not isinstance(clips, list | tuple) and not isinstance(text, list | tuple):
-            return self([clips], [text])[0]
-        results = []
-        for result in self.stream(clips, text):
-            if isinstance(result, ClipError) and not skip_broken:
-                raise result
-            results.append(result)
-        return results
+        parts = {"audio": audio, "sampling_rate": sampling_rate, "frames": frames, "start": start, "end": end}
+        options = {"batch_size": batch_size, "attribute": attribute}
+        if not any(isinstance(each, list | tuple) or is_lazy(each) for each in (clips, text)):
+            sample = sample_of(self.processor.settings, clips, text, **parts)
+            return next(_unless_broken(self._stream([sample], **options)))
+        if given := [name for name, value in parts.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} of several clips: give a dict for each clip")
+        results = self.stream(clips, text, **options)
+        results = results if skip_broken else _unless_broken(results)
+        return results if is_lazy(clips) or is_lazy(text) else list(results)
 
     def stream(
-        self, clips: Sequence[str | Path | Clip | None] | None, text: Sequence[str | None] | None = None
+        self,
+        clips: Iterable[Any] | None,
+        text: Iterable[str | None] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        attribute: bool = True,
     ) -> Iterator[Prediction | ClipError]:
-        """Predict for any number of clips, in order, with constant memory.
+        """Predict for any number of clips, in order, with constant memory; it may be abandoned at any time.
 
         Args:
-            clips: List of clips as for `__call__`; None for texts only.
-            text: List of texts as for `__call__`; None if all transcripts are missing.
+            clips: List or iterator of clips as for `__call__`; None for texts only.
+            text: List or iterator of texts as for `__call__`; None if all transcripts are missing.
+            batch_size: As in `__call__`.
+            attribute: As in `__call__`.
 
         Returns:
             An iterator with a `Prediction` for each clip, or a `ClipError` if the clip cannot be used.
@@ -169,74 +242,92 @@ class MSAPipeline:
         Raises:
             ValueError: As in `__call__`.
         """
-        return self._stream(_pairs(clips, text))
+        return self._stream(samples_of(clips, text, self.processor.settings), batch_size, attribute)
 
-    def _stream(self, pairs: Sequence[tuple[Clip | None, str | None]]) -> Iterator[Prediction | ClipError]:
-        waiting: list[tuple[Clip | None, ClipFeatures, str | None]] = []
-        with ExitStack() as stack:
-            faces = None
-            if any(clip is not None for clip, _ in pairs):
-                faces = stack.enter_context(FaceExtractor(self.processor.settings))
-            for clip, text in pairs:
-                try:
-                    waiting.append((clip, self._features(clip, faces), text))
-                except ClipError as error:
-                    yield from self._predict(waiting)
-                    yield error
-                    waiting = []
-                if len(waiting) == BATCH_SIZE:
-                    yield from self._predict(waiting)
-                    waiting = []
-            yield from self._predict(waiting)
+    def _stream(
+        self, samples: Iterable[Sample], batch_size: int, attribute: bool
+    ) -> Iterator[Prediction | ClipError]:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
+        return self._results(samples, batch_size, attribute)
+
+    def _results(
+        self, samples: Iterable[Sample], batch_size: int, attribute: bool
+    ) -> Iterator[Prediction | ClipError]:
+        waiting: list[tuple[Sample, ClipFeatures]] = []
+        for sample in samples:
+            try:
+                waiting.append((sample, self.extract(sample)))
+            except ClipError as error:
+                yield from self.predict(waiting, attribute)
+                yield error
+                waiting = []
+            if len(waiting) == batch_size:
+                yield from self.predict(waiting, attribute)
+                waiting = []
+        yield from self.predict(waiting, attribute)
 
     @torch.inference_mode()
-    def _predict(self, samples: Sequence[tuple[Clip | None, ClipFeatures, str | None]]) -> list[Prediction]:
+    def predict(
+        self, samples: Sequence[tuple[Sample, ClipFeatures]], attribute: bool = True
+    ) -> list[Prediction]:
+        """Predict for samples that are extracted, in one forward pass; errors as in `__call__`."""
         if not samples:
             return []
-        clips, features, texts = zip(*samples, strict=True)
+        features, texts = [each for _, each in samples], [sample.text for sample, _ in samples]
         batch = self.processor(features, texts).to(self.device)
-        attribution = attribute(self.model, batch)
+        attribution = (attribution_of if attribute else outputs_of)(self.model, batch)
         if not attribution.outputs.isfinite().all():
             raise UndefinedScoreError(f"the predictions of this model are not finite; {DIVERGED}")
-        present = batch["modality_present"]
+        present = batch["modality_present"].tolist()
         return [
-            self._prediction(*samples[row], present[row].tolist(), attribution.of_sample(row))
-            for row in range(len(clips))
+            self._prediction(*pair, present[row], attribution.of_sample(row))
+            for row, pair in enumerate(samples)
         ]
 
-    def _features(self, clip: Clip | None, faces: FaceExtractor | None) -> ClipFeatures:
-        settings = self.processor.settings
-        if clip is None:
+    def extract(self, sample: Sample) -> ClipFeatures:
+        """Features of a sample, from the cache if it has them.
+
+        Raises:
+            ClipError: The clip cannot be used.
+        """
+        settings, source = self.processor.settings, sample.source
+        if source is None:
             return ClipFeatures.absent(settings)
-        return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
+        faces = face_extractor_of(self.processor, settings)
+        if isinstance(source, RawClip):
+            return measure(source, settings, faces)
+        with source.on_disk() if isinstance(source, Upload) else nullcontext(source) as clip:
+            return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
 
     def _prediction(
         self,
-        clip: Clip | None,
+        sample: Sample,
         features: ClipFeatures,
-        text: str | None,
         present: list[bool],
         attribution: Attribution,
     ) -> Prediction:
-        config = self.model.config
+        config, text = self.model.config, sample.text
         outputs = attribution.outputs.tolist()
         classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
         extent = ClipExtent.of(features, self.processor.settings.hop_ms)
         (unknown,) = self.processor.limits.unknown([text])
         used = tuple(name for name, is_present in zip(MODALITIES, present, strict=True) if is_present)
         return Prediction(
-            clip=None if clip is None else str(clip.path),
+            clip=sample.name,
             score=None if classes else outputs[0],
             label=classes[attribution.predicted.item()] if classes else None,
             probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
             missing={
-                name: _why_missing(name, clip, text, features, self.processor.max_audio_seconds)
+                name: _why_missing(name, sample, features, self.processor.max_audio_seconds)
                 for name in MODALITIES
                 if name not in used
             },
-            baseline=attribution.baseline.item(),
-            contributions=dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
+            baseline=None if attribution.baseline is None else attribution.baseline.item(),
+            contributions={}
+            if attribution.contributions is None
+            else dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
             warning=_warning(used, unknown),
             findings=(
@@ -246,37 +337,12 @@ class MSAPipeline:
         )
 
 
-def _pairs(clips: Any, text: Any) -> list[tuple[Clip | None, str | None]]:
-    """Validate clips and transcripts, and pair them."""
-    lists = (list, tuple)
-    if clips is None and isinstance(text, lists):
-        clips = [None] * len(text)
-    if text is None and isinstance(clips, lists):
-        text = [None] * len(clips)
-    if not isinstance(clips, lists):
-        raise ValueError(f"one clip but a list of {len(text)} texts: give a list of clips, or one text")
-    if not isinstance(text, lists):
-        raise ValueError(
-            f"a list of {len(clips)} clips but one text: give a list with one text (or None) for each clip"
-        )
-    if len(clips) != len(text):
-        raise ValueError(f"{len(clips)} clips but {len(text)} texts: give one text (or None) for each clip")
-    for number, (clip, transcript) in enumerate(zip(clips, text, strict=True), start=1):
-        if not isinstance(clip, str | Path | Clip | None):
-            raise ValueError(f"clip {number} is {clip!r}: give a path, a Clip, or None")
-        if not isinstance(transcript, str | None):
-            raise ValueError(f"text {number} is {transcript!r}: give a string, or None if there is none")
-        if clip is None and not clean_text(transcript):
-            raise ValueError("nothing to predict from: give a clip, a text, or both")
-    return [
-        (None if clip is None else as_clip(clip), transcript)
-        for clip, transcript in zip(clips, text, strict=True)
-    ]
-
-
-def as_clip(source: str | Path | Clip) -> Clip:
-    """A `Clip` as it is, or a media file without a window as a `Clip`."""
-    return source if isinstance(source, Clip) else Clip(Path(source))
+def _unless_broken(results: Iterator[Prediction | ClipError]) -> Iterator[Prediction]:
+    """The same results up to the first `ClipError`, which is raised."""
+    for result in results:
+        if isinstance(result, ClipError):
+            raise result
+        yield result
 
 
 def _warning(used: tuple[str, ...], unknown: UnknownTokens) -> str | None:
@@ -286,12 +352,10 @@ def _warning(used: tuple[str, ...], unknown: UnknownTokens) -> str | None:
     return FROM_UNKNOWN if used == ("text",) and unknown.all_unknown else None
 
 
-def _why_missing(
-    name: str, clip: Clip | None, text: str | None, features: ClipFeatures, max_audio_seconds: float
-) -> str:
+def _why_missing(name: str, sample: Sample, features: ClipFeatures, max_audio_seconds: float) -> str:
     if name == "text":
-        return "no transcript given" if text is None else "empty text"
-    if clip is None:
+        return "no transcript given" if sample.text is None else "empty text"
+    if sample.source is None:
         return "no clip given"
     if name == "audio" and features.has_audio:
         return (

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings
+from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, clip_of_arrays
+from feature_extractors.extraction import measure
+from feature_extractors.face import face_extractor_of
 from msa_online.modalities import MODALITIES
 
 MAX_TEXT_TOKENS = 128
@@ -262,9 +265,71 @@ class MSAProcessor(ProcessorMixin):
         batch["audio_mask"] = mask_of(columns["audio_values"])
         return BatchFeature(batch)
 
-    def __call__(self, features: Sequence[ClipFeatures], text: Sequence[str | None]) -> BatchFeature:
-        """Batch of model inputs for extracted clips and their transcripts."""
+    def __call__(
+        self,
+        features: Sequence[ClipFeatures] | None = None,
+        text: str | Sequence[str | None] | None = None,
+        *,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        frames: Any = None,
+        images: Any = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Batch of model inputs for transcripts with extracted clips, or with arrays of sound and pictures.
+
+        Args:
+            features: Extracted clips, in place of `audio` and `frames`.
+            text: Transcripts; one string or None for one clip.
+            audio: Sound of one clip as in `clip_of_arrays`. For several clips, lists of the same length of
+                all that is given; None in a list where a clip has nothing.
+            sampling_rate: Samples per second of all `audio`.
+            frames: Pictures of one clip as in `clip_of_arrays`, or a list for several clips.
+            images: Another name of `frames`, as processors in transformers have it.
+            return_tensors: Only "pt" exists.
+
+        Raises:
+            ValueError: The lists differ in length, or an array has a wrong shape, type or range.
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'return_tensors is {return_tensors!r}: only "pt" exists')
+        if frames is not None and images is not None:
+            raise ValueError("frames and images are two names of one thing: give one of them")
+        frames = images if frames is None else frames
+        if features is None:
+            features, text = self._features_of_arrays(text, audio, sampling_rate, frames)
+        elif audio is not None or frames is not None:
+            raise ValueError("features contain sound and pictures: give them, or audio and frames")
+        text = [None] * len(features) if text is None else text
         return self.pad([self.encode(*pair) for pair in zip(features, text, strict=True)])
+
+    def _features_of_arrays(
+        self, text: Any, audio: Any, sampling_rate: int | None, frames: Any
+    ) -> tuple[list[ClipFeatures], list[str | None]]:
+        several = isinstance(text, list | tuple) or _holds_several(audio, 1) or _holds_several(frames, 4)
+        columns = {"text": text, "audio": audio, "frames": frames}
+        if several:
+            given = {name: values for name, values in columns.items() if values is not None}
+            lengths = {
+                name: len(values) for name, values in given.items() if isinstance(values, list | tuple)
+            }
+            if len(lengths) < len(given) or len(set(lengths.values())) > 1:
+                raise ValueError("for several clips give lists of one length: of text, audio and frames")
+            columns = {name: given.get(name, [None] * min(lengths.values())) for name in columns}
+        else:
+            columns = {name: [value] for name, value in columns.items()}
+        features = [
+            self.extract_arrays(sound, sampling_rate, pictures)
+            for sound, pictures in zip(columns["audio"], columns["frames"], strict=True)
+        ]
+        return features, list(columns["text"])
+
+    def extract_arrays(self, audio: Any, sampling_rate: int | None, frames: Any) -> ClipFeatures:
+        """Features of one clip from arrays, as `extract` makes them from a file; errors as in `__call__`."""
+        if audio is None and frames is None:
+            return ClipFeatures.absent(self.settings)
+        raw = clip_of_arrays(self.settings, audio, sampling_rate, frames)
+        return measure(raw, self.settings, face_extractor_of(self, self.settings))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -296,6 +361,13 @@ class MSADataCollator:
         plain = {key: torch.stack(columns.pop(key)) for key in ("labels", "index") if key in columns}
         inputs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return {**self.processor.pad(inputs), **plain}
+
+
+def _holds_several(values: Any, dimensions: int) -> bool:
+    """Whether a list has one array of so many dimensions or more, or None, for each clip."""
+    if not isinstance(values, list | tuple) or not len(values):
+        return False
+    return any(value is None or np.ndim(value) >= dimensions for value in values)
 
 
 def at_least_one(values: Tensor) -> Tensor:

@@ -26,19 +26,22 @@ class Attribution:
             `(batch, classes)`.
         predicted: Column of `outputs` that is attributed, `(batch,)` int64: the most probable class, 0 in
             regression.
-        baseline: The same output without any modality, `(batch,)`.
+        baseline: The same output without any modality, `(batch,)`; None if nothing is attributed.
         contributions: What each modality adds, in the order of `MODALITIES`, `(batch, modalities)`. A row
             sums to the attributed output minus its baseline; a modality that the sample lacks has exactly 0.
+            None if nothing is attributed.
     """
 
     outputs: Tensor
     predicted: Tensor
-    baseline: Tensor
-    contributions: Tensor
+    baseline: Tensor | None = None
+    contributions: Tensor | None = None
 
     def of_sample(self, row: int) -> "Attribution":
         """The attribution of one sample, without the batch dimension."""
-        return Attribution(**{name: values[row] for name, values in vars(self).items()})
+        return Attribution(
+            **{name: values if values is None else values[row] for name, values in vars(self).items()}
+        )
 
 
 def modality_shares(model: MSAModel, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
@@ -100,6 +103,12 @@ def attribute(model: MSAModel, batch: Mapping[str, Tensor]) -> Attribution:
     missing = {name: ~sequences[name].present for name in MODALITIES}
     contributions = [shares[name].masked_fill(missing[name], 0.0) for name in MODALITIES]
     return Attribution(outputs[EVERYTHING], predicted, worth[NOTHING], torch.stack(contributions, dim=-1))
+
+
+def predict(model: MSAModel, batch: Mapping[str, Tensor]) -> Attribution:
+    """The predictions that `attribute` returns, without contributions: the head runs once."""
+    outputs = _outputs(model, model.encode(**batch), EVERYTHING)
+    return Attribution(outputs, outputs.argmax(dim=-1))
 
 
 def _outputs(model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: frozenset[str]) -> Tensor:
