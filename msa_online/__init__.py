@@ -2,8 +2,8 @@
 """Robust multimodal sentiment analysis from raw video.
 
 Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of
-transformers, so that `AutoModel.from_pretrained` loads a checkpoint without remote code. The import loads no
-model and uses no network.
+transformers, so that `AutoModel.from_pretrained` loads a checkpoint without remote code, and the task
+"multimodal-sentiment" with `transformers.pipeline`. The import loads no model and uses no network.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -12,6 +12,7 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.processing_msa import MSADataCollator, MSAProcessor
+from msa_online.transformers_pipeline import MultimodalSentimentPipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MSAOutput",
     "MSAPipeline",
     "MSAProcessor",
+    "MultimodalSentimentPipeline",
     "Prediction",
 ]
 
