@@ -13,8 +13,10 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
@@ -396,6 +398,10 @@ def _open_models(model_path: Path) -> "tuple[vision.FaceLandmarker, vision.FaceD
     Raises:
         ValueError: The file is not a landmark model.
     """
+    # Modules of this import keep an exception, and with it the local variables of all callers, for example a
+    # model. A thread has no callers.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(import_module, "mediapipe.tasks.python.vision").result()
     from mediapipe.tasks.python import BaseOptions, vision
 
     try:

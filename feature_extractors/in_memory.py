@@ -91,27 +91,25 @@ def clip_of_arrays(
     if audio is None and frames is None:
         raise ValueError("neither audio nor frames: give one of them, or both")
     waveform, findings, pictures = np.zeros(0, np.float32), [], np.zeros((0, 0, 0, 3), np.uint8)
-    duration = None
+    channels = None if audio is None else _channels(audio, sampling_rate)
     if frames is not None:
         pictures = _pictures(frames)
-        duration = len(pictures) / PICTURES_PER_SECOND
         findings += [STILL_PICTURE] * (len(pictures) == 1)
-    if audio is not None:
-        channels = _channels(audio, sampling_rate)
-        duration = channels.shape[1] / sampling_rate
-        waveform, cancelled = _mono(channels, sampling_rate, duration)
-        findings += [] if cancelled is None else [cancelled_channels_finding(cancelled + 1)]
-    if not 0 < duration <= limits.MAX_SECONDS:
+    seconds = len(pictures) / PICTURES_PER_SECOND if channels is None else channels.shape[1] / sampling_rate
+    if not 0 < seconds <= limits.MAX_SECONDS:
         raise ValueError(
-            f"the clip lasts {duration:,.0f} s: give more than 0 s and at most {limits.MAX_SECONDS:,} s"
+            f"the clip lasts {seconds:,.0f} s: give more than 0 s and at most {limits.MAX_SECONDS:,} s"
         )
+    if channels is not None:
+        waveform, cancelled = _mono(channels, int(sampling_rate), seconds)
+        findings += [] if cancelled is None else [cancelled_channels_finding(cancelled + 1)]
     wanted = frames_to_decode(settings)
     shown = np.unique(((np.arange(wanted) + 0.5) * len(pictures) / wanted).astype(int))[: len(pictures)]
     return RawClip(
         frames=_scaled(pictures[shown], settings.max_height),
-        timestamps=shown * (duration / max(len(pictures), 1)),
+        timestamps=shown * (seconds / max(len(pictures), 1)),
         waveform=waveform,
-        duration=duration,
+        duration=seconds,
         has_video=frames is not None,
         has_audio=audio is not None,
         findings=tuple(findings),
