@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from feature_extractors import Clip, ClipError
-from msa_online import MSAConfig, MSAModel, MSAPipeline, Prediction
+from feature_extractors import Clip, ClipError, FaceExtractor, FeatureCache, decode, face
+from msa_online import MSAConfig, MSAModel, MSAPipeline, MSAProcessor, Prediction
 from msa_online.commands.predict import prediction_lines
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
@@ -248,3 +256,266 @@ def test_real_clips_of_other_corpora_are_understood(pipeline, shared_data):
     )
     for prediction in pipeline(clips):
         assert {"audio", "vision"} <= set(prediction.modalities)
+
+
+# --- what a clip may come as ---
+
+
+def scores(predictions) -> list[float]:
+    return [prediction.score for prediction in predictions]
+
+
+def test_bytes_and_open_files_predict_as_their_file_does(pipeline, make_clip, tmp_path):
+    path = make_clip(tmp_path / "a.mp4")
+    expected = pipeline(path, "a good movie")
+    with open(path, "rb") as file:
+        from_file = pipeline(file, "a good movie")
+    from_bytes = pipeline([path.read_bytes()], ["a good movie"])[0]
+    from_memory = pipeline(io.BytesIO(path.read_bytes()), "a good movie")
+    assert scores([from_file, from_bytes, from_memory]) == [expected.score] * 3
+    assert (from_file.clip, from_bytes.clip) == (str(path), "(bytes)")
+    with pytest.raises(ClipError, match=r"^\(bytes\): cannot be decoded"):
+        pipeline(b"neither sound nor pictures, but words")
+    with open(path, encoding="latin-1") as file, pytest.raises(ValueError, match="open it in binary mode"):
+        pipeline(file)
+
+
+def test_arrays_predict_as_the_file_they_come_from_does(pipeline, make_clip, tmp_path):
+    path = make_clip(tmp_path / "a.mkv", seconds=2.0)
+    raw = decode(Clip(path), num_frames=4)
+    expected = pipeline(path, "a good movie")
+    arrays = {"audio": raw.waveform, "sampling_rate": 16_000, "frames": raw.frames}
+    found = pipeline(text="a good movie", **arrays)
+    assert found.modalities == ("text", "audio", "vision") and found.clip is None
+    assert found.score == pytest.approx(expected.score, abs=1e-6)
+    assert pipeline([{"text": "a good movie", **arrays}, {"clip": path}])[0].score == pytest.approx(
+        found.score, abs=1e-6
+    )
+    assert pipeline(audio=torch.from_numpy(raw.waveform), sampling_rate=16_000).modalities == ("audio",)
+    assert pipeline(frames=raw.frames).modalities == ("vision",)
+
+
+def test_start_and_end_are_those_of_a_clip(pipeline, make_clip, tmp_path):
+    path = make_clip(tmp_path / "a.mp4", seconds=3.0)
+    expected = pipeline(Clip(path, 0.5, 1.5)).score
+    assert pipeline(path, start=0.5, end=1.5).score == expected
+    assert pipeline(path.read_bytes(), start=0.5, end=1.5).score == expected
+    (found,) = pipeline([{"clip": path, "start": 0.5, "end": 1.5}])
+    assert found.score == expected
+    with pytest.raises(ClipError, match="beyond the clip"):
+        pipeline(path, start=2, end=9)
+
+
+def test_a_generator_is_read_one_batch_at_a_time(pipeline, make_clip, tmp_path):
+    path, read = make_clip(tmp_path / "a.wav", video=False), []
+
+    def clips():
+        for number in range(5):
+            read.append(number)
+            yield {"clip": path, "text": "good"} if number % 2 else path
+
+    predictions = pipeline(clips(), batch_size=2)
+    assert read == []
+    first = next(predictions)
+    assert read == [0, 1]
+    assert scores([first, *predictions]) == pytest.approx(
+        scores(pipeline([path] * 5, [None, "good"] * 2 + [None])), abs=1e-6
+    )
+    texts = pipeline(text=(text for text in ("good", "bad", "awful")))
+    assert scores(texts) == pytest.approx(scores(pipeline(text=["good", "bad", "awful"])), abs=1e-6)
+
+
+def test_a_generator_with_a_broken_clip_goes_on_only_on_request(pipeline, make_clip, tmp_path):
+    clips = [make_clip(tmp_path / "a.wav", video=False), tmp_path / "nosuch.mp4"]
+    with pytest.raises(ClipError, match=r"nosuch\.mp4"):
+        list(pipeline(iter(clips)))
+    kinds = [type(result) for result in pipeline(iter([*clips, clips[0]]), skip_broken=True)]
+    assert kinds == [Prediction, ClipError, Prediction]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: {"clips": iter([None, None]), "text": ["one"]}, "too few texts"),
+        (lambda: {"clips": [], "text": iter(["one"])}, "too few clips"),
+        (lambda: {"clips": iter(["a"]), "text": "one"}, "one of texts but an iterator"),
+        (lambda: {"clips": "a", "text": iter(["one"])}, "one of clips but an iterator"),
+        (lambda: {"clips": ["a"], "start": 1.0}, "start of several clips: give a dict"),
+        (lambda: {"clips": [{"clip": "a", "words": "b"}]}, "clip 1 has words: known are clip, text"),
+        (lambda: {"clips": [{"clip": "a"}], "text": ["b"]}, "clip 1 is a dict: give its text"),
+        (lambda: {"clips": "a", "frames": np.zeros((1, 9, 9, 3), np.uint8)}, "has a file and arrays"),
+        (lambda: {"audio": np.ones(9), "sampling_rate": 8000, "end": 1}, "cut the arrays instead"),
+        (lambda: {"audio": np.ones(9)}, "sampling_rate is None"),
+        (lambda: {"text": "good", "start": 1}, "a window but no file"),
+        (lambda: {"clips": Clip(Path("a"), 1, 2), "start": 0}, "has its own window"),
+        (lambda: {"text": ["good"], "batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_inputs_that_contradict_each_other_are_refused(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        list(pipeline(**arguments()))
+
+
+def test_the_batch_size_is_that_of_the_forward_pass_and_changes_no_score(pipeline):
+    sizes, texts = [], ["good", "bad", "a great film", "awful", "not bad"]
+    pipeline.model.head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]["text"].mask)))
+    expected = scores(pipeline(text=texts))
+    assert set(sizes) == {5}
+    sizes.clear()
+    assert scores(pipeline(text=texts, batch_size=2)) == pytest.approx(expected, abs=1e-6)
+    assert sizes == [2] * 16 + [1] * 8
+
+
+@pytest.mark.parametrize("task", [{}, MOODS], ids=["regression", "classification"])
+def test_without_contributions_the_head_runs_once_and_the_prediction_is_the_same(task, make_pipeline):
+    pipeline, calls = make_pipeline(**task), []
+    pipeline.model.head.register_forward_hook(lambda *_: calls.append(1))
+    whole = pipeline(text="a good movie").to_dict()
+    assert len(calls) == 8
+    short = pipeline(text="a good movie", attribute=False).to_dict()
+    assert len(calls) == 9
+    assert (short.pop("baseline"), short.pop("contributions")) == (None, {})
+    assert short == {name: whole[name] for name in short}
+
+
+# --- MediaPipe ---
+
+
+def test_mediapipe_is_opened_once_and_closed_with_the_pipeline(
+    tiny_model, tiny_processor, make_clip, tmp_path, monkeypatch
+):
+    path, opened, closed = make_clip(tmp_path / "a.mp4"), [], []
+    monkeypatch.setattr(face._Loan, "_idle", [])
+    init, close = FaceExtractor.__init__, FaceExtractor.close
+    monkeypatch.setattr(
+        FaceExtractor, "__init__", lambda self, *given: opened.append(1) or init(self, *given)
+    )
+    monkeypatch.setattr(FaceExtractor, "close", lambda self: closed.append(1) or close(self))
+    with MSAPipeline(tiny_model, tiny_processor) as pipeline:
+        assert pipeline(text="good") and not opened
+        first = pipeline(path).score
+        next(pipeline.stream([path] * 3, batch_size=1))  # abandoned
+        next(pipeline(iter([path] * 3), batch_size=1))
+        with ThreadPoolExecutor(4) as threads:
+            assert set(threads.map(lambda _: pipeline(path).score, range(8))) == {first}
+        assert (len(opened), len(closed)) == (1, 0)
+    assert len(closed) == 1
+    assert pipeline(path).score == first and len(opened) == 2
+    pipeline.close()
+
+
+def test_abandoning_a_stream_in_a_program_that_ends_neither_hangs_nor_complains(
+    tiny_model, tiny_processor, make_clip, tmp_path, repository
+):
+    clip = make_clip(tmp_path / "a.mp4")
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    program = (
+        "import sys, gc; from msa_online import MSAPipeline\n"
+        "def abandon():\n"
+        "    pipeline = MSAPipeline.from_pretrained(sys.argv[1])\n"
+        "    predictions = pipeline.stream([sys.argv[2]] * 3, batch_size=1)\n"
+        "    circle = [predictions]; circle.append(circle)\n"
+        "    print(next(predictions).score)\n"
+        "    return pipeline.model\n"
+        "import weakref\n"
+        "models = [weakref.ref(abandon()) for _ in range(2)]\n"
+        "gc.collect()\n"
+        "assert [model() for model in models] == [None, None]\n"
+        "left = MSAPipeline.from_pretrained(sys.argv[1]).stream([sys.argv[2]] * 3, batch_size=1)\n"
+        "print(next(left).score)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model"), str(clip)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 0 and len(set(ended.stdout.split())) == 1, ended.stderr
+    assert "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+
+
+# --- opening a checkpoint ---
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_checkpoint_opens_with_the_type_and_the_devices_asked_for(checkpoint):
+    expected = MSAPipeline.from_pretrained(checkpoint)
+    assert expected.model.dtype == torch.float32
+    score = expected(text="a good movie").score
+    for dtype in (torch.bfloat16, "bfloat16"):
+        pipeline = MSAPipeline.from_pretrained(checkpoint, dtype=dtype)
+        assert pipeline.model.dtype == torch.bfloat16
+        assert pipeline(text="a good movie").score == pytest.approx(score, abs=0.02)
+    for device_map in ("auto", {"": "cpu"}):
+        pipeline = MSAPipeline.from_pretrained(checkpoint, device_map=device_map)
+        assert pipeline(text="a good movie").score == pytest.approx(score, abs=1e-5)
+    placed = MSAPipeline.from_pretrained(checkpoint, "cpu")
+    assert placed.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device and device_map are both given"):
+        MSAPipeline.from_pretrained(checkpoint, device="cpu", device_map="auto")
+    placed.model.hf_device_map = {"": "cpu"}
+    with pytest.raises(ValueError, match="the model has a device map"):
+        MSAPipeline(placed.model, placed.processor, device="cpu")
+
+
+def test_the_features_of_a_clip_are_kept_in_the_cache_that_is_given(checkpoint, make_clip, tmp_path):
+    clip = make_clip(tmp_path / "a.mp4")
+    for cache in (tmp_path / "features", str(tmp_path / "features"), FeatureCache(tmp_path / "features")):
+        with MSAPipeline.from_pretrained(checkpoint, cache=cache) as pipeline:
+            scores([pipeline(clip), pipeline(clip.read_bytes()), pipeline(Clip(clip, 0, 0.5))])
+        assert len(list((tmp_path / "features").glob("??/*.safetensors"))) == 2
+
+
+def test_a_revision_of_a_repository_is_opened_with_the_token(checkpoint, tmp_path, monkeypatch, repository):
+    """Two revisions lie in a cache of the Hub as its client writes it; no network is used."""
+    other = MSAPipeline.from_pretrained(checkpoint)
+    torch.nn.init.constant_(other.model.head.classifier.bias, 2.0)
+    repo = tmp_path / "hub" / "models--me--mine"
+    for name, commit, model in (("main", "1" * 40, None), ("v2", "2" * 40, other)):
+        shutil.copytree(checkpoint, repo / "snapshots" / commit)
+        if model:
+            model.model.save_pretrained(repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / name).write_text(commit)
+    program = (
+        "from msa_online import MSAPipeline\n"
+        "for revision in (None, 'v2', '2' * 40):\n"
+        "    pipeline = MSAPipeline.from_pretrained('me/mine', revision=revision, token='hf_x')\n"
+        "    print(pipeline(text='a good movie').score)\n"
+        "MSAPipeline.from_pretrained('me/mine', revision='v3')\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    first, *second = map(float, ended.stdout.split())
+    expected = other(text="a good movie").score
+    assert second == pytest.approx([expected] * 2, abs=1e-5) and abs(first - expected) > 1, ended.stderr
+    assert "CheckpointError: me/mine" in ended.stderr
+
+
+def test_the_token_reaches_every_file(checkpoint, monkeypatch):
+    seen = []
+    for kind in (AutoConfig, MSAModel, MSAProcessor):
+        original = kind.from_pretrained
+
+        def spy(*args, original=original, **options):
+            seen.append((options.get("token"), options.get("revision")))
+            return original(*args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", spy)
+    MSAPipeline.from_pretrained(checkpoint, token="hf_x", revision="v2")
+    assert seen[0] == ("hf_x", "v2") and len(seen) >= 3 and set(seen) == {("hf_x", "v2")}

@@ -7,7 +7,15 @@ import torch
 from transformers import AutoProcessor
 
 import msa_online  # noqa: F401  registers the processor with AutoProcessor
-from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings
+from feature_extractors import (
+    Clip,
+    ClipExtent,
+    ClipFeatures,
+    ExtractionSettings,
+    FaceExtractor,
+    decode,
+    extract,
+)
 from msa_online import MSAProcessor
 from msa_online.processing_msa import InputLimits, UnknownTokens, clean_text, token_ids
 
@@ -253,3 +261,59 @@ def test_the_extent_of_a_clip_counts_only_what_a_model_can_use():
 def test_clips_and_transcripts_must_come_in_pairs(tiny_processor):
     with pytest.raises(ValueError):
         tiny_processor([features(), features()], ["good"])
+
+
+# --- in the convention of multimodal processors ---
+
+
+def test_text_alone_is_a_batch_of_one_or_of_several(tiny_processor):
+    one = tiny_processor(text="a good movie", return_tensors="pt")
+    assert one["modality_present"].tolist() == [[True, False, False]]
+    several = tiny_processor(text=["a good movie", None, "bad"])
+    assert several["modality_present"][:, 0].tolist() == [True, False, True]
+    assert torch.equal(several["text_input_ids"][:1], one["text_input_ids"])
+
+
+def test_arrays_make_the_inputs_that_their_file_makes(tiny_processor, make_clip, tmp_path):
+    path = make_clip(tmp_path / "a.mkv", seconds=1.0)
+    with FaceExtractor(tiny_processor.settings) as faces:
+        expected = tiny_processor([extract(Clip(path), tiny_processor.settings, faces)], ["good"])
+    raw = decode(Clip(path), num_frames=4)
+    sound = {"audio": raw.waveform, "sampling_rate": 16_000}
+    for pictures in ({"images": raw.frames}, {"frames": torch.from_numpy(raw.frames)}):
+        batch = tiny_processor(text="good", **sound, **pictures, return_tensors="pt")
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    half = {
+        "audio": [raw.waveform[:8_000], None],
+        "images": [None, list(raw.frames)],
+        "sampling_rate": 16_000,
+    }
+    batch = tiny_processor(text=[None, "good"], **half)
+    assert batch["modality_present"].tolist() == [[False, True, False], [True, False, True]]
+    assert tiny_processor(**half)["modality_present"][:, 0].tolist() == [False, False]
+    with_list = tiny_processor(audio=raw.waveform.tolist(), sampling_rate=16_000)
+    assert torch.equal(with_list["audio_values"], expected["audio_values"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": ["a", "b"], "audio": [np.ones(99)], "sampling_rate": 16_000}, "lists of one length"),
+        ({"text": ["a", "b"], "audio": np.ones(99), "sampling_rate": 16_000}, "lists of one length"),
+        ({"audio": np.ones(99)}, "sampling_rate is None"),
+        ({"text": "a", "return_tensors": "np"}, "return_tensors is 'np': only \"pt\" exists"),
+        ({"frames": np.ones((1, 9, 9, 3)), "images": np.ones((1, 9, 9, 3))}, "two names of one thing"),
+        ({"features": [features()], "audio": np.ones(99)}, "features contain sound and pictures"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(given, message, tiny_processor):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor(**given)
+
+
+def test_a_processor_that_has_read_arrays_is_saved_as_before(tiny_processor, tmp_path):
+    tiny_processor(frames=np.zeros((2, 64, 64, 3), np.uint8))
+    tiny_processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.settings == tiny_processor.settings and "_faces" not in again.to_dict()
