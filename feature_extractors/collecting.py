@@ -48,7 +48,7 @@ class FrameSampler:
 
     Attributes:
         first: Time of the first frame received, None before it; seconds from the start of the file.
-        last: End of the last frame received, -1 before it.
+        last: End of the last displayed frame received, -1 before it.
         done: Whether no later frame is needed.
         count: Number of frames received.
     """
@@ -65,6 +65,7 @@ class FrameSampler:
         self._announced: list[float] = []  # times of the latest packets, sorted
         self._next = 0  # index of the first target that has no frame yet
         self._converter = converter
+        self._latest = -math.inf  # time of the last displayed frame received
         self._held: tuple[float, DecodedFrame] | None = None
         self._before_held: DecodedFrame | None = None
         self._kept: list[tuple[float, np.ndarray]] = []
@@ -100,7 +101,8 @@ class FrameSampler:
         self._held = (time, decoded)
         self.count += 1
         length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-        self.last = max(self.last, time + length)
+        if time >= self._latest:  # lengths before a jump in time, or of reordered frames, may be wrong
+            self._latest, self.last = time, time + length
         self.done = self._next >= len(self.targets) and time >= self.end
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:

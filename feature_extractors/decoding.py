@@ -96,19 +96,19 @@ def decode(
     reading = _Reading(clip, num_frames, max_height, deadline, seek=(clip.start or 0) > SEEK_FROM)
     try:
         media = _read(reading)
-        sound, findings = _best_sound(reading, media)
+        media, findings = _with_best_sound(reading, media)
     except MemoryError as error:
         raise limits.too_much_memory(clip.path) from error
     except (av.error.FFmpegError, OSError, OverflowError) as error:  # OverflowError: times beyond 64 bits
         raise ClipError(clip.path, "undecodable", f"cannot be decoded ({_reason(error)})") from error
-    _check_samples(clip, sound.waveform, media.window.start)
+    _check_samples(clip, media.waveform, media.window.start)
     return RawClip(
         frames=media.frames,
         timestamps=media.timestamps,
-        waveform=sound.waveform,
+        waveform=media.waveform,
         duration=media.window.end - media.window.start,
         has_video=media.has_video,
-        has_audio=sound.has_audio,
+        has_audio=media.has_audio,
         findings=media.findings + findings,
     )
 
@@ -212,6 +212,7 @@ class _Media:
     Attributes:
         tracks: Numbers of the audio tracks, counted from 1; the preferred one first.
         cancelled: Index of the loudest channel if the channels cancel each other, else None.
+        sound_end: End of the sound in seconds from the start of the file, -1 without sound.
     """
 
     frames: np.ndarray
@@ -222,29 +223,35 @@ class _Media:
     window: _Window
     tracks: tuple[int, ...]
     cancelled: int | None
+    sound_end: float
     findings: tuple[str, ...]
 
 
-def _best_sound(reading: _Reading, media: _Media) -> tuple[_Media, tuple[str, ...]]:
-    """Select the first audible track, and one channel if all cancel out; returns it with its findings."""
+def _with_best_sound(whole: _Reading, media: _Media) -> tuple[_Media, tuple[str, ...]]:
+    """Select the first audible track, and one channel if all cancel out; returns the media with findings."""
     window = media.window
-    reading = replace(reading, picture=False, length=window.length, origin=window.origin)
+    reading = replace(whole, picture=False, length=window.length, origin=window.origin)
     tracks = media.tracks if reading.clip.audio_track is None else media.tracks[:1]
-    sound = media
+    sound, used, chosen = media, (), reading
     for track, number in enumerate(tracks):
-        candidate = media if track == 0 else _read(replace(reading, track=track))
+        choice = replace(reading, track=track)
+        candidate = media if track == 0 else _read(choice)
         findings = []
         if len(tracks) > 1:
             silent = tracks[0] if track else None
             findings.append(audio_track_finding(number, len(tracks), silent))
         if candidate.cancelled is not None:
             findings.append(cancelled_channels_finding(candidate.cancelled + 1))
-            candidate = _read(replace(reading, track=track, channel=candidate.cancelled))
+            choice = replace(choice, channel=candidate.cancelled)
+            candidate = _read(choice)
         if track == 0 or not is_silent(candidate.waveform):
-            sound, used = candidate, tuple(findings)
+            sound, used, chosen = candidate, tuple(findings), choice
         if not is_silent(candidate.waveform):
             break
-    return sound, used if tracks else ()
+    if whole.clip.end is None and sound.sound_end > window.end + _slack(window.end):
+        media = _read(replace(whole, track=chosen.track, channel=chosen.channel))  # as long as its sound
+        return media, used
+    return replace(media, waveform=sound.waveform, has_audio=sound.has_audio), used
 
 
 def _read(reading: _Reading) -> _Media:
@@ -297,6 +304,7 @@ def _read(reading: _Reading) -> _Media:
         window=window,
         tracks=numbers,
         cancelled=sound.cancelled(),
+        sound_end=sound.last,
         findings=(STILL_PICTURE,) if sampler.count == 1 else (),
     )
 
@@ -437,6 +445,7 @@ def _scan(
         origin: The start, if it is known.
     """
     begins: dict[int, float] = {}
+    latest: dict[int, float] = {}
     ends: dict[int, float] = {}
     with open_media(reading.clip.path, reading.deadline) as container:
         indices = [s.index for s in (container.streams if streams is None else streams)]
@@ -448,7 +457,8 @@ def _scan(
                 continue
             time = ends.get(index, 0.0) if packet.pts is None else packet.pts * units[index]
             begins[index] = min(begins.get(index, time), time)
-            ends[index] = max(ends.get(index, time), time + (packet.duration or 0) * units[index])
+            if time >= latest.get(index, time):  # an earlier packet's duration may be wrong
+                latest[index], ends[index] = time, time + (packet.duration or 0) * units[index]
     origin = min(begins.values(), default=0.0) if origin is None else origin
     return max(ends.values(), default=origin) - origin, origin
 

@@ -3,14 +3,25 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from feature_extractors import ClipError, ClipExtent, ClipFeatures, FeatureCache, RawClip, Upload, extract
+from feature_extractors import (
+    Clip,
+    ClipError,
+    ClipExtent,
+    ClipFeatures,
+    ExtractionSettings,
+    FaceExtractor,
+    FeatureCache,
+    RawClip,
+    Upload,
+    extract,
+)
 from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
 from feature_extractors.extraction import measure
 from feature_extractors.face import close_face_extractor_of, face_extractor_of
@@ -298,7 +309,18 @@ class MSAPipeline:
         if isinstance(source, RawClip):
             return measure(source, settings, faces)
         with source.on_disk() if isinstance(source, Upload) else nullcontext(source) as clip:
-            return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
+            return self._extract_clip(clip, settings, faces)
+
+    def _extract_clip(self, clip: Clip, settings: ExtractionSettings, faces: FaceExtractor) -> ClipFeatures:
+        """Features of a clip, of the audio track of training if the clip names none and has this one."""
+        trained_track = (self.model.config.trained_on or {}).get("audio_track")
+        if clip.audio_track is None and trained_track is not None:
+            try:
+                return self._extract_clip(replace(clip, audio_track=trained_track), settings, faces)
+            except ClipError as error:
+                if error.problem != "no such track":
+                    raise
+        return self.cache.get(clip, settings, faces) if self.cache else extract(clip, settings, faces)
 
     def _prediction(
         self,

@@ -493,6 +493,14 @@ def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_c
     assert "0.9" in printed and "mean" in printed and "4 samples" in printed
 
 
+def test_evaluate_hears_the_audio_track_of_training(capsys, checkpoint, tiny_corpus):
+    path = Path(checkpoint, "config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "trained_on": {"audio_track": 2}}))
+    assert main(["evaluate", checkpoint, str(tiny_corpus)]) == 1
+    assert "none that can be decoded is number 2" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_features_and_clips_are_not_mistaken_for_each_other(
     capsys, archive, checkpoint, feature_checkpoint, tiny_corpus
 ):

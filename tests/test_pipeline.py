@@ -64,6 +64,33 @@ def test_speech_after_the_part_that_is_read_is_not_used_and_named(pipeline, make
     assert "audio" in pipeline(Clip(path, 31, 33)).modalities
 
 
+def test_the_audio_track_of_training_is_heard_where_there_is_one(pipeline, tmp_path):
+    voice = 0.3 * np.sin(np.arange(48_000) / 20)
+    two = two_tracks(tmp_path / "two.mka", voice, 0 * voice)
+    one = two_tracks(tmp_path / "one.mka", voice)
+    assert pipeline(two, text="good").findings == ("audio track 1 of 2",)
+    pipeline.model.config.trained_on = {"audio_track": 2}
+    assert pipeline(two, text="good").missing["audio"] == "silent audio"
+    assert "audio" in pipeline(Clip(two, audio_track=1), text="good").modalities
+    assert "audio" in pipeline(one, text="good").modalities
+    with pytest.raises(ClipError, match="no such file"):
+        pipeline(tmp_path / "none.mka", text="good")
+
+
+def two_tracks(path, *tracks: np.ndarray):
+    """A file with these audio tracks of 48 kHz."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=48_000, layout="mono") for _ in tracks]
+        for stream, samples in zip(streams, tracks, strict=True):
+            frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], "s16", "mono")
+            frame.sample_rate = 48_000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
 def test_text_alone_is_legal(pipeline):
     prediction = pipeline(text="a good movie")
     assert prediction.modalities == ("text",)

@@ -190,6 +190,7 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_labels(launcher, whole_
                     "label_column": "mood",
                     "num_frames": 4,
                     "face_size": 32,
+                    "audio_track": 1,
                 },
                 "training": {"epochs": 1, "batch_size": 8, "init_from": str(whole_run[0])},
             }
@@ -200,5 +201,7 @@ def test_fine_tuning_starts_from_a_checkpoint_with_other_labels(launcher, whole_
 
     prediction = MSAPipeline.from_pretrained(launcher.folder / "moods")(None, text="a bad film")
     assert set(prediction.probabilities) == {"good", "bad", "neither"}
+    record = json.loads((launcher.folder / "moods" / "config.json").read_text())["trained_on"]
+    assert record["audio_track"] == 1
     assert sum(prediction.probabilities.values()) == pytest.approx(1.0, abs=1e-5)
     assert prediction.label == max(prediction.probabilities, key=prediction.probabilities.get)

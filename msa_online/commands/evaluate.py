@@ -93,7 +93,7 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
         options.data,
         **_labels_to_read(options, config),
         skip_broken=options.skip_broken,
-        audio_track=options.audio_track,
+        audio_track=options.audio_track or (config.trained_on or {}).get("audio_track"),
     )
     require_splits(corpus, (options.split,))
     corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted

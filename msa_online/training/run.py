@@ -311,6 +311,8 @@ def _record(run: Run, command: str) -> dict[str, Any]:
             "seconds of sound": limits.max_audio_seconds,
             "frames": run.processor.settings.num_frames,
         }
+    if data.audio_track is not None:
+        record["audio_track"] = data.audio_track
     if run.findings:
         record["findings"] = dict(run.findings)
     if run.masks:

@@ -51,6 +51,27 @@ def test_frames_are_the_ones_on_show_at_interval_midpoints(tmp_path, make_clip, 
     assert raw.timestamps == pytest.approx(np.array(expected) / 8, abs=0.01)
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_pause_between_reordered_frames_makes_no_clip_longer(tmp_path, start):
+    import av
+
+    path = tmp_path / "pause.mp4"  # its packets have lengths by decoding times, so the pause counts twice
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "2"})
+        stream.width, stream.height = SIZE
+        stream.codec_context.time_base = Fraction(1, 25)
+        for number, picture in enumerate(gray_frames(24)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
+            frame.pts = 25 * start + number + (125 if number > 11 else 0)
+            frame.time_base = Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    raw = decode(Clip(path), num_frames=4)
+    assert raw.duration == pytest.approx(24 / 25 + 5, abs=0.13)
+    assert frame_numbers(raw.frames) == [11]
+    assert decode(Clip(path, 5.5, 5.9)).duration == pytest.approx(0.4)
+
+
 def test_a_short_clip_gives_each_frame_once(tmp_path, make_clip):
     path = make_clip(tmp_path / "clip.mp4", frames=gray_frames(3), size=SIZE, fps=10, audio=None)
     raw = decode(Clip(path), num_frames=8)

@@ -386,6 +386,14 @@ def test_silent_tracks_stay_silent_and_are_named(tmp_path):
     assert is_silent(raw.waveform) and raw.findings == ("audio track 1 of 2",)
 
 
+@pytest.mark.parametrize("picture", [None, (0, 1)])
+def test_a_clip_lasts_as_long_as_the_track_in_use(tmp_path, picture):
+    tracks = [(0, 0 * tone(1))], [(0, tone(1)), (3, tone(1))]
+    raw = decode(Clip(write(tmp_path / "two.mkv", *tracks, codec="pcm_s16le", picture=picture)))
+    assert raw.findings == ("audio track 2 of 2, track 1 is silent",)
+    assert raw.duration == pytest.approx(4, abs=0.02) and onsets(raw.waveform) == [0, 3]
+
+
 def test_opposite_channels_of_a_later_track_are_heard(tmp_path):
     voice, silent = np.stack([tone(1), -tone(1)]), np.zeros((2, RATE))
     raw = decode(Clip(write(tmp_path / "two.mkv", [(0, silent)], [(0, voice)], layout="stereo")))
