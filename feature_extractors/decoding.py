@@ -341,11 +341,14 @@ def _usable(container: "av.container.InputContainer") -> "list[av.stream.Stream]
 def _audio_tracks(
     container: "av.container.InputContainer", clip: Clip, usable: "list[av.AudioStream]"
 ) -> "list[av.AudioStream]":
-    """The requested track alone; or all: default tracks first, those for impaired viewers last."""
+    """The requested track alone; or all: default tracks first, those for impaired viewers last.
+
+    A file without sound has no track to choose, which is no error: a number may apply to a whole corpus.
+    """
     from av.stream import Disposition
 
-    if clip.audio_track is not None:
-        every = container.streams.audio
+    every = container.streams.audio
+    if clip.audio_track is not None and every:
         if not 1 <= clip.audio_track <= len(every) or every[clip.audio_track - 1] not in usable:
             held = f"{len(every)} audio track{'s' * (len(every) != 1)}"
             raise ClipError(

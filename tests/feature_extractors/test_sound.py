@@ -381,6 +381,11 @@ def test_a_track_can_be_chosen(tmp_path):
         assert caught.value.problem == "no such track"
 
 
+def test_a_clip_without_sound_has_no_track_to_choose(tmp_path):
+    raw = decode(Clip(write(tmp_path / "mute.mkv", picture=(0, 1)), audio_track=2))
+    assert not raw.has_audio and len(raw.frames) == 8
+
+
 def test_silent_tracks_stay_silent_and_are_named(tmp_path):
     raw = decode(Clip(write(tmp_path / "two.mkv", [(0, 0 * tone(1))], [(0, 0 * tone(1))])))
     assert is_silent(raw.waveform) and raw.findings == ("audio track 1 of 2",)
