@@ -32,6 +32,8 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.hub": 4.0,
     "msa_online.training": 4.0,
     "msa_online.pipeline": 4.0,
+    "msa_online.pipeline_inputs": 4.0,
+    "msa_online.transformers_pipeline": 4.0,
     "msa_online.shipped_configs": 4.2,
     "msa_online.studies": 4.5,
     "msa_online.describe": 4.5,  # joins what checkpoints and configurations say

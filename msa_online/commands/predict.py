@@ -42,7 +42,7 @@ def run(options: Namespace, console: Console) -> None:
         predictions = pipeline.stream(clips, texts)
     except ValueError as error:  # nothing to predict from: a text without any visible character
         options.refuse(str(error))
-    with closing(predictions):
+    with pipeline, closing(predictions):
         for result in predictions:
             if isinstance(result, ClipError):
                 broken += 1
