@@ -540,11 +540,15 @@ def _check_complete(reading: _Reading, window: _Window, decoded_end: float) -> N
     clip = reading.clip
     if decoded_end < 0:
         raise ClipError(clip.path, "undecodable", "cannot be decoded (no frame and no sound comes out)")
-    if window.declared is None or decoded_end >= window.end - _slack(window.end):
+    if window.declared is None:
+        return
+    wanted = max(window.end, window.declared) if clip.end is None else window.end
+    if decoded_end >= wanted - _slack(wanted):
         return
     lacking = decoded_end < window.declared - _slack(window.declared)
     if lacking and not window.of_streams:
-        last_packet, _ = _scan(reading, None, 0.0)
+        late = window.origin > TOLERANCE  # as in `_window`, where `declared` is made
+        last_packet, _ = _scan(reading, None, window.origin if late else 0.0)
         lacking = last_packet < window.declared - _slack(window.declared)
     if lacking:
         raise ClipError(

@@ -433,6 +433,14 @@ def test_the_length_of_raw_sound_comes_from_its_packets(tmp_path, suffix, loud_f
         decode(Clip(path, 11, 20))
 
 
+def test_a_cut_off_file_is_refused_if_its_media_start_late(tmp_path):
+    path = write(tmp_path / "late.mkv", [(100, tone(4))], picture=(100, 104))
+    assert decode(Clip(path)).duration == pytest.approx(4, abs=0.05)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 55 // 100])
+    with pytest.raises(ClipError, match="is truncated"):
+        decode(Clip(path))
+
+
 def test_a_header_that_declares_too_little_cuts_nothing(tmp_path):
     path = write(tmp_path / "a.mka", [(0, tone(2)), (3, tone(2))])
     content = path.read_bytes()
