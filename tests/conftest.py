@@ -9,7 +9,8 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tiny models: threads that wait for each other cost more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.pop("COLUMNS", None)  # processes of pytest-xdist have 80; tests print as into a pipe
+if os.environ.get("COLUMNS") == "80":  # set by pytest-xdist; tests print as into a pipe
+    del os.environ["COLUMNS"]
 
 import numpy as np
 import pytest
