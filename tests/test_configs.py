@@ -90,17 +90,19 @@ def test_every_shipped_configuration_has_a_name_and_a_description():
 
 def test_a_configuration_is_found_by_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_configuration("ebmc") == find_configuration("configs/ebmc.yaml") == FOLDER / "ebmc.yaml"
-    assert find_configuration("ebmc", "ablations/") == FOLDER / "ablations" / "ebmc.yaml"
-    (tmp_path / "ebmc").mkdir()  # a folder is no configuration
-    assert find_configuration("ebmc") == FOLDER / "ebmc.yaml"
-    (tmp_path / "ebmc.yaml").touch()
-    assert find_configuration("ebmc.yaml") == Path("ebmc.yaml")
+    study = next(path for path in FOLDER.glob("ablations/*.yaml") if (FOLDER / path.name).is_file())
+    run, name = FOLDER / study.name, study.stem
+    assert find_configuration(name) == find_configuration(f"configs/{study.name}") == run
+    assert find_configuration(name, "ablations/") == study
+    (tmp_path / name).mkdir()  # a folder is no configuration
+    assert find_configuration(name) == run
+    (tmp_path / study.name).touch()
+    assert find_configuration(study.name) == Path(study.name)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("ebcm", "did you mean 'ebmc'"), ("zzz", "lists them"), ("my/run.yaml", "neither a file")],
+    [("late_fuson", "did you mean 'late_fusion'"), ("zzz", "lists them"), ("my/run.yaml", "neither a file")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_and_the_command_that_lists_them(name, hint):
     with pytest.raises(ConfigurationError, match=rf"{name}: .*{hint}.*") as caught:
