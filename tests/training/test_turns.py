@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RANK = """
 import os, sys, time
 from datetime import timedelta
@@ -17,7 +19,6 @@ from msa_online.training import data as data_of_run
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.config import DataArguments, TrainingArguments
 
-pytestmark = pytest.mark.slow
 
 TIMEOUT = 3  # seconds that collectives of training may take here; by default it is half an hour
 rank = os.environ.get("RANK")
