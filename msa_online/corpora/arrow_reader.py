@@ -53,7 +53,7 @@ def _require_inside(folder: Path, part: datasets.Dataset) -> None:
     """
     for file in part.cache_files:
         if not Path(os.path.abspath(file["filename"])).is_relative_to(os.path.abspath(folder)):
-            raise ValueError(f"it names a table outside its folder: {file['filename']}")
+            raise ValueError(f"it names a table outside its folder: {file['filename']!r}")
 
 
 def batches(table: Any, features: datasets.Features, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
