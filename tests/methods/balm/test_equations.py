@@ -184,7 +184,7 @@ def test_a_checkpoint_without_calibration_gets_one_that_changes_nothing(tmp_path
     plain.save_pretrained(tmp_path)
     config = MSAConfig.from_pretrained(tmp_path)
     config.calibrator = "fcm"
-    loaded = MSAModel.from_pretrained(tmp_path, config=config)
+    loaded, _ = MSAModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert not any(value.any() for value in loaded.calibrator.gates.parameters())
     assert loaded.calibrator.describe.weight.isfinite().all() and loaded.calibrator.describe.weight.any()
     sequences = make_sequences(dtype=torch.float32)
