@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets, batch sampling and padding, for clips and for precomputed features."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -43,7 +44,7 @@ class FeatureProcessor:
         return batch
 
 
-class SplitDataset(Dataset):
+class SplitDataset(Dataset, ABC):
     """Samples of one split as inputs of a model, each with its `labels` and its `index`.
 
     Args:
@@ -78,9 +79,9 @@ class SplitDataset(Dataset):
         label = torch.tensor(self.labels[index], dtype=self.label_type)
         return {**self.inputs(index), "labels": label, "index": torch.tensor(index)}
 
+    @abstractmethod
     def inputs(self, index: int) -> dict[str, Tensor]:
         """Inputs of one sample, before padding."""
-        raise NotImplementedError
 
 
 class ClipDataset(SplitDataset):

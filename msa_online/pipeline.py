@@ -22,9 +22,9 @@ from feature_extractors import (
     Upload,
     extract,
 )
-from feature_extractors.clip import NO_AUDIO, NO_FACE, NO_VIDEO, SILENT_AUDIO
 from feature_extractors.extraction import measure
 from feature_extractors.face import close_face_extractor_of, face_extractor_of
+from msa_online.corpora.prepared_corpus import LACKS
 from msa_online.evaluation.attribution import Attribution
 from msa_online.evaluation.attribution import attribute as attribution_of
 from msa_online.evaluation.attribution import predict as outputs_of
@@ -34,9 +34,6 @@ from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.pipeline_inputs import Sample, is_lazy, sample_of, samples_of
 from msa_online.processing_msa import MSAProcessor, UnknownTokens
-
-REASONS = {"audio": (NO_AUDIO, SILENT_AUDIO), "vision": (NO_VIDEO, NO_FACE)}
-"""Findings for which a modality is missing."""
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
@@ -353,7 +350,7 @@ class MSAPipeline:
             cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
             warning=_warning(used, unknown),
             findings=(
-                *(each for each in features.findings if each not in chain(*REASONS.values())),
+                *(each for each in features.findings if each not in chain(*LACKS.values())),
                 *([f"text: {unknown.description}"] if unknown.unknown else []),
             ),
         )
@@ -384,4 +381,4 @@ def _why_missing(name: str, sample: Sample, features: ClipFeatures, max_audio_se
             f"silent in the first {max_audio_seconds:g} s, which are read; the sound starts at "
             f"{features.audible_from:.1f} s: give start and end of the part to read"
         )
-    return next((finding for finding in features.findings if finding in REASONS[name]), "nothing found")
+    return next((finding for finding in features.findings if finding in LACKS[name]), "nothing found")

@@ -577,7 +577,7 @@ def test_configs_lists_what_is_shipped_and_prints_one(capsys):
         ("train late_fusion plugins=[no_such_package]", "cannot import 'no_such_package'"),
         ("train late_fusion plugins=mine", "plugins is 'mine', but must be list[str]"),
         ("study STUDY plugins=[no_such_package]", "cannot import 'no_such_package'"),
-        ("study STUDY --only nobody data.path=x", "--only 'nobody' is no variant"),
+        ("study STUDY --only absent data.path=x", "--only 'absent' is no variant"),
         ("predict --text a --model x --plugin no_such_package", "--plugin: cannot import"),
     ],
 )

@@ -22,7 +22,7 @@ RUN = {"model": {"feature_widths": WIDTHS, "head": "mine"}, "plugins": ["my_plug
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch) -> Path:
-    """A module `my_plugin` that Python finds and nobody has imported, which registers the head `mine`."""
+    """A module `my_plugin` that is not imported yet and registers the head `mine`."""
     path = tmp_path / "plugins" / "my_plugin.py"
     path.parent.mkdir()
     path.write_text(

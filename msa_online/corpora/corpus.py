@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora in memory: samples by split, broken rows, and the error that lists them."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class BySplit:
         return {name: counts[name] for name in SPLITS if counts[name]}
 
 
-class ReadyCorpus(BySplit):
+class ReadyCorpus(BySplit, ABC):
     """Base of corpora whose samples can be loaded: `PreparedCorpus` of clips, `FeatureCorpus` of features.
 
     Training sees this and does not ask which of the two it is.
@@ -89,9 +90,9 @@ class ReadyCorpus(BySplit):
 
     contents: Mapping[str, str]
 
+    @abstractmethod
     def present(self, split: str) -> Tensor:
         """Which modalities each sample of a split has, `(samples, 3)` bool."""
-        raise NotImplementedError
 
     def statistics(
         self, split: str, seen: Tensor, widths: Mapping[str, int]
