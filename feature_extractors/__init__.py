@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixed signal processing, from raw media to arrays: no parameters, no gradients, no torch.
 
-`extract` turns a recording of a person talking into a log-mel spectrogram, aligned face crops and blendshape
+`extract` turns a recording of a person talking into 16 kHz mono sound, aligned face crops and blendshape
 scores. `FeatureCache` stores them on disk. `get_asset` downloads the pretrained files they need. PyAV, OpenCV
 and MediaPipe are imported on first use, so importing this package is cheap.
 """

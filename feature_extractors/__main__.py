@@ -95,7 +95,7 @@ def _table(path: Path, raw: "RawClip", features: "ClipFeatures") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from feature_extractors.clip import printable
+    from feature_extractors.clip import SAMPLE_RATE, printable
 
     table = Table(title=escape(printable(path.name)), show_header=False, title_justify="left", min_width=60)
     table.add_column(style="bold")
@@ -106,7 +106,7 @@ def _table(path: Path, raw: "RawClip", features: "ClipFeatures") -> "Table":
     table.add_row("faces", _faces(features))
     table.add_row("strongest blendshapes", _strongest(features))
     table.add_row("audio level", _level(raw))
-    table.add_row("log-mel", f"{features.log_mel.shape[0]} steps x {features.log_mel.shape[1]} bands")
+    table.add_row("sound", f"{len(features.waveform):,} samples at {SAMPLE_RATE // 1000} kHz")
     style, findings = ("yellow", ", ".join(features.findings)) if features.findings else ("green", "none")
     table.add_row("findings", findings, style=style)
     return table

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-mel spectrograms, and the detection of silence.
+"""Sound as 16-bit samples, log-mel spectrograms, and the detection of silence.
 
-The result equals librosa's `melspectrogram` (power 2, Hann window, zero-padded centres, Slaney bands); tests
-compare the two. Only the filter bank of librosa is used here: its STFT compiles code at the first call, 17 s
-on a new machine and 1.4 s in every later process, while NumPy's FFT needs 3 ms.
+The spectrogram equals librosa's `melspectrogram` (power 2, Hann window, zero-padded centres, Slaney bands);
+tests compare the two. Only the filter bank of librosa is used here: its STFT compiles code at the first call,
+17 s on a new machine and 1.4 s in every later process, while NumPy's FFT needs 3 ms.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-from feature_extractors.clip import SAMPLE_RATE
+from feature_extractors.clip import FULL_SCALE, SAMPLE_RATE
+
+NUM_MELS = 80
+"""Mel bands of a spectrogram, between 0 Hz and half the sample rate."""
+
+WINDOW_MS = 25
+"""Length of an analysis window in milliseconds."""
+
+HOP_MS = 10
+"""Time between two steps of a spectrogram in milliseconds."""
 
 POWER_FLOOR = 1e-10
 """Lower bound of the power, so that digital silence has a finite logarithm."""
@@ -22,48 +31,68 @@ MAX_SAMPLE = 1e3
 """Samples beyond this many times full scale (+60 dB) stem from damage or a wrong scale."""
 
 
-def log_mel(
-    waveform: np.ndarray, num_mels: int = 80, window_ms: float = 25, hop_ms: float = 10
-) -> np.ndarray:
-    """Log-mel spectrogram, the usual input of learned audio front-ends.
+def as_int16(waveform: np.ndarray) -> tuple[np.ndarray, float]:
+    """Sound as 16-bit samples.
+
+    A 16-bit recording is kept exactly. Other sound is scaled by its peak: the rounding of a quiet clip is as
+    quiet, and a clip louder than full scale keeps its shape.
 
     Args:
-        waveform: Mono sound (samples,) at `SAMPLE_RATE`, any length; values nominally in [-1, 1].
-        num_mels: Mel bands between 0 Hz and half the sample rate.
-        window_ms: Length of the analysis window in milliseconds.
-        hop_ms: Time between two steps in milliseconds.
+        waveform: Mono sound (samples,), any length; values nominally in [-1, 1].
 
     Returns:
-        Natural log of the mel power (steps, num_mels), float32 and finite, at least log(1e-10); step i is
-        centred on i * hop_ms. One step for a clip shorter than a hop, none for an empty waveform.
+        The samples (samples,) int16, and the amplitude of the sample 32768.
 
     Raises:
         ValueError: A sample is not finite or exceeds `MAX_SAMPLE`.
     """
-    if (index := first_bad_sample(waveform)) is not None:
-        raise ValueError(
-            f"sample {index} of the waveform is {waveform[index]:g}; give finite values, nominally in [-1, 1]"
-        )
-    window, hop = (round(ms * SAMPLE_RATE / 1000) for ms in (window_ms, hop_ms))
+    _refuse_bad_samples(waveform)
+    peak, levels = float(np.abs(waveform).max(initial=0.0)), waveform * np.float32(FULL_SCALE)
+    is_16_bit = peak <= 1 and np.array_equal(levels, np.rint(levels))
+    full_scale = 1.0 if is_16_bit else max(peak, SILENCE_PEAK)
+    scaled = np.rint(waveform * np.float32(FULL_SCALE / full_scale))
+    return np.minimum(scaled, FULL_SCALE - 1).astype(np.int16), full_scale
+
+
+def log_mel(waveform: np.ndarray) -> np.ndarray:
+    """Log-mel spectrogram, the usual input of learned audio front-ends.
+
+    Args:
+        waveform: Mono sound (samples,) at `SAMPLE_RATE`, any length; values nominally in [-1, 1].
+
+    Returns:
+        Natural log of the mel power (steps, `NUM_MELS`), float32 and finite, at least log(1e-10); step i is
+        centred on i * `HOP_MS`. One step for a clip shorter than a hop, none for an empty waveform.
+
+    Raises:
+        ValueError: A sample is not finite or exceeds `MAX_SAMPLE`.
+    """
+    _refuse_bad_samples(waveform)
+    window, hop = (ms * SAMPLE_RATE // 1000 for ms in (WINDOW_MS, HOP_MS))
     if len(waveform) == 0:
-        return np.zeros((0, num_mels), np.float32)
-    taper, bands = _filters(window, num_mels)
+        return np.zeros((0, NUM_MELS), np.float32)
+    taper, bands = _filters(window)
     padded = np.pad(waveform.astype(np.float32, copy=False), window // 2)
-    if len(padded) < window:  # an odd window and a single sample
-        padded = np.pad(padded, (0, window - len(padded)))
     pieces = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]  # (steps, window)
     power = np.abs(np.fft.rfft(pieces * taper, axis=-1)) ** 2
     return np.log(np.maximum(power.astype(np.float32) @ bands, POWER_FLOOR))
 
 
-@lru_cache(maxsize=4)
-def _filters(window: int, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The periodic Hann window (window,) and the mel bands (window // 2 + 1, num_mels), both float32."""
+@lru_cache(maxsize=1)
+def _filters(window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The periodic Hann window (window,) and the mel bands (window // 2 + 1, `NUM_MELS`), both float32."""
     from librosa import filters
 
     taper = filters.get_window("hann", window).astype(np.float32)
-    bands = filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=num_mels)
+    bands = filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=NUM_MELS)
     return taper, np.ascontiguousarray(bands.T)
+
+
+def _refuse_bad_samples(waveform: np.ndarray) -> None:
+    if (index := first_bad_sample(waveform)) is not None:
+        raise ValueError(
+            f"sample {index} of the waveform is {waveform[index]:g}; give finite values, nominally in [-1, 1]"
+        )
 
 
 def first_bad_sample(waveform: np.ndarray) -> int | None:

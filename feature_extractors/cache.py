@@ -24,14 +24,14 @@ from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Part of every key; increase it when equal settings give other features, or when the file format changes."""
 
 SETTLED = 2.0
 """Seconds since its last change after which a file's time stamp identifies its content. A file may change
 twice within one tick of the file system's clock."""
 
-_SCALARS = ("findings", "duration", "audible_from")
+_SCALARS = ("findings", "duration", "audible_from", "full_scale")
 _ARRAYS = tuple(field.name for field in fields(ClipFeatures) if field.type is np.ndarray)
 
 

@@ -14,6 +14,9 @@ import numpy as np
 SAMPLE_RATE = 16_000
 """Samples per second of every waveform in this package."""
 
+FULL_SCALE = 32_768
+"""The sample that has amplitude 1, as in 16-bit recordings; the largest that int16 holds is one less."""
+
 NUM_BLENDSHAPES = 52
 """Expression scores per face."""
 
@@ -154,9 +157,6 @@ class ExtractionSettings:
         num_frames: Number of frames sampled from a clip, at the midpoints of as many equal intervals.
         max_height: Pixels to which the shorter side of larger frames is scaled before face detection.
         face_size: Height and width of a face crop in pixels.
-        num_mels: Mel bands of the spectrogram.
-        window_ms: Length of an analysis window in milliseconds.
-        hop_ms: Time between two spectrogram steps in milliseconds.
         face_choice: Which face is tracked if there are several: the "largest", or the "most_speaking", whose
             mouth moves most and in time with the sound (three times as many frames are decoded).
     """
@@ -164,9 +164,6 @@ class ExtractionSettings:
     num_frames: int = 8
     max_height: int = 480
     face_size: int = 96
-    num_mels: int = 80
-    window_ms: float = 25
-    hop_ms: float = 10
     face_choice: str = "largest"
 
     def __post_init__(self):
@@ -175,14 +172,10 @@ class ExtractionSettings:
         Raises:
             ValueError: A value is out of range; names the setting, its value and what is allowed.
         """
-        for name, low in (("num_frames", 1), ("max_height", 64), ("face_size", 16), ("num_mels", 1)):
+        for name, low in (("num_frames", 1), ("max_height", 64), ("face_size", 16)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
-        for name in ("window_ms", "hop_ms"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a number of milliseconds of at least 1")
         if self.face_choice not in FACE_CHOICES:
             choices = " or ".join(map(repr, FACE_CHOICES))
             raise ValueError(f"face_choice is {self.face_choice!r}; it must be {choices}")
@@ -192,8 +185,10 @@ class ExtractionSettings:
 class ClipFeatures:
     """Extracted features of a clip: all inputs of a model but the text.
 
+    Sound is kept as samples, not as a spectrogram: each audio encoder has a front-end of its own.
+
     Attributes:
-        log_mel: Natural log of the power mel spectrogram (steps, mels), float32; zero steps without sound.
+        waveform: Mono sound (samples,), int16 at `SAMPLE_RATE`; no samples without sound.
         face_crops: Aligned faces (frames, size, size, 3), uint8 RGB; zeros where no face was found.
         blendshapes: Blendshape scores in [0, 1] (frames, 52), float32; zeros where no face was found.
         face_found: Whether the frame shows the tracked face (frames,), bool.
@@ -201,9 +196,11 @@ class ClipFeatures:
         findings: What the clip lacks, or what makes its face doubtful; a subset of `FINDINGS`.
         duration: Length of the window in seconds.
         audible_from: Seconds from the window's start to the first audible sample; 0 if there is none.
+        full_scale: Amplitude of the sample 32768: 1 for 16-bit recordings, which are kept exactly, else the
+            peak of the sound.
     """
 
-    log_mel: np.ndarray
+    waveform: np.ndarray
     face_crops: np.ndarray
     blendshapes: np.ndarray
     face_found: np.ndarray
@@ -211,11 +208,17 @@ class ClipFeatures:
     findings: tuple[str, ...]
     duration: float
     audible_from: float = 0.0
+    full_scale: float = 1.0
+
+    def sound(self, seconds: float = math.inf) -> np.ndarray:
+        """The first seconds of the sound (samples,), float32, nominally in [-1, 1]."""
+        samples = self.waveform[: round(min(seconds * SAMPLE_RATE, len(self.waveform)))]
+        return samples * np.float32(self.full_scale / FULL_SCALE)
 
     @property
     def has_audio(self) -> bool:
         """Whether there is an audio stream that is not silent."""
-        return len(self.log_mel) > 0 and NO_AUDIO not in self.findings and SILENT_AUDIO not in self.findings
+        return len(self.waveform) > 0 and NO_AUDIO not in self.findings and SILENT_AUDIO not in self.findings
 
     @property
     def has_face(self) -> bool:
@@ -224,10 +227,10 @@ class ClipFeatures:
 
     @classmethod
     def absent(cls, settings: ExtractionSettings) -> "ClipFeatures":
-        """Empty features, for text-only input: no steps, no frames, no findings."""
+        """Empty features, for text-only input: no sound, no frames, no findings."""
         size = settings.face_size
         return cls(
-            log_mel=np.zeros((0, settings.num_mels), np.float32),
+            waveform=np.zeros(0, np.int16),
             face_crops=np.zeros((0, size, size, 3), np.uint8),
             blendshapes=np.zeros((0, NUM_BLENDSHAPES), np.float32),
             face_found=np.zeros(0, bool),
@@ -254,8 +257,8 @@ class ClipExtent:
     audible_from: float = 0.0
 
     @classmethod
-    def of(cls, features: ClipFeatures, hop_ms: float) -> "ClipExtent":
-        """The extent of features whose spectrogram has a step every `hop_ms` milliseconds."""
-        sound = len(features.log_mel) * hop_ms / 1000 if features.has_audio else 0.0
+    def of(cls, features: ClipFeatures) -> "ClipExtent":
+        """The extent of extracted features."""
+        sound = len(features.waveform) / SAMPLE_RATE if features.has_audio else 0.0
         frames = len(features.face_crops) if features.has_face else 0
         return cls(features.duration, sound, frames, features.audible_from)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extract all features of a clip: decoding, log-mel spectrogram and faces."""
+"""Extract all features of a clip: decoding, sound and faces."""
 
 import numpy as np
 
-from feature_extractors.audio import audible_from, is_silent, log_mel
+from feature_extractors.audio import as_int16, audible_from, is_silent
 from feature_extractors.clip import (
     NO_AUDIO,
     NO_FACE,
@@ -75,8 +75,9 @@ def measure(
     else:
         faces = face_extractor.extract(raw.frames, region)
         chosen = np.arange(len(raw.frames))
+    waveform, full_scale = as_int16(raw.waveform)
     return ClipFeatures(
-        log_mel=log_mel(raw.waveform, settings.num_mels, settings.window_ms, settings.hop_ms),
+        waveform=waveform,
         face_crops=faces.crops[chosen],
         blendshapes=faces.blendshapes[chosen],
         face_found=faces.found[chosen],
@@ -84,6 +85,7 @@ def measure(
         findings=_findings(raw, bool(faces.found[chosen].any()), faces.several),
         duration=raw.duration,
         audible_from=0.0 if is_silent(raw.waveform) else audible_from(raw.waveform),
+        full_scale=full_scale,
     )
 
 

@@ -255,7 +255,7 @@ def _serve(connection: Connection, cache: FeatureCache, settings: ExtractionSett
             try:
                 features = extract(clip, settings, face_extractor, _ReportedDeadline(clip.path, connection))
                 cache.store(key, features)
-                connection.send((features.findings, ClipExtent.of(features, settings.hop_ms)))
+                connection.send((features.findings, ClipExtent.of(features)))
             except (ClipError, CacheError) as error:
                 connection.send(error)
             except MemoryError:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from feature_extractors import ExtractionSettings
+from feature_extractors.audio import HOP_MS, NUM_MELS
 from feature_extractors.clip import NUM_BLENDSHAPES
 from msa_online.configuration_msa import MSAConfig
 from msa_online.hub import load_config, require_own_weights
@@ -65,11 +66,12 @@ def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
     if Path(source).suffix not in (".yaml", ".yml"):
         return load_config(source), ExtractionSettings()
     arguments = read_arguments(source)
+    settings = ExtractionSettings(**arguments.data.extraction)
     if not (arguments.model.get("text_encoder") or arguments.model.get("feature_widths")):
-        return load_config(arguments.training.init_from), arguments.data.extraction
+        return load_config(arguments.training.init_from), settings
     # the number of classes is known from the data only
     classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
-    return arguments.model_config(classes), arguments.data.extraction
+    return arguments.model_config(classes), settings
 
 
 def count_parameters(model: MSAModel) -> dict[str, int]:
@@ -106,10 +108,10 @@ def _clip_shapes(
     model: MSAModel, settings: ExtractionSettings
 ) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
     """Shapes of the inputs of one clip, and the states of its modalities."""
-    steps = round(EXAMPLE_SECONDS * 1000 / settings.hop_ms)
+    steps = round(EXAMPLE_SECONDS * 1000 / HOP_MS)
     frames, size = settings.num_frames, settings.face_size
     inputs = {
-        "audio_values": torch.zeros(1, steps, settings.num_mels),
+        "audio_values": torch.zeros(1, steps, NUM_MELS),
         "audio_mask": torch.ones(1, steps, dtype=torch.bool),
         "vision_values": torch.zeros(1, frames, size, size, 3, dtype=torch.uint8),
         "vision_blendshapes": torch.zeros(1, frames, NUM_BLENDSHAPES),
@@ -119,7 +121,7 @@ def _clip_shapes(
     text = ModalitySequence.of(torch.zeros(1, EXAMPLE_TOKENS, model.config.widths["text"]), tokens)
     shapes = {
         "token ids": [EXAMPLE_TOKENS],
-        "log-mel": [steps, settings.num_mels],
+        "log-mel": [steps, NUM_MELS],
         "face crops": [frames, size, size, 3],
     }
     return shapes, {"text": text, **{name: model.encoders[name](inputs) for name in ("audio", "vision")}}

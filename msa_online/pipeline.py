@@ -329,7 +329,7 @@ class MSAPipeline:
         config, text = self.model.config, sample.text
         outputs = attribution.outputs.tolist()
         classes = [] if config.is_regression else [config.id2label[number] for number in range(len(outputs))]
-        extent = ClipExtent.of(features, self.processor.settings.hop_ms)
+        extent = ClipExtent.of(features)
         (unknown,) = self.processor.limits.unknown([text])
         used = tuple(name for name, is_present in zip(MODALITIES, present, strict=True) if is_present)
         return Prediction(

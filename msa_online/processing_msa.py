@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, clip_of_arrays
+from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, clip_of_arrays, log_mel
+from feature_extractors.audio import HOP_MS, NUM_MELS, WINDOW_MS
 from feature_extractors.extraction import measure
 from feature_extractors.face import face_extractor_of
 from msa_online.modalities import MODALITIES
@@ -205,7 +206,7 @@ class MSAProcessor(ProcessorMixin):
         max_audio_seconds: float = MAX_AUDIO_SECONDS,
     ) -> None:
         super().__init__(tokenizer)
-        self.extraction = dataclasses.asdict(ExtractionSettings(**extraction))
+        self.extraction = dataclasses.asdict(ExtractionSettings(**_without_spectrogram(extraction)))
         self.max_text_tokens = max_text_tokens
         self.max_audio_seconds = max_audio_seconds
 
@@ -236,18 +237,24 @@ class MSAProcessor(ProcessorMixin):
             `modality_present` `(3,)`.
         """
         text = clean_text(text)
-        is_heard = self.limits.is_heard(ClipExtent.of(features, self.settings.hop_ms))
+        is_heard = self.limits.is_heard(ClipExtent.of(features))
         present = {"text": bool(text), "audio": is_heard, "vision": features.has_face}
-        steps = round(self.max_audio_seconds * 1000 / self.settings.hop_ms) if present["audio"] else 0
+        audio = self._audio_values(features) if present["audio"] else torch.zeros(0, NUM_MELS)
         frames = len(features.face_crops) if present["vision"] else 0
         return {
             "text_input_ids": self.tokenize(text),
-            "audio_values": at_least_one(torch.from_numpy(features.log_mel[:steps])),
+            "audio_values": at_least_one(audio),
             "vision_values": at_least_one(torch.from_numpy(features.face_crops[:frames])),
             "vision_blendshapes": at_least_one(torch.from_numpy(features.blendshapes[:frames])),
             "vision_mask": at_least_one(torch.from_numpy(features.face_found[:frames])),
             "modality_present": torch.tensor([present[name] for name in MODALITIES]),
         }
+
+    def _audio_values(self, features: ClipFeatures) -> Tensor:
+        """The part of the sound that the model reads, as its audio encoder takes it."""
+        steps = round(self.max_audio_seconds * 1000 / HOP_MS)
+        # the last window reaches beyond its step
+        return torch.from_numpy(log_mel(features.sound(self.max_audio_seconds + WINDOW_MS / 1000))[:steps])
 
     def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
         """Pad samples from `encode` to the batch that `MSAModel.forward` documents."""
@@ -361,6 +368,18 @@ class MSADataCollator:
         plain = {key: torch.stack(columns.pop(key)) for key in ("labels", "index") if key in columns}
         inputs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return {**self.processor.pad(inputs), **plain}
+
+
+def _without_spectrogram(extraction: dict[str, Any]) -> dict[str, Any]:
+    """Settings of extraction without those of the spectrogram, which earlier versions saved among them.
+
+    Raises:
+        ValueError: The spectrogram differs from ours.
+    """
+    for name, ours in (("num_mels", NUM_MELS), ("window_ms", WINDOW_MS), ("hop_ms", HOP_MS)):
+        if (value := extraction.get(name, ours)) != ours:
+            raise ValueError(f"extraction.{name} is {value!r}: this version has {ours} only; train again")
+    return {key: value for key, value in extraction.items() if key not in ("num_mels", "window_ms", "hop_ms")}
 
 
 def _holds_several(values: Any, dimensions: int) -> bool:

@@ -327,7 +327,7 @@ def _save(file: Damaged, options: argparse.Namespace) -> Path:
 def _finite(cache: FeatureCache, key: str) -> bool:
     features = cache.load(key)
     return all(
-        np.isfinite(part).all() for part in (features.log_mel, features.blendshapes, features.duration)
+        np.isfinite(part).all() for part in (features.sound(), features.blendshapes, features.duration)
     )
 
 

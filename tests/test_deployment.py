@@ -34,7 +34,7 @@ def samples(tiny_processor) -> list[dict]:
     for number, (text, label) in enumerate(zip(SENTENCES, SCORES, strict=True)):
         frames = 2 + number % 3
         features = ClipFeatures(
-            log_mel=random.normal(-11, 4, size=(20 + 10 * number, 80)).astype(np.float32),
+            waveform=random.normal(0, 999, size=3200 + 1600 * number).astype(np.int16),
             face_crops=random.integers(0, 256, size=(frames, 32, 32, 3)).astype(np.uint8),
             blendshapes=random.random((frames, 52)).astype(np.float32),
             face_found=np.ones(frames, dtype=bool),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from feature_extractors import (
     FaceExtractor,
     decode,
     extract,
+    log_mel,
 )
 from msa_online import MSAProcessor
 from msa_online.processing_msa import InputLimits, UnknownTokens, clean_text, token_ids
@@ -23,10 +25,10 @@ SETTINGS = ExtractionSettings(face_size=32, num_frames=4)
 
 
 def features(*, steps: int = 50, faces: str = "yyny", findings: tuple[str, ...] = ()) -> ClipFeatures:
-    """Features of a clip with so many steps of sound and a face in the frames marked y."""
+    """Features of a clip with so many spectrogram steps of sound and a face in the frames marked y."""
     random = np.random.default_rng(steps)
     return ClipFeatures(
-        log_mel=random.normal(size=(steps, 80)).astype(np.float32),
+        waveform=random.normal(0, 999, size=max(0, 160 * steps - 1)).astype(np.int16),
         face_crops=random.integers(1, 255, (len(faces), 32, 32, 3), np.uint8),
         blendshapes=random.random((len(faces), 52), np.float32),
         face_found=np.array([mark == "y" for mark in faces], bool),
@@ -200,7 +202,7 @@ def test_a_long_sound_is_cut_from_its_end(tiny_tokenizer):
     clip = features(steps=50)
     batch = processor([clip, features(steps=20)], ["good", "good"])
     assert batch["audio_values"].shape == (2, 30, 80)  # 0.3 s in steps of 10 ms
-    assert torch.equal(batch["audio_values"][0], torch.from_numpy(clip.log_mel[:30]))
+    assert torch.equal(batch["audio_values"][0], torch.from_numpy(log_mel(clip.sound())[:30]))
     assert batch["audio_mask"].sum(dim=1).tolist() == [30, 20]
 
 
@@ -212,9 +214,18 @@ def test_sound_that_starts_after_what_is_read_is_missing(tiny_tokenizer):
     assert not batch["audio_values"][0].any() and batch["audio_mask"].sum(dim=1).tolist() == [1, 30]
 
 
-def test_the_longest_sound_is_counted_in_seconds_whatever_the_hop(tiny_tokenizer):
-    processor = MSAProcessor(tiny_tokenizer, {"face_size": 32, "hop_ms": 20}, max_audio_seconds=0.3)
-    assert processor([features(steps=50)], ["good"])["audio_values"].shape == (1, 15, 80)
+def test_a_checkpoint_that_names_its_spectrogram_opens_if_it_is_ours(tiny_processor, tmp_path):
+    """Earlier versions had the spectrogram among the settings of extraction."""
+    tiny_processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    stored = json.loads(path.read_text())
+    stored["extraction"] |= {"num_mels": 80, "window_ms": 25, "hop_ms": 10.0}
+    path.write_text(json.dumps(stored))
+    assert AutoProcessor.from_pretrained(tmp_path).settings == tiny_processor.settings
+    stored["extraction"]["hop_ms"] = 20
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="extraction.hop_ms is 20: this version has 10 only"):
+        AutoProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +264,9 @@ def test_without_a_tokenizer_words_are_counted():
 
 
 def test_the_extent_of_a_clip_counts_only_what_a_model_can_use():
-    assert ClipExtent.of(features(steps=50), 20) == ClipExtent(0.5, 1.0, 4)
-    assert ClipExtent.of(features(steps=50, findings=("silent audio",)), 10).sound == 0
-    assert ClipExtent.of(features(faces="nnnn", findings=("no face",)), 10).frames == 0
+    assert ClipExtent.of(features(steps=50)) == ClipExtent(0.5, 7999 / 16_000, 4)
+    assert ClipExtent.of(features(steps=50, findings=("silent audio",))).sound == 0
+    assert ClipExtent.of(features(faces="nnnn", findings=("no face",))).frames == 0
 
 
 def test_clips_and_transcripts_must_come_in_pairs(tiny_processor):

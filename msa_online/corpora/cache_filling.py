@@ -22,7 +22,15 @@ from rich.text import Text
 
 from feature_extractors.assets import get_asset
 from feature_extractors.cache import CacheError, FeatureCache
-from feature_extractors.clip import FINDINGS, NUM_BLENDSHAPES, Clip, ClipError, ClipExtent, ExtractionSettings
+from feature_extractors.clip import (
+    FINDINGS,
+    NUM_BLENDSHAPES,
+    SAMPLE_RATE,
+    Clip,
+    ClipError,
+    ClipExtent,
+    ExtractionSettings,
+)
 from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, LATE_SOUND, NOTHING, PreparedCorpus
@@ -102,7 +110,7 @@ def _look_up(
         contents[sample.id] = cache.file_digest(sample.clip.path)
         if key not in findings and (features := cache.load(key)) is not None:
             findings[key] = features.findings
-            extents[key] = ClipExtent.of(features, settings.hop_ms)
+            extents[key] = ClipExtent.of(features)
     return keys, contents, findings, extents
 
 
@@ -144,7 +152,7 @@ def _require_space(clips: Iterable[Clip], cache: FeatureCache, settings: Extract
 def _estimated_bytes(clip: Clip, settings: ExtractionSettings) -> int:
     seconds = TYPICAL_SECONDS if clip.end is None else clip.end - (clip.start or 0.0)
     frame = settings.face_size**2 * 3 + NUM_BLENDSHAPES * 4
-    return round(settings.num_frames * frame + seconds * 1000 / settings.hop_ms * settings.num_mels * 4)
+    return round(settings.num_frames * frame + seconds * SAMPLE_RATE * 2)
 
 
 def _usable_cores() -> int:

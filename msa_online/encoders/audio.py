@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_extractors.audio import NUM_MELS
 from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
-NUM_MELS = 80
 # mean and standard deviation of natural-log mel power in recorded speech, pauses included
 TYPICAL_LOG_MEL = (-11.0, 6.0)
 

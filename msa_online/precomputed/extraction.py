@@ -13,7 +13,7 @@ from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from feature_extractors import CacheError, ExtractionSettings, FeatureCache
+from feature_extractors import CacheError, ExtractionSettings, FeatureCache, log_mel
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus
@@ -75,7 +75,8 @@ def extract_features(
         features = cache.load(prepared.keys[sample.id])
         if features is None:
             raise CacheError(f"the features of {sample.clip.path} were deleted from the cache: start again")
-        sequences["audio"].append(audio_descriptors(features.log_mel if features.has_audio else NO_SOUND))
+        spectrogram = log_mel(features.sound()) if features.has_audio else NO_SOUND
+        sequences["audio"].append(audio_descriptors(spectrogram))
         sequences["vision"].append(blendshapes_of(features))
     widths = {"text": _width_of(encoder), "audio": len(DESCRIPTORS), "vision": NUM_BLENDSHAPES}
     steps = {name: FeatureSteps.join(sequences[name], widths[name]) for name in MODALITIES}

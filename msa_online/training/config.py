@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.text import load_text_config
 from msa_online.modalities import MODALITIES
@@ -56,7 +55,8 @@ class DataArguments:
         split_seed: Seed of the speaker-grouped split that is made if the data have none.
         standardize: Standardise precomputed features with the statistics of the training split.
         num_frames: Frames sampled from each clip.
-        face_size: Height and width of a face crop in pixels.
+        face_size: Height and width of a face crop in pixels; null means 96, or the size that the image
+            processor of the vision encoder makes.
         face_choice: Face to track if there are several: "largest" or "most_speaking".
         audio_track: Audio track of clips whose row names none, counted from 1; by default the default track,
             or the first audible one if that is silent.
@@ -77,7 +77,7 @@ class DataArguments:
     split_seed: int = 1111
     standardize: bool = True
     num_frames: int = 8
-    face_size: int = 96
+    face_size: int | None = None
     face_choice: str = "largest"
     audio_track: int | None = None
     max_text_tokens: int = MAX_TEXT_TOKENS
@@ -87,11 +87,10 @@ class DataArguments:
     missing: MissingArguments = field(default_factory=MissingArguments)
 
     @property
-    def extraction(self) -> ExtractionSettings:
-        """Settings of feature extraction."""
-        return ExtractionSettings(
-            num_frames=self.num_frames, face_size=self.face_size, face_choice=self.face_choice
-        )
+    def extraction(self) -> dict[str, Any]:
+        """Fields of `ExtractionSettings`; `MSAProcessor` completes them."""
+        size = {} if self.face_size is None else {"face_size": self.face_size}
+        return {"num_frames": self.num_frames, "face_choice": self.face_choice, **size}
 
     @property
     def legal_range(self) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
@@ -80,7 +81,7 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
     """Build each part of the model once; returns the run with converted keyword arguments of the parts."""
     training = arguments.training
     try:
-        arguments.data.extraction  # noqa: B018  validates itself
+        ExtractionSettings(**arguments.data.extraction)
         config = MSAConfig(**arguments.model)
         head = look_up(HEADS, "head", config.head)
         calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)

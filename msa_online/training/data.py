@@ -21,7 +21,7 @@ from msa_online.evaluation.tables import show
 from msa_online.precomputed.corpus import FeatureCorpus, features_table
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
-from msa_online.processing_msa import InputLimits, MSAProcessor
+from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments
 from msa_online.training.turns import in_turn
 from msa_online.training.yaml_reader import ConfigurationError
@@ -77,14 +77,14 @@ def class_names(corpus: Corpus | FeatureCorpus, data: DataArguments) -> tuple[st
 def prepare_data(
     corpus: Corpus | FeatureCorpus,
     data: DataArguments,
-    limits: InputLimits | None,
+    processor: MSAProcessor | None,
     accelerator: Accelerator,
     console: Console,
 ) -> ReadyCorpus:
     """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
     Features of clips that are not in the cache are extracted by the main process, while the others wait.
-    `limits` are those of the model on clips; None for precomputed features.
+    `processor` is that of the model of clips; None for precomputed features.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, or
@@ -102,7 +102,7 @@ def prepare_data(
             lambda: prepare(
                 corpus,
                 FeatureCache(),
-                data.extraction,
+                processor.settings,
                 data.prepare_workers,
                 data.skip_broken,
                 data.max_audio_seconds,
@@ -110,7 +110,7 @@ def prepare_data(
             accelerator,
         )
         require_splits(prepared, ("train", "valid"))
-        show(findings_table(prepared, limits), console)
+        show(findings_table(prepared, processor.limits), console)
     copies = copy_warnings(prepared, prepared.contents)
     for line in (*warnings, *copies):
         console.print(f"warning: {line}", soft_wrap=True, highlight=False)

@@ -2,7 +2,6 @@
 """Build the model of a run, new or from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -50,8 +49,7 @@ def build_model(
         return model, None
     if training.freeze_text_encoder:
         model.encoders["text"].freeze()
-    extraction = {setting.name: getattr(data.extraction, setting.name) for setting in fields(data.extraction)}
-    return model, MSAProcessor(tokenizer, extraction, data.max_text_tokens, data.max_audio_seconds)
+    return model, MSAProcessor(tokenizer, data.extraction, data.max_text_tokens, data.max_audio_seconds)
 
 
 def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:

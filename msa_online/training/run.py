@@ -128,7 +128,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     schedule = make_schedule(training, model.head.stages)
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
-    data = prepare_data(corpus, arguments.data, processor and processor.limits, accelerator, console)
+    data = prepare_data(corpus, arguments.data, processor, accelerator, console)
     masks = draw_split_masks(data, arguments.data.missing)
     if masks:
         show(rates_table(masks), console)

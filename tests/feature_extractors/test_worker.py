@@ -48,7 +48,7 @@ def test_all_clips_are_extracted_and_their_findings_returned(clips, tmp_path, ma
     assert findings == dict.fromkeys(clips, ()) | {"e" * 64: ("no face", "no audio stream")}
     for key, result in results.items():
         features = cache.load(key)
-        assert result == (features.findings, ClipExtent.of(features, SETTINGS.hop_ms))
+        assert result == (features.findings, ClipExtent.of(features))
     assert multiprocessing.active_children() == []
     assert capfd.readouterr().err == ""  # of the processes too
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from torch import distributed
 from msa_online.user_errors import run_command
-from msa_online.processing_msa import InputLimits
+from msa_online import MSAProcessor
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from msa_online.training import data as data_of_run
 from msa_online.training.accelerator import start_accelerator
 from msa_online.training.config import DataArguments, TrainingArguments
@@ -36,7 +38,9 @@ def slow_prepare(*arguments):
 def command(corpus):
     data = DataArguments(path=corpus, num_frames=2, face_size=32)
     corpus = data_of_run.read_data(data)
-    prepared = data_of_run.prepare_data(corpus, data, InputLimits(), accelerator, Console(quiet=True))
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
+    processor = MSAProcessor(words, data.extraction)
+    prepared = data_of_run.prepare_data(corpus, data, processor, accelerator, Console(quiet=True))
     accelerator.wait_for_everyone()
     print("ready with", sum(prepared.sizes.values()))
 
