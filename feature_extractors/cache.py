@@ -97,7 +97,7 @@ class FeatureCache:
 
         arrays = {name: np.ascontiguousarray(getattr(features, name)) for name in _ARRAYS}
         about = json.dumps({name: getattr(features, name) for name in _SCALARS})
-        self._write(
+        self.write(
             self._entry(key), save(arrays, {"about": about, "checksum": str(_checksum(arrays, about))})
         )
 
@@ -146,10 +146,10 @@ class FeatureCache:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if time.time() - status.st_mtime > SETTLED:
-            self._write(memo, digest.encode())
+            self.write(memo, digest.encode())
         return digest
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         """Write a file atomically, with the permissions of the umask.
 
         Several processes may write the same file: each writes its own temporary file; the last rename wins.

@@ -3,7 +3,7 @@
 
 import dataclasses
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -225,30 +225,40 @@ class MSAProcessor(ProcessorMixin):
         ids = token_ids(self.tokenizer, clean_text(text), self.max_text_tokens)
         return torch.tensor(ids, dtype=torch.int64)
 
-    def encode(self, features: ClipFeatures, text: str | None) -> dict[str, Tensor]:
+    def encode(
+        self, features: ClipFeatures | None, text: str | None, modalities: Collection[str] = MODALITIES
+    ) -> dict[str, Tensor]:
         """Inputs of one sample, before padding.
 
         A modality is absent without a transcript, without sound in the part that is read, or without a face
         in any frame. It becomes one step of zeros (text: the special tokens) with `modality_present` False.
+
+        Args:
+            features: The extracted clip; None if it has neither sound nor pictures.
+            text: The transcript.
+            modalities: Modalities to make inputs of.
 
         Returns:
             `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
             `(frames, height, width, 3)`, `vision_blendshapes` `(frames, 52)`, `vision_mask` `(frames,)` and
             `modality_present` `(3,)`.
         """
+        features = ClipFeatures.absent(self.settings) if features is None else features
         text = clean_text(text)
         is_heard = self.limits.is_heard(ClipExtent.of(features))
         present = {"text": bool(text), "audio": is_heard, "vision": features.has_face}
-        audio = self._audio_values(features) if present["audio"] else torch.zeros(0, NUM_MELS)
-        frames = len(features.face_crops) if present["vision"] else 0
-        return {
-            "text_input_ids": self.tokenize(text),
-            "audio_values": at_least_one(audio),
-            "vision_values": at_least_one(torch.from_numpy(features.face_crops[:frames])),
-            "vision_blendshapes": at_least_one(torch.from_numpy(features.blendshapes[:frames])),
-            "vision_mask": at_least_one(torch.from_numpy(features.face_found[:frames])),
-            "modality_present": torch.tensor([present[name] for name in MODALITIES]),
-        }
+        inputs = {"modality_present": torch.tensor([present[name] for name in MODALITIES])}
+        if "text" in modalities:
+            inputs["text_input_ids"] = self.tokenize(text)
+        if "audio" in modalities:
+            audio = self._audio_values(features) if present["audio"] else torch.zeros(0, NUM_MELS)
+            inputs["audio_values"] = at_least_one(audio)
+        if "vision" in modalities:
+            frames = len(features.face_crops) if present["vision"] else 0
+            inputs["vision_values"] = at_least_one(torch.from_numpy(features.face_crops[:frames]))
+            inputs["vision_blendshapes"] = at_least_one(torch.from_numpy(features.blendshapes[:frames]))
+            inputs["vision_mask"] = at_least_one(torch.from_numpy(features.face_found[:frames]))
+        return inputs
 
     def _audio_values(self, features: ClipFeatures) -> Tensor:
         """The part of the sound that the model reads, as its audio encoder takes it."""
@@ -257,19 +267,22 @@ class MSAProcessor(ProcessorMixin):
         return torch.from_numpy(log_mel(features.sound(self.max_audio_seconds + WINDOW_MS / 1000))[:steps])
 
     def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
-        """Pad samples from `encode` to the batch that `MSAModel.forward` documents."""
+        """Pad samples from `encode` to the batch that `MSAModel.forward` documents.
+
+        A sample may have `<modality>_states` and `<modality>_states_mask` in place of a modality's inputs.
+        """
         columns = {key: [sample[key] for sample in samples] for key in samples[0]}
         batch = {
             key: pad_sequence(values, batch_first=True)
             for key, values in columns.items()
             if key != "text_input_ids"
         }
-        padding = self.tokenizer.pad_token_id
-        batch["text_input_ids"] = pad_sequence(
-            columns["text_input_ids"], batch_first=True, padding_value=padding
-        )
-        batch["text_mask"] = mask_of(columns["text_input_ids"])
-        batch["audio_mask"] = mask_of(columns["audio_values"])
+        if ids := columns.get("text_input_ids"):
+            padding = self.tokenizer.pad_token_id
+            batch["text_input_ids"] = pad_sequence(ids, batch_first=True, padding_value=padding)
+            batch["text_mask"] = mask_of(ids)
+        if "audio_values" in columns:
+            batch["audio_mask"] = mask_of(columns["audio_values"])
         return BatchFeature(batch)
 
     def __call__(

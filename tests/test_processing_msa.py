@@ -328,3 +328,17 @@ def test_a_processor_that_has_read_arrays_is_saved_as_before(tiny_processor, tmp
     tiny_processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert again.settings == tiny_processor.settings and "_faces" not in again.to_dict()
+
+
+def test_inputs_of_one_modality_are_those_of_the_whole_sample(tiny_processor):
+    """States of a frozen text encoder need no spectrogram, and a clip is not even read for them."""
+    features = ClipFeatures.absent(tiny_processor.settings)
+    whole = tiny_processor.encode(features, "a good film")
+    text = tiny_processor.encode(None, "a good film", ("text",))
+    assert set(text) == {"text_input_ids", "modality_present"}
+    assert all(torch.equal(values, whole[key]) for key, values in text.items())
+    batch, complete = tiny_processor.pad([text, text]), tiny_processor.pad([whole, whole])
+    assert all(torch.equal(values, complete[key]) for key, values in batch.items())
+    assert set(tiny_processor.encode(features, "", ("vision",))) == {
+        *("vision_values", "vision_blendshapes", "vision_mask", "modality_present"),
+    }
