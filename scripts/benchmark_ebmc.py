@@ -66,7 +66,7 @@ def online_step(settings: Mapping, inputs: Mapping[str, Tensor], options: argpar
                 **{name: value for name, value in inputs.items() if name != "labels"}
             )
     model.train().head.start_stage(model.head.stages[-1])
-    optimizer = make_optimizer(model, learning_rate=1e-5, text_learning_rate=1e-5, weight_decay=0.01)
+    optimizer = make_optimizer(model, learning_rate=1e-5, learning_rates={"text": 1e-5}, weight_decay=0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
 
     def step() -> dict[str, float]:

@@ -122,7 +122,7 @@ def make_loops(
     model: MSAModel, modulators: Mapping[str, GradientModulator], accelerator: Accelerator
 ) -> dict[str, TrainingLoop]:
     """A training loop for each modulator around one model and one optimizer."""
-    optimizer = make_optimizer(model, learning_rate=1e-5, text_learning_rate=1e-5, weight_decay=0.01)
+    optimizer = make_optimizer(model, learning_rate=1e-5, learning_rates={"text": 1e-5}, weight_decay=0.01)
     scheduler = make_scheduler(optimizer, steps=1, warmup=0.0, decay="constant")
     model, optimizer = accelerator.prepare(model, optimizer)
     return {

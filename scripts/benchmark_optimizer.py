@@ -60,7 +60,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
 
 def new_optimizer(model: MSAModel) -> AdamW:
     """The optimizer of a run, with a learning rate that hardly changes the weights."""
-    return make_optimizer(model, learning_rate=1e-8, text_learning_rate=1e-8, weight_decay=0.01)
+    return make_optimizer(model, learning_rate=1e-8, learning_rates={"text": 1e-8}, weight_decay=0.01)
 
 
 def optimizer_step(optimizer: AdamW, device: torch.device) -> Step:

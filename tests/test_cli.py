@@ -99,7 +99,7 @@ def test_help_of_training_lists_the_keys_without_loading_torch():
 
     status, printed, errors, imported = run_train("--help")
     assert (status, errors, imported) == (0, "", set())
-    assert "training.text_learning_rate  float = 2e-05" in printed
+    assert "training.learning_rates  dict[str, float] = {}" in printed
     text = " ".join(printed.split())
     assert all(f"One of {', '.join(table)}." in text for table in (HEADS, MODULATORS, CALIBRATORS))
     assert max(map(len, printed.splitlines())) <= 100

@@ -36,7 +36,7 @@ class Launcher:
                 "head_kwargs": {"hidden_size": 16, "dropout": dropout},
             },
             "data": {"path": str(self.corpus), "num_frames": 4, "face_size": 32},
-            "training": {"epochs": 6, "batch_size": 4, "accumulation": 2, "text_learning_rate": 1e-3},
+            "training": {"epochs": 6, "batch_size": 4, "accumulation": 2, "learning_rates": {"text": 1e-3}},
         }
         path = self.folder / "tiny.yaml"
         path.write_text(yaml.safe_dump(settings))

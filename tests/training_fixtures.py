@@ -69,7 +69,9 @@ class Trial:
             shown = model.eval()(**{name: value.unsqueeze(0) for name, value in rows[0].items()})
         widths = {name: state.shape[-1] for name, state in shown.features.items()}
         modulator.attach(model, widths, shown.fused.shape[-1])
-        optimizer = make_optimizer(model, learning_rate=1e-3, text_learning_rate=1e-3, weight_decay=0.01)
+        optimizer = make_optimizer(
+            model, learning_rate=1e-3, learning_rates={"text": 1e-3}, weight_decay=0.01
+        )
         scheduler = make_scheduler(optimizer, steps=100, warmup=0.0)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)

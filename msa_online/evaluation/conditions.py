@@ -16,7 +16,7 @@ from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequ
 from msa_online.modeling_msa import MSAModel, MSAOutput
 
 DIVERGED = (
-    "training has diverged: train again with a lower training.learning_rate, training.text_learning_rate or "
+    "training has diverged: train again with a lower training.learning_rate, training.learning_rates or "
     "training.clip_norm, or with training.mixed_precision=no"
 )
 """Cause and remedy of predictions that are not finite."""

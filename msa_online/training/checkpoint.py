@@ -20,7 +20,7 @@ from msa_online.corpora.validation import why_not_writable
 from msa_online.evaluation.json_text import json_text
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.config import RunArguments, first_difference
+from msa_online.training.config import RunArguments, first_difference, refuse_former_keys
 from msa_online.training.data import changed_data
 from msa_online.training.state import REMEDY, SETTINGS, RunState, Stateful, require_settings, seal, verify
 from msa_online.training.yaml_reader import ConfigurationError, read_document
@@ -165,6 +165,7 @@ class RunFolder:
             settings = read_document(self.path / SETTINGS, "configuration of the run")
             if not all(isinstance(part, dict | list) for part in settings.values()):
                 raise ConfigurationError(f"{self.path / SETTINGS}: this is not the configuration of a run")
+            refuse_former_keys(settings, str(self.path / SETTINGS))
         except ConfigurationError as error:
             raise ConfigurationError(f"{error}; {REMEDY}") from error
         return settings

@@ -10,9 +10,17 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.text import load_text_config
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
+from msa_online.training.yaml_reader import ConfigurationError
 
 NOT_SET_IN_YAML = ("text_config", "label_range", "plugins", "trained_on")
 """Fields of `MSAConfig` that the data, the encoder or the top level of a configuration decide."""
+
+
+FORMER_KEYS = {
+    "training.text_learning_rate": "training.learning_rates.text",
+    "training.freeze_text_encoder": "training.freeze=[text]",
+}
+"""Keys of earlier versions, and what replaces them."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,9 @@ class TrainingArguments:
         mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
             `accelerate launch`, else bf16 if the device computes it natively, else fp16 on a GPU and fp32 on
             a CPU.
-        text_learning_rate: Peak learning rate of the text encoder.
-        learning_rate: Peak learning rate of all other parameters.
+        learning_rate: Peak learning rate of all parameters that `learning_rates` does not cover.
+        learning_rates: Peak learning rate of an encoder, by modality: {text: 2e-5, audio: 1e-5}. By default
+            2e-5 for pretrained encoders, and `learning_rate` for those that train from scratch.
         weight_decay: AdamW's weight decay of matrices; vectors (biases, norms, scalings) have none.
         warmup: Share of all steps in which the learning rate rises.
         decay: Learning rate after the warm-up: "linear" falls to zero, "constant" stays.
@@ -140,7 +149,9 @@ class TrainingArguments:
             drops half of them.
         condition: Modalities, like "text+audio", that the last stage sees in training and evaluation
             (protocol per_condition); None trains one model for all seven conditions (single_model).
-        freeze_text_encoder: Do not train the text encoder.
+        freeze: Modalities whose pretrained encoder is not trained: no gradients and no dropout.
+        gradient_checkpointing: Modalities whose pretrained encoder recomputes the states inside its layers in
+            the backward pass: less memory, more time, equal gradients.
         modulator: Name in `MODULATORS`.
         modulator_kwargs: Keyword arguments of the modulator.
         init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
@@ -158,8 +169,8 @@ class TrainingArguments:
     batch_size: int = 32
     accumulation: int = 1
     mixed_precision: str = "auto"
-    text_learning_rate: float = 2e-5
     learning_rate: float = 1e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.01
     warmup: float = 0.1
     decay: str = "linear"
@@ -167,7 +178,8 @@ class TrainingArguments:
     modality_dropout: dict[str, float] = field(default_factory=dict)
     frame_dropout: bool = False
     condition: str | None = None
-    freeze_text_encoder: bool = False
+    freeze: list[str] = field(default_factory=list)
+    gradient_checkpointing: list[str] = field(default_factory=list)
     modulator: str = "identity"
     modulator_kwargs: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
@@ -220,6 +232,22 @@ class RunArguments:
         if not self.plugins:
             del plain["plugins"]
         return plain
+
+
+def refuse_former_keys(document: Mapping[str, Any], origin: str) -> None:
+    """Refuse keys of earlier versions.
+
+    Args:
+        document: A configuration as plain data.
+        origin: Where it comes from, for the message.
+
+    Raises:
+        ConfigurationError: It has such a key; names what replaces it.
+    """
+    given = _by_key(document)
+    for key, replacement in FORMER_KEYS.items():
+        if key in given:
+            raise ConfigurationError(f"{origin}: {key} is a key of an earlier version: use {replacement}")
 
 
 def first_difference(

@@ -18,7 +18,7 @@ from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.modeling_msa import look_up
-from msa_online.training.config import NOT_SET_IN_YAML, RunArguments
+from msa_online.training.config import NOT_SET_IN_YAML, RunArguments, refuse_former_keys
 from msa_online.training.config_validation import problems
 from msa_online.training.yaml_reader import (
     ConfigurationError,
@@ -49,6 +49,7 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
 
 def parse_arguments(document: Mapping[str, Any], origin: str = "configuration") -> RunArguments:
     """Typed arguments from plain data; raises `ConfigurationError` as `read_arguments` does."""
+    refuse_former_keys(document, origin)
     arguments = structure(RunArguments, document, origin)
     known = [name for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML]
     refuse_unknown(arguments.model, known, origin, "model")

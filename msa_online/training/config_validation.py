@@ -32,7 +32,7 @@ LOWEST = {  # where null is allowed, it has no limit
     "training.weight_decay": 0,
 }
 ABOVE_ZERO = (
-    *("training.learning_rate", "training.text_learning_rate", "training.clip_norm"),
+    *("training.learning_rate", "training.clip_norm"),
     "data.max_audio_seconds",
 )
 NOT_EMPTY = ("data.split_column", "training.output_dir")
@@ -44,6 +44,7 @@ def problems(arguments: RunArguments) -> Iterator[str]:
     """Yield a message for each invalid value, with its key, the value and what is allowed."""
     data, training = arguments.data, arguments.training
     yield from _problems_of_inputs(arguments.model, training)
+    yield from _problems_of_encoders(arguments.model, training)
     yield from _problems_of_missing(data.missing, training)
     for key, choices in CHOICES.items():
         if (value := attrgetter(key)(arguments)) not in choices:
@@ -95,8 +96,26 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
         yield f"model.feature_widths is {widths!r}: a width for each modality, like {EXAMPLE_WIDTHS}"
     if unread := [name for name in OF_RAW_CLIPS if name in model]:
         yield f"model.{unread[0]} applies to raw clips only: leave it out with model.feature_widths"
-    if training.freeze_text_encoder:
-        yield "training.freeze_text_encoder needs a text encoder, and model.feature_widths has none"
+
+
+def _problems_of_encoders(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
+    """Problems with what is trained of each encoder, and how fast."""
+    pretrained = ("freeze", "gradient_checkpointing")
+    for key in ("learning_rates", *pretrained):
+        for name in getattr(training, key):
+            if name not in MODALITIES:
+                yield f"training.{key} names {name!r}: one of {', '.join(MODALITIES)}"
+            elif model.get("feature_widths") is not None:
+                yield f"training.{key} names {name}, but a model of precomputed features has no encoders"
+            # a checkpoint to start from may have an encoder that the configuration does not name
+            elif key in pretrained and not (model.get(f"{name}_encoder") or training.init_from):
+                yield (
+                    f"training.{key} names {name}, whose encoder is not pretrained: leave it out, or name "
+                    f"one in model.{name}_encoder"
+                )
+    for name, rate in training.learning_rates.items():
+        if rate <= 0:
+            yield f"training.learning_rates of {name} is {rate}: above 0"
 
 
 def _problems_of_missing(missing: MissingArguments, training: TrainingArguments) -> Iterator[str]:

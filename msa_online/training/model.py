@@ -14,7 +14,7 @@ from msa_online.missing.rates import SplitMask
 from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.config import DataArguments, RunArguments
+from msa_online.training.config import DataArguments, RunArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
 
 
@@ -47,9 +47,26 @@ def build_model(
         model = MSAModel.from_pretrained_text(config, config.text_encoder)
     if tokenizer is None:
         return model, None
-    if training.freeze_text_encoder:
-        model.encoders["text"].freeze()
+    limit_training(model, training)
     return model, MSAProcessor(tokenizer, data.extraction, data.max_text_tokens, data.max_audio_seconds)
+
+
+def limit_training(model: MSAModel, training: TrainingArguments) -> None:
+    """Freeze encoders and set up gradient checkpointing, as `training` says.
+
+    Raises:
+        ConfigurationError: An encoder does not support gradient checkpointing.
+    """
+    for name in training.freeze:
+        model.encoders[name].freeze()
+    for name in training.gradient_checkpointing:
+        encoder = model.encoders[name].model
+        try:
+            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigurationError(f"training.gradient_checkpointing names {name}: {error}") from error
+        # for reentrant checkpointing only; it would send gradients through frozen layers
+        encoder.disable_input_require_grads()
 
 
 def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:

@@ -1,30 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with separate learning rates for the text encoder and the rest; linear warm-up and decay."""
+"""AdamW with a learning rate for each encoder and one for the rest; linear warm-up and decay."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from msa_online.encoders.text import TextEncoder
+from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import PROBES, MSAModel
 
-PARTS = {"encoders.text.": "text_encoder", PROBES: "probes"}
+PRETRAINED_RATE = 2e-5
+"""Default learning rate of a pretrained encoder."""
 
 
 def make_optimizer(
-    model: MSAModel, *, learning_rate: float, text_learning_rate: float, weight_decay: float
+    model: MSAModel,
+    *,
+    learning_rate: float,
+    learning_rates: Mapping[str, float] = MappingProxyType({}),
+    weight_decay: float,
 ) -> AdamW:
     """AdamW over the trainable parameters, in groups of equal learning rate, weight decay and modality.
 
-    The `name` of a group is "text_encoder", "probes" (of a modulator) or "rest"; its `modality` is that of
-    its parameters, None for shared ones. Vectors (biases, norms, scalings) have no weight decay. A frozen
-    text encoder has no group. The step is torch's fused kernel, a single pass over memory; the meta device
+    The `name` of a group is "<modality>_encoder", "probes" (of a modulator) or "rest"; its `modality` is that
+    of its parameters, None for shared ones. Vectors (biases, norms, scalings) have no weight decay. Frozen
+    parameters are in no group. The step is torch's fused kernel, a single pass over memory; the meta device
     has none and uses the default.
+
+    Args:
+        model: The model; what is frozen has no `requires_grad`.
+        learning_rate: Peak learning rate of all that has none of its own.
+        learning_rates: Peak learning rates of encoders by modality; by default `PRETRAINED_RATE` for
+            pretrained encoders. Encoders that train from scratch are part of the rest unless named.
+        weight_decay: Weight decay of matrices.
     """
-    rates = {"text_encoder": text_learning_rate, "probes": learning_rate, "rest": learning_rate}
+    rates = {"probes": learning_rate, "rest": learning_rate}
+    prefixes = {PROBES: "probes"}
+    for modality in MODALITIES:
+        if isinstance(model.encoders[modality], TextEncoder) or modality in learning_rates:
+            part = f"{modality}_encoder"
+            rates[part] = learning_rates.get(modality, PRETRAINED_RATE)
+            prefixes[f"encoders.{modality}."] = part
     owners = {
         id(parameter): modality
         for modality, owned in model.modality_parameters().items()
@@ -33,7 +54,7 @@ def make_optimizer(
     groups: dict[tuple[str, str | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "rest")
+            part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "rest")
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # stacked biases are matrices
             key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)

@@ -143,7 +143,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     optimizer = make_optimizer(
         model,
         learning_rate=training.learning_rate,
-        text_learning_rate=training.text_learning_rate,
+        learning_rates=training.learning_rates,
         weight_decay=training.weight_decay,
     )
     sampler = loaders["train"].batch_sampler

@@ -93,7 +93,7 @@ def test_a_study_leaves_a_table_of_runs_that_do_not_touch_each_other(run, tmp_pa
 
 def test_variants_in_settings_are_drawn_over_them(run, tmp_path):
     settings = "settings={whole: {}, half: {data.missing.rates: 0.5}}"
-    variants = {"plain": {}, "frozen": {"training.freeze_text_encoder": True}}
+    variants = {"plain": {}, "frozen": {"training.freeze": ["text"]}}
     status, output = run(variants, "seeds=[1]", settings)
     assert status == 0, output
     page = (tmp_path / "study" / "table.md").read_text()

@@ -186,7 +186,16 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ("training: {batch_size: 0}", "training.batch_size is 0"),
         ("training: {accumulation: -1}", "training.accumulation is -1"),
         ("training: {learning_rate: 0}", "training.learning_rate is 0.0"),
-        ("training: {text_learning_rate: -1e-5}", "training.text_learning_rate is -1e-05"),
+        ("training: {learning_rates: {text: -1e-5}}", "training.learning_rates of text is -1e-05"),
+        ("training: {learning_rates: {sound: 1e-5}}", "training.learning_rates names 'sound': one of text"),
+        ("training: {learning_rates: {text: .inf}}", "training.learning_rates.text is inf"),
+        ("training: {freeze: text}", r"training.freeze is 'text', but must be list\[str\]"),
+        ("training: {freeze: [sound]}", "training.freeze names 'sound': one of text, audio, vision"),
+        ("training: {freeze: [vision]}", "training.freeze names vision, .* not pretrained: .*model.vision"),
+        ("training: {gradient_checkpointing: [face]}", "training.gradient_checkpointing names 'face'"),
+        ("training: {gradient_checkpointing: [audio]}", "checkpointing names audio, .* not pretrained"),
+        ("training: {text_learning_rate: 1e-5}", "training.text_learning_rate .*: use .*learning_rates.text"),
+        ("training: {freeze_text_encoder: true}", r"freeze_text_encoder .*: use training.freeze=\[text\]"),
         ("training: {clip_norm: 0}", "training.clip_norm is 0.0"),
         ("training: {learning_rate: .nan}", "training.learning_rate is nan"),
         ("training: {weight_decay: -1}", "training.weight_decay is -1"),
@@ -271,6 +280,11 @@ def test_keywords_no_method_takes_are_refused_before_hours_of_extraction(read, t
         read(text)
 
 
+def test_the_learning_rate_of_one_encoder_is_changed_on_the_command_line(read):
+    run = read(MODEL + "training: {learning_rates: {audio: 1e-4}}", "training.learning_rates.text=3e-5")
+    assert run.training.learning_rates == {"audio": 1e-4, "text": 3e-5}
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("size", [-3, 0, 10**11])
 def test_sizes_of_heads_that_cannot_be_built_are_refused(read, head, size):
@@ -318,7 +332,10 @@ def test_a_model_of_features_needs_widths_and_no_text_encoder(read):
         ("model: {feature_widths: {text: 8, audio: wide, vision: 8}}", "a width for each modality"),
         ("model: {feature_widths: 8}", "model.feature_widths is 8"),
         (f"model: {{{WIDTHS}, audio_width: 8}}", "model.audio_width applies to raw clips only"),
-        (f"model: {{{WIDTHS}}}\ntraining: {{freeze_text_encoder: true}}", "needs a text encoder"),
+        *(
+            (f"model: {{{WIDTHS}}}\ntraining: {{{key}}}", "names text, but .* features has no encoders")
+            for key in ("freeze: [text]", "learning_rates: {text: 1e-5}", "gradient_checkpointing: [text]")
+        ),
         (f"model: {{{WIDTHS}}}\ndata: {{split_column: ''}}", "data.split_column is empty"),
         (f"model: {{{WIDTHS}}}\ndata: {{standardize: 1}}", "data.standardize is 1, but must be bool"),
     ],

@@ -51,7 +51,9 @@ class Trial:
             accelerator.native_amp, accelerator.scaler = True, scaler
         torch.manual_seed(0)
         model = MSAModel(config)
-        optimizer = make_optimizer(model, learning_rate=1e-3, text_learning_rate=1e-3, weight_decay=0.01)
+        optimizer = make_optimizer(
+            model, learning_rate=1e-3, learning_rates={"text": 1e-3}, weight_decay=0.01
+        )
         scheduler = make_scheduler(optimizer, steps=100, warmup=0.0)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)

@@ -8,7 +8,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.methods import HEADS, MODULATORS
 from msa_online.training.optimizer import make_optimizer, make_scheduler, scaled_rates
 
-RATES = {"learning_rate": 1e-3, "text_learning_rate": 2e-5, "weight_decay": 0.1}
+RATES = {"learning_rate": 1e-3, "learning_rates": {"text": 2e-5}, "weight_decay": 0.1}
 
 
 def settings_by_name(model, optimizer) -> dict[str, tuple[float, float]]:
@@ -51,7 +51,7 @@ def test_biases_norms_and_scalings_are_not_pulled_to_zero(tiny_model):
 
 def test_a_step_without_gradients_shrinks_matrices_only(tiny_model):
     before = {name: parameter.detach().clone() for name, parameter in tiny_model.named_parameters()}
-    optimizer = make_optimizer(tiny_model, learning_rate=0.5, text_learning_rate=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(tiny_model, learning_rate=0.5, learning_rates={"text": 0.5}, weight_decay=0.1)
     for parameter in tiny_model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
