@@ -12,6 +12,9 @@ from transformers.configuration_utils import SubConfigSpec
 
 from msa_online.modalities import MODALITIES
 
+LAYERS = ("last", "weighted")
+"""Values of `audio_layer` that are not numbers."""
+
 LOCAL_PATH = re.compile(r"~|\.{1,2}$|\.{0,2}[\\/]|[A-Za-z]:[\\/]|file:")
 """Start of a local path, which cannot be the name of a repository."""
 INNER_PATH = re.compile(r"(?<![\w./:\\~-])(~|\.{1,2}|[A-Za-z]:)?[\\/][^\s,;'\"\])}]*")
@@ -22,17 +25,27 @@ INNER_PATH = re.compile(r"(?<![\w./:\\~-])(~|\.{1,2}|[A-Za-z]:)?[\\/][^\s,;'\"\]
 class MSAConfig(PretrainedConfig):
     """Everything needed to build an `MSAModel`: encoders, calibrator, head, and the task.
 
-    It contains the full configuration of the text encoder (`text_config`), so that a checkpoint can be
-    rebuilt without the model that training started from.
+    It contains the full configuration of each pretrained encoder (`text_config` and so on), so that a
+    checkpoint can be rebuilt without the models that training started from.
 
     Attributes:
         text_config: Configuration of the text encoder, as a config object or its dict; None in a model of
             precomputed features.
         text_encoder: Name or folder of the text encoder that training starts from; a checkpoint keeps it as a
             record only. Of a folder, only the last name is saved.
+        audio_config: Configuration of a pretrained audio encoder; None for convolutions that learn from
+            scratch.
+        audio_encoder: Name or folder of the pretrained audio encoder; a record, as `text_encoder`.
+        audio_layer: Layer of a pretrained audio encoder that is read: "last"; N, the `hidden_states[N]` of
+            transformers, 0 for the embeddings; or "weighted", a learned mean of all.
+        audio_stride: How many consecutive states of a pretrained audio encoder are averaged.
+        vision_config: Configuration of a pretrained vision encoder; None for convolutions that learn from
+            scratch.
+        vision_encoder: Name or folder of the pretrained vision encoder; a record, as `text_encoder`.
         feature_widths: Width of each modality's features, for a model of precomputed features; None for raw
             clips.
-        audio_channels: Widths A1 and A2 of the audio encoder's convolutions (docs/methods/online_setting.md).
+        audio_channels: Widths A1 and A2 of the audio encoder's convolutions, where it is not pretrained
+            (docs/methods/online_setting.md).
         audio_width: Width of the audio states.
         face_channels: Width F of the face encoder's first convolution (docs/methods/online_setting.md); a
             multiple of 8.
@@ -55,11 +68,19 @@ class MSAConfig(PretrainedConfig):
         *("modality_logits", "features", "fused", "losses", "diagnostics", "present"),
     ]
     sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True)
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2", optional=True),
     }
 
     text_config: dict | PretrainedConfig | None = None
     text_encoder: str | None = None
+    audio_config: dict | PretrainedConfig | None = None
+    audio_encoder: str | None = None
+    audio_layer: str | int = "last"
+    audio_stride: int = 4
+    vision_config: dict | PretrainedConfig | None = None
+    vision_encoder: str | None = None
     feature_widths: dict[str, int] | None = None
     audio_channels: list[int] | tuple[int, ...] = (368, 192)
     audio_width: int = 160
@@ -76,7 +97,17 @@ class MSAConfig(PretrainedConfig):
     trained_on: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Set defaults; a model without `id2label` is a regression with one output."""
+        """Set defaults; a model without `id2label` is a regression with one output.
+
+        Raises:
+            ValueError: `audio_layer` or `audio_stride` has an impossible value.
+        """
+        if self.audio_layer not in LAYERS and (isinstance(self.audio_layer, str) or self.audio_layer < 0):
+            raise ValueError(
+                f"model.audio_layer is {self.audio_layer!r}: last, weighted, or the number of a layer from 0"
+            )
+        if self.audio_stride < 1:
+            raise ValueError(f"model.audio_stride is {self.audio_stride}: at least 1")
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.feature_widths is None and self.text_config is None:
@@ -99,7 +130,16 @@ class MSAConfig(PretrainedConfig):
         if self.feature_widths is not None:
             # a saved config has sorted keys, but heads take the order of the modalities from here
             return {name: self.feature_widths[name] for name in MODALITIES}
-        return {"text": self.text_config.hidden_size, "audio": self.audio_width, "vision": self.face_width}
+        scratch = {"audio": self.audio_width, "vision": self.face_width}
+        configs = {name: self.encoder_config(name) for name in MODALITIES}
+        return {
+            name: scratch[name] if config is None else _width_of(config) for name, config in configs.items()
+        }
+
+    def encoder_config(self, modality: str) -> PretrainedConfig | None:
+        """Configuration of the pretrained encoder of a modality; None if it has none."""
+        configs = {"text": self.text_config, "audio": self.audio_config, "vision": self.vision_config}
+        return configs[modality]
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
         """The text encoder's configuration; overridden because transformers would also try `text_encoder`.
@@ -111,9 +151,10 @@ class MSAConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, as saved and published, without local paths."""
         output = super().to_dict()
-        if output["text_config"] is not None:
-            output["text_config"].pop("_name_or_path", None)
-        output["text_encoder"] = without_path(output["text_encoder"])
+        for name in MODALITIES:
+            if output[f"{name}_config"] is not None:
+                output[f"{name}_config"].pop("_name_or_path", None)
+            output[f"{name}_encoder"] = without_path(output[f"{name}_encoder"])
         output["trained_on"] = without_path(output["trained_on"])
         if not output["plugins"]:
             del output["plugins"]
@@ -122,6 +163,11 @@ class MSAConfig(PretrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved, always with class names: two classes with default names would reload as one."""
         return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
+
+
+def _width_of(config: PretrainedConfig) -> int:
+    """Width of the states of a pretrained encoder; networks of several widths end with the last."""
+    return config.hidden_sizes[-1] if "hidden_sizes" in vars(config) else config.hidden_size
 
 
 def without_path(value: Any) -> Any:

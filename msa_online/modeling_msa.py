@@ -70,22 +70,23 @@ class MSAOutput(ModelOutput):
 class MSAModel(PreTrainedModel):
     """Sentiment or emotion from text, audio and face, any of which may be missing.
 
-        token ids ── text encoder ──┐
-        log-mel ──── audio encoder ─┼── calibrator ── head ── logits, named losses
-        crops ────── face encoder ──┘
+        token ids ── text encoder ───┐
+        sound ────── audio encoder ──┼── calibrator ── head ── logits, named losses
+        crops ────── vision encoder ─┘
 
     Args:
         config: Configuration of the model.
 
     Raises:
-        ValueError: The head or the calibrator is in no table.
+        EncoderError: An encoder is of a type that its modality does not have.
+        ValueError: The head or the calibrator is in no table, or the audio encoder lacks `audio_layer`.
     """
 
     config_class = MSAConfig
     base_model_prefix = "msa"
     main_input_name = "text_input_ids"
-    supports_gradient_checkpointing = True  # by the layers of the text encoder
-    # the attention setting applies to the text encoder only, which refuses what it does not support
+    supports_gradient_checkpointing = True  # by the layers of pretrained encoders
+    # the attention setting applies to pretrained encoders only, which refuse what they do not support
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: MSAConfig) -> None:
@@ -98,6 +99,7 @@ class MSAModel(PreTrainedModel):
         self.probes = nn.ModuleDict()  # of a modulator, in training only
         parts = (*self.encoders.values(), self.calibrator, self.head)
         self._no_split_modules = sorted({type(part).__name__ for part in parts})  # for device_map
+        self._fixed = [name for name, it in self.named_parameters() if not it.requires_grad]
         self.post_init()
 
     def encode(self, modality_present: Tensor, **inputs: Tensor) -> dict[str, ModalitySequence]:
@@ -185,10 +187,12 @@ class MSAModel(PreTrainedModel):
             modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is allowed.
             text_input_ids: Token ids, `(batch, tokens)` int64.
             text_mask: Tokens that are not padding, `(batch, tokens)` bool.
-            audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`; or features
+            audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`; what the feature extractor of a
+                pretrained encoder makes, `(batch, steps, bands)` or a waveform `(batch, steps)`; or features
                 `(batch, time, width)`.
             audio_mask: Steps that are not padding, `(batch, steps)` bool.
-            vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB; or features
+            vision_values: Aligned face crops, `(batch, frames, height, width, 3)` uint8 RGB; what the image
+                processor of a pretrained encoder makes, `(batch, frames, 3, height, width)`; or features
                 `(batch, time, width)`.
             vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
             vision_mask: Frames with a face, `(batch, frames)` bool.
@@ -274,6 +278,8 @@ class MSAModel(PreTrainedModel):
             ValueError: The checkpoint lacks tensors of the model, or has others.
         """
         model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name in model._fixed:  # positions that an encoder never trains; loading makes them trainable
+            model.get_parameter(name).requires_grad_(False)
         if output_loading_info:
             return model, found
         if names := found["missing_keys"] | found["unexpected_keys"]:
@@ -284,10 +290,21 @@ class MSAModel(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained_text(cls, config: MSAConfig, source: str | Path) -> "MSAModel":
-        """Build a new model with a pretrained text encoder, given by folder or name."""
+    def from_pretrained_encoders(cls, config: MSAConfig) -> "MSAModel":
+        """Build a new model with the pretrained encoders that `config` names: `text_encoder` and so on.
+
+        Raises:
+            EncoderError: An encoder is unavailable.
+        """
         model = cls(config)
-        model.encoders["text"].load_pretrained(source)
+        names = {
+            "text": config.text_encoder,
+            "audio": config.audio_encoder,
+            "vision": config.vision_encoder,
+        }
+        for modality, name in names.items():
+            if name is not None:
+                model.encoders[modality].load_pretrained(name)
         return model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from feature_extractors import CacheError, ClipError
 from feature_extractors.catalogue import AssetError
 from feature_extractors.worker import WorkerError
 from msa_online.corpora.corpus import CorpusError
-from msa_online.encoders.text import TextEncoderError
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.evaluation.tables import printable_lines
 from msa_online.hub import CheckpointError
@@ -38,7 +38,7 @@ INPUT_ERRORS = (  # errors of the user's input
     ConfigurationError,
     CorpusError,
     DivergedError,
-    TextEncoderError,
+    EncoderError,
     UndefinedScoreError,
     UnfinishedError,
     WorkerError,

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from msa_online.batching import BucketBatchSampler, micro_batch_sizes, overlap
 from msa_online.corpora.reading import read_corpus
-from msa_online.encoders.text import load_tokenizer
+from msa_online.encoders.pretrained import load_tokenizer
 from msa_online.user_errors import run_command
 
 APART = 5  # epochs

@@ -27,7 +27,7 @@ from plain_ebmc import PlainEBMC
 from timing import CONFIGS, TYPES, Clock, Step, name_of_machine, random_clips, table_of_medians, time_in_turns
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.training.config_reader import read_arguments
@@ -56,7 +56,7 @@ def online_step(settings: Mapping, inputs: Mapping[str, Tensor], options: argpar
     """A training step of a model, marked after the backward pass and after the optimizer's step."""
     torch.manual_seed(0)
     device = torch.device(options.device)
-    text_config = load_text_config(options.text_encoder)
+    text_config = load_encoder_config("text", options.text_encoder)
     settings = {**settings, "text_encoder": options.text_encoder, "text_config": text_config}
     model = MSAModel(MSAConfig(**settings)).to(device)
     teacher = None

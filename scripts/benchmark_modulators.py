@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.methods import MODULATORS, GradientModulator
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
@@ -74,11 +74,11 @@ def model_config(path: Path, text_encoder: str) -> MSAConfig:
     """The model of a configuration; if it reads raw text, with an encoder of the shape of `text_encoder`.
 
     Raises:
-        TextEncoderError: The configuration of the text encoder is unavailable.
+        EncoderError: The configuration of the text encoder is unavailable.
     """
     settings = read_arguments(path).model
     if "feature_widths" not in settings:
-        text_config = load_text_config(text_encoder)
+        text_config = load_encoder_config("text", text_encoder)
         settings = {**settings, "text_encoder": text_encoder, "text_config": text_config}
     return MSAConfig(**settings)
 

@@ -22,7 +22,7 @@ from timing import CONFIGS, Clock, Step, name_of_machine, table_of_medians, time
 from torch.optim import AdamW
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.optimizer import make_optimizer
 from msa_online.user_errors import run_command
@@ -38,7 +38,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """Time a step of one model with each kernel, and print a table."""
     device = torch.device(options.device)
     settings = read_arguments(CONFIGS / "late_fusion.yaml").model
-    text_config = load_text_config(options.text_encoder)
+    text_config = load_encoder_config("text", options.text_encoder)
     settings = {**settings, "text_encoder": options.text_encoder, "text_config": text_config}
     model = MSAModel(MSAConfig(**settings)).to(device)
     for parameter in model.parameters():

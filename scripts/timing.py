@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.modalities import MODALITIES
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,7 @@ class Clock:
 
 def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
     """A batch of model inputs for clips of equal length, with labels."""
-    size, vocabulary = options.batch, load_text_config(options.text_encoder).vocab_size
+    size, vocabulary = options.batch, load_encoder_config("text", options.text_encoder).vocab_size
     whole = {"text": options.tokens, "audio": options.mel_steps, "vision": options.frames}
     inputs = {
         "text_input_ids": torch.randint(vocabulary, (size, options.tokens)),

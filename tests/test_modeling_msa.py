@@ -50,7 +50,8 @@ def test_weights_missing_from_a_checkpoint_are_initialised_not_garbage(tiny_conf
 
 
 def test_the_text_encoder_starts_from_pretrained_weights(tiny_config, tiny_text_encoder):
-    model = MSAModel.from_pretrained_text(tiny_config, tiny_text_encoder)
+    tiny_config.text_encoder = str(tiny_text_encoder)
+    model = MSAModel.from_pretrained_encoders(tiny_config)
     expected = BertModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False).state_dict()
     assert all(
         torch.equal(value, model.encoders["text"].model.state_dict()[name])

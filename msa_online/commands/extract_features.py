@@ -11,7 +11,7 @@ from feature_extractors import ExtractionSettings
 from msa_online.commands.convert_features import show_features
 from msa_online.corpora.prepared_corpus import findings_table
 from msa_online.corpora.reading import read_corpus
-from msa_online.encoders.text import load_tokenizer
+from msa_online.encoders.pretrained import load_tokenizer
 from msa_online.evaluation.tables import show
 from msa_online.precomputed.extraction import extract_features
 from msa_online.precomputed.files import require_new_folder

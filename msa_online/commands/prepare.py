@@ -14,7 +14,7 @@ from msa_online.corpora.prepared_corpus import findings_table, splits_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import with_scores
-from msa_online.encoders.text import load_tokenizer
+from msa_online.encoders.pretrained import load_tokenizer
 from msa_online.evaluation.tables import show
 from msa_online.processing_msa import InputLimits
 

@@ -2,25 +2,89 @@
 """Learned encoders: one sequence of states for each modality."""
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.features import FeatureEncoder
+from msa_online.encoders.pretrained import EncoderError, read_encoder_config
 from msa_online.encoders.text import TextEncoder
+from msa_online.encoders.wav2vec2_bert import Wav2Vec2BertEncoder
+from msa_online.encoders.whisper import WhisperEncoder
 from msa_online.modalities import MODALITIES
 
-__all__ = ["make_encoders"]
+__all__ = ["ENCODERS", "encoder_class", "load_encoder_config", "make_encoders"]
+
+CONVOLUTIONAL = "convolutional"
+"""Learned from scratch, without a configuration of transformers."""
+
+ANY = "any"
+"""Every other model type that `AutoModel` builds."""
+
+ENCODERS: dict[str, dict[str, type[nn.Module]]] = {
+    "text": {ANY: TextEncoder},
+    "audio": {
+        CONVOLUTIONAL: AudioEncoder,
+        "whisper": WhisperEncoder,
+        "wav2vec2-bert": Wav2Vec2BertEncoder,
+    },
+    "vision": {CONVOLUTIONAL: FaceEncoder},
+}
+"""Encoders by modality and by the `model_type` of their configuration in transformers."""
 
 
 def make_encoders(config: MSAConfig) -> nn.ModuleDict:
-    """The encoder of each modality, for raw clips or for precomputed features (`feature_widths`)."""
+    """The encoder of each modality, for raw clips or for precomputed features (`feature_widths`).
+
+    Raises:
+        EncoderError: An encoder is of a type that its modality does not have.
+        ValueError: The audio encoder has fewer layers than `audio_layer`.
+    """
     if config.feature_widths is not None:
         return nn.ModuleDict({name: FeatureEncoder(name, config.feature_widths[name]) for name in MODALITIES})
-    return nn.ModuleDict(
-        {
-            "text": TextEncoder(config.text_config),
-            "audio": AudioEncoder(config.audio_channels, config.audio_width),
-            "vision": FaceEncoder(config.face_channels, config.face_width, config.blendshapes),
-        }
-    )
+    kinds = {name: encoder_class(name, config.encoder_config(name)) for name in MODALITIES}
+    return nn.ModuleDict({name: kind.from_config(config) for name, kind in kinds.items()})
+
+
+def encoder_class(modality: str, config: PretrainedConfig | None) -> type[nn.Module]:
+    """The class of an encoder.
+
+    Args:
+        modality: Name of the modality.
+        config: Configuration of a pretrained encoder; None for the one that learns from scratch.
+
+    Raises:
+        EncoderError: The modality has no encoder of this type.
+    """
+    table = ENCODERS[modality]
+    kind = CONVOLUTIONAL if config is None else config.model_type
+    others = [name for name in MODALITIES if name != modality and kind in ENCODERS[name]]
+    if kind not in table and (ANY not in table or others):
+        known = ", ".join(sorted(table.keys() - {CONVOLUTIONAL, ANY})) or "none yet"
+        remedy = (
+            f"give it as model.{others[0]}_encoder"
+            if others
+            else f"types for {modality} are {known}; null learns one from scratch"
+        )
+        raise EncoderError(f"a {kind!r} model is no {modality} encoder: {remedy}")
+    return table[kind if kind in table else ANY]
+
+
+def load_encoder_config(modality: str, name: str) -> PretrainedConfig:
+    """Configuration of a pretrained encoder by name or folder, without its weights.
+
+    Of a model with several towers it is the configuration of the one for the modality.
+
+    Raises:
+        EncoderError: The encoder is unavailable, or is none for this modality.
+    """
+    config = read_encoder_config(name)
+    tower = f"{modality}_config"
+    if modality != "text" and tower in config.sub_configs:
+        config = getattr(config, tower)
+    try:
+        encoder_class(modality, config)
+    except EncoderError as error:
+        raise EncoderError(f"model.{modality}_encoder is {name!r}: {error}") from error
+    return config

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_extractors.audio import NUM_MELS
+from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
@@ -38,6 +39,11 @@ class AudioEncoder(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(outputs) for outputs in (first, second, second))
         self.project = nn.Linear(second, width)
+
+    @classmethod
+    def from_config(cls, config: MSAConfig) -> "AudioEncoder":
+        """The audio encoder of a model."""
+        return cls(config.audio_channels, config.audio_width)
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `audio_values` `(batch, steps, 80)` with `audio_mask` `(batch, steps)` bool.

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_extractors.clip import NUM_BLENDSHAPES
+from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.affine import InputAffine
 from msa_online.modalities import ModalitySequence
 
@@ -41,6 +42,11 @@ class FaceEncoder(nn.Module):
         self.blendshapes = BlendshapeStream(width) if blendshapes else None
         self.over_time = nn.Conv1d(width, width, 3, padding=1)
         self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def from_config(cls, config: MSAConfig) -> "FaceEncoder":
+        """The vision encoder of a model."""
+        return cls(config.face_channels, config.face_width, config.blendshapes)
 
     def forward(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode crops and scores; frames without a face are masked and do not affect other frames.

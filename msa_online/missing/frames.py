@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_online.encoders.audio import TYPICAL_LOG_MEL
-from msa_online.encoders.text import TextEncoderError
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel
@@ -192,13 +192,13 @@ def stand_ins_of(model: MSAModel, processor: MSAProcessor | None) -> dict[str, T
     which the encoder maps to zero.
 
     Raises:
-        TextEncoderError: The tokenizer has no unknown token.
+        EncoderError: The tokenizer has no unknown token.
     """
     if processor is None:
         return {name: model.encoders[name].mean for name in MODALITIES}
     unknown = processor.tokenizer.unk_token_id
     if unknown is None:
-        raise TextEncoderError(
+        raise EncoderError(
             f"the tokenizer of {model.config.text_encoder} has no unknown token to replace words by; drop "
             "states instead: --frame-rates feature"
         )

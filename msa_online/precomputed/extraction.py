@@ -18,7 +18,9 @@ from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus
 from msa_online.corpora.prepared_corpus import PreparedCorpus
-from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
+from msa_online.encoders import load_encoder_config
+from msa_online.encoders.pretrained import load_tokenizer
+from msa_online.encoders.text import TextEncoder
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.precomputed.corpus import FeatureSteps
@@ -60,11 +62,11 @@ def extract_features(
 
     Raises:
         CorpusError: The folder exists or cannot be written, or clips cannot be decoded.
-        TextEncoderError: The text encoder is unavailable.
+        EncoderError: The text encoder is unavailable.
     """
     settings = settings or ExtractionSettings()
     require_new_folder(folder)
-    tokenizer, encoder = load_tokenizer(text_encoder), TextEncoder(load_text_config(text_encoder))
+    tokenizer, encoder = load_tokenizer(text_encoder), TextEncoder(load_encoder_config("text", text_encoder))
     encoder.load_pretrained(text_encoder)
     cache = FeatureCache()
     prepared = prepare(corpus, cache, settings, workers, skip_broken, math.inf)

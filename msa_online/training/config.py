@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msa_online.configuration_msa import MSAConfig
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.training.yaml_reader import ConfigurationError
@@ -209,12 +209,17 @@ class RunArguments:
         """Configuration of the model to build; `classes` names the labels, empty for regression.
 
         Raises:
-            TextEncoderError: The text encoder's configuration is unavailable.
+            EncoderError: The configuration of a pretrained encoder is unavailable, or the encoder is none for
+                its modality.
         """
-        text_encoder = self.model.get("text_encoder")
-        text_config = load_text_config(text_encoder) if text_encoder else None
+        names = {modality: self.model.get(f"{modality}_encoder") for modality in MODALITIES}
+        configs = {
+            f"{modality}_config": load_encoder_config(modality, name)
+            for modality, name in names.items()
+            if name
+        }
         fields = {**self.model, "plugins": self.plugins, **self.output_fields(classes)}
-        return MSAConfig(text_config=text_config, **fields)
+        return MSAConfig(**configs, **fields)
 
     def output_fields(self, classes: Sequence[str]) -> dict[str, Any]:
         """The fields of a model's configuration that depend on the task: label range, or class names."""

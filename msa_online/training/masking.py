@@ -71,7 +71,7 @@ def make_input_masks(
         processor: Its processor; None for a model of precomputed features.
 
     Raises:
-        TextEncoderError: Words have to be dropped, and the tokenizer has no unknown token.
+        EncoderError: Words have to be dropped, and the tokenizer has no unknown token.
     """
     if masks:
         return {**masks, "teacher": masks["train"]}

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.corpora.corpus import ReadyCorpus
-from msa_online.encoders.text import load_tokenizer
+from msa_online.encoders.pretrained import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.missing.rates import SplitMask
 from msa_online.modeling_msa import MSAModel
@@ -26,7 +26,7 @@ def build_model(
     Fine-tuning prints what was loaded and what is new. A model of precomputed features has no processor.
 
     Raises:
-        TextEncoderError: The text encoder is unavailable.
+        EncoderError: The text encoder is unavailable.
         CheckpointError: `init_from` is not a checkpoint, is damaged, or has no encoder that can be used.
         ConfigurationError: `init_from` has another text encoder or other widths than the configuration; or
             the data are clips and the model reads features, or the reverse.
@@ -44,7 +44,7 @@ def build_model(
         if config.feature_widths is not None:
             return MSAModel(config), None
         tokenizer = load_tokenizer(config.text_encoder)
-        model = MSAModel.from_pretrained_text(config, config.text_encoder)
+        model = MSAModel.from_pretrained_encoders(config)
     if tokenizer is None:
         return model, None
     limit_training(model, training)

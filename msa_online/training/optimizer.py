@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from msa_online.encoders.text import TextEncoder
+from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import PROBES, MSAModel
 
@@ -42,7 +42,7 @@ def make_optimizer(
     rates = {"probes": learning_rate, "rest": learning_rate}
     prefixes = {PROBES: "probes"}
     for modality in MODALITIES:
-        if isinstance(model.encoders[modality], TextEncoder) or modality in learning_rates:
+        if isinstance(model.encoders[modality], PretrainedEncoder) or modality in learning_rates:
             part = f"{modality}_encoder"
             rates[part] = learning_rates.get(modality, PRETRAINED_RATE)
             prefixes[f"encoders.{modality}."] = part

@@ -5,13 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from msa_online.encoders.text import (
-    TextEncoder,
-    TextEncoderError,
-    find_text_encoder,
-    load_text_config,
-    load_tokenizer,
-)
+from msa_online.encoders import load_encoder_config
+from msa_online.encoders.pretrained import EncoderError, find_encoder, load_tokenizer, read_encoder_config
+from msa_online.encoders.text import TextEncoder
 
 SMALL = {
     "hidden_size": 32,
@@ -73,18 +69,18 @@ def test_padding_does_not_change_a_token(architecture):
 )
 def test_known_shapes_have_their_published_size(name, parameters, monkeypatch):
     monkeypatch.setattr(
-        "msa_online.encoders.text.find_text_encoder", lambda name, download=False: name
+        "msa_online.encoders.pretrained.find_encoder", lambda name, download=False: name
     )  # as without a local copy
     with torch.device("meta"):
-        encoder = TextEncoder(load_text_config(name))
+        encoder = TextEncoder(load_encoder_config("text", name))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
 
 
 def test_the_shape_in_the_table_is_the_shape_of_the_local_copy():
     for name in ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"):
-        if find_text_encoder(name) == name:
+        if find_encoder(name) == name:
             continue  # not brought to this machine
-        local = AutoConfig.from_pretrained(find_text_encoder(name))
+        local = AutoConfig.from_pretrained(find_encoder(name))
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in TextEncoder(local).parameters())
         assert count == {384: 22_565_376, 768: 108_895_872}[local.hidden_size]
@@ -107,7 +103,7 @@ def test_an_encoder_published_in_half_precision_is_trained_in_fp32(
     document = json.loads((tmp_path / "config.json").read_text())
     document[key] = document.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(document))
-    encoder = TextEncoder(load_text_config(str(tmp_path)))
+    encoder = TextEncoder(load_encoder_config("text", str(tmp_path)))
     encoder.load_pretrained(tmp_path)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     expected = AutoModel.from_pretrained(tiny_text_encoder, add_pooling_layer=False, dtype=stored)
@@ -124,7 +120,7 @@ def test_a_frozen_encoder_has_no_gradients_and_no_dropout_in_training(tiny_text_
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("load", [load_text_config, load_tokenizer])
+@pytest.mark.parametrize("load", [read_encoder_config, load_tokenizer])
 def test_an_encoder_that_cannot_be_had_is_one_clear_message(load):
-    with pytest.raises(TextEncoderError, match=r"'nobody/no-such-encoder'.*get-models"):
+    with pytest.raises(EncoderError, match=r"'nobody/no-such-encoder'.*get-models"):
         load("nobody/no-such-encoder")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.encoders.text import TextEncoderError
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.missing.frames import FrameDrop, FrameDropout, FramesAt, droppable, stand_ins_of
 from msa_online.modalities import MODALITIES
 
@@ -180,7 +180,7 @@ def test_states_are_zeroed_and_still_attended(make_batch, tiny_model):
 def test_a_tokenizer_without_an_unknown_token_is_refused(tiny_model, tiny_processor):
     tiny_processor.tokenizer = copy.deepcopy(tiny_processor.tokenizer)  # other tests share it
     tiny_processor.tokenizer.unk_token = None
-    with pytest.raises(TextEncoderError, match="no unknown token.*--frame-rates feature"):
+    with pytest.raises(EncoderError, match="no unknown token.*--frame-rates feature"):
         stand_ins_of(tiny_model, tiny_processor)
 
 

@@ -9,7 +9,9 @@ from feature_extractors import ExtractionSettings, FeatureCache
 from feature_extractors.audio import log_mel
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.reading import read_corpus
-from msa_online.encoders.text import TextEncoder, load_text_config, load_tokenizer
+from msa_online.encoders import load_encoder_config
+from msa_online.encoders.pretrained import load_tokenizer
+from msa_online.encoders.text import TextEncoder
 from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.precomputed.extraction import encode_texts, extract_features
 from msa_online.precomputed.reading import read_features
@@ -17,7 +19,7 @@ from msa_online.precomputed.reading import read_features
 
 @pytest.fixture
 def encoder(tiny_text_encoder):
-    encoder = TextEncoder(load_text_config(str(tiny_text_encoder)))
+    encoder = TextEncoder(load_encoder_config("text", str(tiny_text_encoder)))
     encoder.load_pretrained(tiny_text_encoder)
     return load_tokenizer(str(tiny_text_encoder)), encoder
 

@@ -8,7 +8,7 @@ import torch
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.describe import count_parameters
-from msa_online.encoders.text import load_text_config
+from msa_online.encoders import load_encoder_config
 from msa_online.methods import EBMCHead
 
 PUBLISHED = {"cce": "shared", "uncertainty": "disagreement"}
@@ -111,7 +111,7 @@ def test_attention_heads_add_no_parameters():
 )
 def test_whole_models_have_the_documented_sizes(text_encoder, structure, expected):
     config = MSAConfig(
-        text_config=load_text_config(text_encoder),
+        text_config=load_encoder_config("text", text_encoder),
         blendshapes=False,
         head="ebmc",
         head_kwargs={**ONLINE, **structure},
