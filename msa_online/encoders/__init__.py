@@ -9,8 +9,10 @@ from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.features import FeatureEncoder
 from msa_online.encoders.pretrained import EncoderError, read_encoder_config
+from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 from msa_online.encoders.text import TextEncoder
 from msa_online.encoders.wav2vec2_bert import Wav2Vec2BertEncoder
+from msa_online.encoders.waveform import WAVEFORM_TYPES, WaveformEncoder
 from msa_online.encoders.whisper import WhisperEncoder
 from msa_online.modalities import MODALITIES
 
@@ -28,6 +30,8 @@ ENCODERS: dict[str, dict[str, type[nn.Module]]] = {
         CONVOLUTIONAL: AudioEncoder,
         "whisper": WhisperEncoder,
         "wav2vec2-bert": Wav2Vec2BertEncoder,
+        "audio-spectrogram-transformer": SpectrogramTransformer,
+        **dict.fromkeys(WAVEFORM_TYPES, WaveformEncoder),
     },
     "vision": {CONVOLUTIONAL: FaceEncoder},
 }
