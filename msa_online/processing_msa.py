@@ -12,12 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 
-from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, clip_of_arrays, log_mel
+from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, clip_of_arrays
 from feature_extractors.audio import HOP_MS, NUM_MELS, WINDOW_MS
 from feature_extractors.extraction import measure
 from feature_extractors.face import face_extractor_of
+from msa_online.front_ends import (
+    face_size,
+    longest_sound,
+    picture_inputs,
+    restore_extractor,
+    restore_image_processor,
+    sound_inputs,
+)
 from msa_online.modalities import MODALITIES
 
 MAX_TEXT_TOKENS = 128
@@ -188,14 +197,22 @@ class Cut:
 class MSAProcessor(ProcessorMixin):
     """Converts extracted features and transcripts to a batch of tensors for the model.
 
-    It contains all that is needed to recompute the inputs of a checkpoint from raw media: the tokenizer and
-    the extraction settings.
+    It contains all that is needed to recompute the inputs of a checkpoint from raw media: the tokenizer, the
+    extraction settings, and the front-ends of pretrained audio and vision encoders.
 
     Args:
         tokenizer: Tokenizer of the text encoder.
-        extraction: Fields of `ExtractionSettings`, as a plain dict.
+        extraction: Fields of `ExtractionSettings`, as a plain dict. Without `face_size`, crops have the size
+            that the image processor resizes to, or 96 pixels.
         max_text_tokens: Longest token sequence; longer transcripts are truncated.
-        max_audio_seconds: Longest sound, in seconds; longer sound is truncated.
+        max_audio_seconds: Longest sound, in seconds; longer sound is truncated. At most what the feature
+            extractor takes: 30 s for Whisper, 10.24 s for the Audio Spectrogram Transformer.
+        audio_feature_extractor: Feature extractor of the audio encoder, as an object of transformers or its
+            saved form; None for the log-mel spectrogram of `feature_extractors`.
+        image_processor: Image processor of the vision encoder, likewise; None leaves the crops as they are.
+
+    Raises:
+        ValueError: A setting is out of range, or a front-end is unknown or wants sound at another rate.
     """
 
     def __init__(
@@ -204,11 +221,21 @@ class MSAProcessor(ProcessorMixin):
         extraction: dict[str, Any],
         max_text_tokens: int = MAX_TEXT_TOKENS,
         max_audio_seconds: float = MAX_AUDIO_SECONDS,
+        audio_feature_extractor: FeatureExtractionMixin | dict[str, Any] | None = None,
+        image_processor: BaseImageProcessor | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer)
-        self.extraction = dataclasses.asdict(ExtractionSettings(**_without_spectrogram(extraction)))
+        self.audio_feature_extractor = restore_extractor(audio_feature_extractor)
+        self.image_processor = restore_image_processor(image_processor)
+        given = {"face_size": face_size(self.image_processor), **_without_spectrogram(extraction)}
+        self.extraction = dataclasses.asdict(ExtractionSettings(**given))
         self.max_text_tokens = max_text_tokens
-        self.max_audio_seconds = max_audio_seconds
+        self.max_audio_seconds = min(max_audio_seconds, longest_sound(self.audio_feature_extractor))
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Parts that transformers stores for us; the others may be None, and are fields of our own file."""
+        return ["tokenizer"]
 
     @cached_property
     def settings(self) -> ExtractionSettings:
@@ -239,9 +266,10 @@ class MSAProcessor(ProcessorMixin):
             modalities: Modalities to make inputs of.
 
         Returns:
-            `text_input_ids` `(tokens,)`, `audio_values` `(steps, 80)`, `vision_values`
-            `(frames, height, width, 3)`, `vision_blendshapes` `(frames, 52)`, `vision_mask` `(frames,)` and
-            `modality_present` `(3,)`.
+            `text_input_ids` `(tokens,)`, `audio_values` `(steps, width)` (`(samples,)` for encoders of
+            waveforms), `vision_values` `(frames, height, width, 3)` uint8 (with an image processor
+            `(frames, 3, height, width)` float32), `vision_blendshapes` `(frames, 52)`, `vision_mask`
+            `(frames,)` and `modality_present` `(3,)`.
         """
         features = ClipFeatures.absent(self.settings) if features is None else features
         text = clean_text(text)
@@ -251,20 +279,21 @@ class MSAProcessor(ProcessorMixin):
         if "text" in modalities:
             inputs["text_input_ids"] = self.tokenize(text)
         if "audio" in modalities:
-            audio = self._audio_values(features) if present["audio"] else torch.zeros(0, NUM_MELS)
-            inputs["audio_values"] = at_least_one(audio)
+            inputs["audio_values"] = at_least_one(self._sound(features) if is_heard else self._no_sound)
         if "vision" in modalities:
             frames = len(features.face_crops) if present["vision"] else 0
-            inputs["vision_values"] = at_least_one(torch.from_numpy(features.face_crops[:frames]))
+            pictures = picture_inputs(features, self.image_processor)[:frames]
+            inputs["vision_values"] = at_least_one(torch.from_numpy(pictures))
             inputs["vision_blendshapes"] = at_least_one(torch.from_numpy(features.blendshapes[:frames]))
             inputs["vision_mask"] = at_least_one(torch.from_numpy(features.face_found[:frames]))
         return inputs
 
-    def _audio_values(self, features: ClipFeatures) -> Tensor:
-        """The part of the sound that the model reads, as its audio encoder takes it."""
-        steps = round(self.max_audio_seconds * 1000 / HOP_MS)
-        # the last window reaches beyond its step
-        return torch.from_numpy(log_mel(features.sound(self.max_audio_seconds + WINDOW_MS / 1000))[:steps])
+    def _sound(self, features: ClipFeatures) -> Tensor:
+        return torch.from_numpy(sound_inputs(features, self.max_audio_seconds, self.audio_feature_extractor))
+
+    @cached_property
+    def _no_sound(self) -> Tensor:
+        return self._sound(ClipFeatures.absent(self.settings))
 
     def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
         """Pad samples from `encode` to the batch that `MSAModel.forward` documents.

@@ -105,7 +105,7 @@ def prepare_data(
                 processor.settings,
                 data.prepare_workers,
                 data.skip_broken,
-                data.max_audio_seconds,
+                processor.max_audio_seconds,
             ),
             accelerator,
         )
