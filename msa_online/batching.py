@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from feature_extractors import CacheError, FeatureCache
+from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.corpus import ReadyCorpus, Sample
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
+from msa_online.precomputed.states import SampleStates, load_features
 from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
 
 EXCESS = 0.035  # allowed overlap of two epochs above that of a random order; a larger value saves padding
@@ -93,6 +94,7 @@ class ClipDataset(SplitDataset):
         cache: The cache that `prepare` has filled.
         processor: The model's processor.
         label2id: Number of each class; None for regression.
+        states: Stored states of frozen encoders by modality, in place of their inputs.
     """
 
     unit = "text tokens"
@@ -104,26 +106,30 @@ class ClipDataset(SplitDataset):
         cache: FeatureCache,
         processor: MSAProcessor,
         label2id: Mapping[str, int] | None,
+        states: Mapping[str, SampleStates] | None = None,
     ) -> None:
         super().__init__(samples, [len(processor.tokenize(sample.text)) for sample in samples], label2id)
         self.keys = [keys[sample.id] for sample in samples]
         self.cache = cache
         self.processor = processor
+        self.states = states or {}
+        self.from_clip = tuple(name for name in MODALITIES if name not in self.states)
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """Inputs of one sample, from `MSAProcessor.encode`.
+        """Inputs of one sample, from `MSAProcessor.encode`; of frozen encoders, `<modality>_states`.
 
         Raises:
             CacheError: Its cache entry was deleted after `prepare`.
         """
         sample = self.samples[index]
-        features = self.cache.load(self.keys[index])
-        if features is None:
-            raise CacheError(
-                f"the features of {sample.clip.path} were deleted from the cache {self.cache.folder}: start "
-                "again to extract them"
-            )
-        return self.processor.encode(features, sample.text)
+        reads_clip = any(name != "text" for name in self.from_clip)
+        features = load_features(self.cache, self.keys[index], sample) if reads_clip else None
+        inputs = self.processor.encode(features, sample.text, self.from_clip)
+        for name, of_modality in self.states.items():
+            values, mask = of_modality.of(sample.id)
+            inputs[f"{name}_states"], inputs[f"{name}_states_mask"] = at_least_one(values), at_least_one(mask)
+            inputs["modality_present"][MODALITIES.index(name)] = len(values) > 0
+        return inputs
 
 
 class FeatureDataset(SplitDataset):
@@ -172,16 +178,22 @@ class FeatureDataset(SplitDataset):
 
 
 def make_dataset(
-    data: ReadyCorpus, split: str, processor: MSAProcessor | None, config: MSAConfig
+    data: ReadyCorpus,
+    split: str,
+    processor: MSAProcessor | None,
+    config: MSAConfig,
+    states: Mapping[str, SampleStates] | None = None,
 ) -> SplitDataset:
     """Dataset of a split for a model of `config`; precomputed features need no processor.
+
+    `states` are those of frozen encoders, by modality, which then need no inputs.
 
     Raises:
         CorpusError: Precomputed features have other widths than the model.
     """
     if isinstance(data, FeatureCorpus):
         return FeatureDataset(data, data.split(split), config.widths, label2id_of(config))
-    return ClipDataset(data.split(split), data.keys, data.cache, processor, label2id_of(config))
+    return ClipDataset(data.split(split), data.keys, data.cache, processor, label2id_of(config), states)
 
 
 def label2id_of(config: MSAConfig) -> dict[str, int] | None:

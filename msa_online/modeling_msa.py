@@ -111,9 +111,16 @@ class MSAModel(PreTrainedModel):
             States `(batch, time, width)` of each modality; absent modalities are masked.
         """
         return {
-            name: encoder(inputs).to(modality_present.device).only(modality_present[:, column])
-            for column, (name, encoder) in enumerate(self.encoders.items())
+            name: self._sequence(name, inputs).to(modality_present.device).only(modality_present[:, column])
+            for column, name in enumerate(self.encoders)
         }
+
+    def _sequence(self, name: str, inputs: Mapping[str, Tensor]) -> ModalitySequence:
+        """States of one modality, from its inputs or from what its frozen network returned for them."""
+        encoder, states = self.encoders[name], inputs.get(f"{name}_states")
+        if states is None:
+            return encoder(inputs)
+        return encoder.read(ModalitySequence.of(states, inputs[f"{name}_states_mask"]))
 
     def decide(
         self,
@@ -173,6 +180,12 @@ class MSAModel(PreTrainedModel):
         vision_blendshapes: Tensor | None = None,
         vision_mask: Tensor | None = None,
         text_values: Tensor | None = None,
+        text_states: Tensor | None = None,
+        text_states_mask: Tensor | None = None,
+        audio_states: Tensor | None = None,
+        audio_states_mask: Tensor | None = None,
+        vision_states: Tensor | None = None,
+        vision_states_mask: Tensor | None = None,
         labels: Tensor | None = None,
         teacher: Tensor | None = None,
         index: Tensor | None = None,
@@ -182,6 +195,9 @@ class MSAModel(PreTrainedModel):
 
         A model of raw clips reads `text_input_ids`. A model of precomputed features reads `text_values`; its
         `audio_values` and `vision_values` are features too.
+
+        A pretrained encoder can read its own states, computed earlier, in place of its inputs: what its
+        method `states` returned, under `<modality>_states` and `<modality>_states_mask`.
 
         Args:
             modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is allowed.
@@ -197,6 +213,12 @@ class MSAModel(PreTrainedModel):
             vision_blendshapes: Scores in [0, 1], `(batch, frames, 52)`.
             vision_mask: Frames with a face, `(batch, frames)` bool.
             text_values: Features `(batch, time, width)`.
+            text_states: States of the pretrained text encoder, `(batch, tokens, ...)`.
+            text_states_mask: Tokens that are not padding, `(batch, tokens)` bool.
+            audio_states: States of the pretrained audio encoder, `(batch, time, ...)`.
+            audio_states_mask: States that are not padding, `(batch, time)` bool.
+            vision_states: States of the pretrained vision encoder, `(batch, frames, ...)`.
+            vision_states_mask: Frames with a face, `(batch, frames)` bool.
             labels: `(batch,)`, numbers in regression and int64 in classification; None computes no losses.
             teacher: What `teach` of an earlier stage's best model returned for these samples, `(batch, ...)`,
                 for heads with a teacher.
@@ -216,6 +238,12 @@ class MSAModel(PreTrainedModel):
             "vision_values": vision_values,
             "vision_blendshapes": vision_blendshapes,
             "vision_mask": vision_mask,
+            "text_states": text_states,
+            "text_states_mask": text_states_mask,
+            "audio_states": audio_states,
+            "audio_states_mask": audio_states_mask,
+            "vision_states": vision_states,
+            "vision_states_mask": vision_states_mask,
         }
         self._require_inputs(inputs)
         sequences = self.encode(modality_present, **inputs)
@@ -229,7 +257,12 @@ class MSAModel(PreTrainedModel):
 
     def _require_inputs(self, inputs: Mapping[str, Tensor | None]) -> None:
         """Raise `ValueError` if `inputs` lack one that the model reads."""
-        if missing := [name for name in self.input_names if inputs[name] is None]:
+        needed = [
+            key
+            for name, encoder in self.encoders.items()
+            for key in (encoder.input_names if inputs[f"{name}_states"] is None else (f"{name}_states_mask",))
+        ]
+        if missing := [key for key in needed if inputs[key] is None]:
             raise ValueError(
                 f"the model needs {', '.join(missing)}: make batches with the checkpoint's processor, in "
                 "transformers.Trainer with data_collator=MSADataCollator(processor)"

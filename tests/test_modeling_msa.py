@@ -249,3 +249,16 @@ def test_an_unknown_part_is_named_with_those_there_are(field, message, tiny_conf
     setattr(tiny_config, field, "nosuch")
     with pytest.raises(ValueError, match=f"unknown {field} 'nosuch'; known are .*{message}"):
         MSAModel(tiny_config)
+
+
+def test_states_of_an_encoder_replace_its_inputs(tiny_model, make_batch):
+    batch = make_batch(present=(True, True, False))
+    expected = tiny_model(**batch).logits
+    states = tiny_model.encoders["text"].states(batch)
+    batch |= {"text_states": states.values, "text_states_mask": states.mask}
+    for name in ("text_input_ids", "text_mask"):
+        del batch[name]
+    torch.testing.assert_close(tiny_model(**batch).logits, expected)
+    del batch["text_states_mask"]
+    with pytest.raises(ValueError, match="the model needs text_states_mask"):
+        tiny_model(**batch)

@@ -30,7 +30,7 @@ STAGES = "stages"
 DATA = "data.json"
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
-    *("training.resume", "training.overwrite", "training.log_with"),
+    *("training.resume", "training.overwrite", "training.log_with", "training.cache_states"),
     *("data.prepare_workers", "data.loader_workers", "data.strict"),
 }
 

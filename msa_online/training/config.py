@@ -152,6 +152,8 @@ class TrainingArguments:
         freeze: Modalities whose pretrained encoder is not trained: no gradients and no dropout.
         gradient_checkpointing: Modalities whose pretrained encoder recomputes the states inside its layers in
             the backward pass: less memory, more time, equal gradients.
+        cache_states: "auto" computes the states of frozen encoders once and keeps them on disk; "off"
+            computes them in every epoch.
         modulator: Name in `MODULATORS`.
         modulator_kwargs: Keyword arguments of the modulator.
         init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
@@ -180,6 +182,7 @@ class TrainingArguments:
     condition: str | None = None
     freeze: list[str] = field(default_factory=list)
     gradient_checkpointing: list[str] = field(default_factory=list)
+    cache_states: str = "auto"
     modulator: str = "identity"
     modulator_kwargs: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None

@@ -17,6 +17,7 @@ CHOICES = {  # None is null in YAML
     "training.mixed_precision": PRECISIONS,
     "training.log_with": (None, *sorted(map(str, LoggerType))),
     "training.decay": ("linear", "constant"),
+    "training.cache_states": ("auto", "off"),
     "training.condition": (None, *CONDITIONS),
 }
 LOWEST = {  # where null is allowed, it has no limit

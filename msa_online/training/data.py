@@ -21,6 +21,7 @@ from msa_online.evaluation.tables import show
 from msa_online.precomputed.corpus import FeatureCorpus, features_table
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
+from msa_online.precomputed.states import SampleStates
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments
 from msa_online.training.turns import in_turn
@@ -155,8 +156,11 @@ def make_loaders(
     config: MSAConfig,
     arguments: RunArguments,
     accelerator: Accelerator,
+    states: Mapping[str, SampleStates] | None = None,
 ) -> dict[str, DataLoader]:
     """A loader for each split with samples; the training split is shuffled, the others sorted by length.
+
+    `states` are those of frozen encoders, by modality.
 
     Raises:
         ConfigurationError: The training split has fewer samples than an optimizer step has micro-batches.
@@ -173,7 +177,7 @@ def make_loaders(
         )
     loaders = {}
     for name in data.sizes:
-        dataset = make_dataset(data, name, processor, config)
+        dataset = make_dataset(data, name, processor, config, states)
         shuffled = {"batches_per_step": per_step, "seed": training.seed, "processes": processes}
         settings = shuffled if name == "train" else {}
         sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **settings)

@@ -35,6 +35,7 @@ from msa_online.training.data import (
     steps_line,
 )
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
+from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
 from msa_online.training.model import build_model, fit_encoders
@@ -136,7 +137,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
     fit_modulator(modulator, training, occurring, console)
     input_masks = make_input_masks(data, training, masks, model, processor)
-    loaders = make_loaders(data, processor, model.config, arguments, accelerator)
+    states = compute_frozen_states(model, processor, data, training, accelerator, console)
+    loaders = make_loaders(data, processor, model.config, arguments, accelerator, states)
     console.print(steps_line(loaders, schedule.total_epochs), soft_wrap=True, highlight=False)
     folder.open(arguments, fingerprint(data))
 

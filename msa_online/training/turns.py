@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run slow work in one process while the others wait, beyond the time limit of collectives."""
+"""Run slow work in one process, or shared by all, and wait beyond the time limit of collectives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +44,14 @@ def in_turn(work: Callable[[], Result], accelerator: Accelerator) -> Result:
             elif _any_failed(False, group):
                 raise SystemExit(1)
     return result
+
+
+def side_by_side(work: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Call `work` in all processes at once and wait for the slowest; errors as in `in_turn`."""
+    if accelerator.num_processes == 1:
+        return work()
+    with _patient_group() as group:
+        return _work_and_report(work, group)
 
 
 @contextmanager

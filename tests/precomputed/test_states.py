@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of frozen encoders on disk: what is stored, found again, and computed again."""
+
+import pickle
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from feature_extractors import CacheError, FeatureCache
+from msa_online import MSAConfig
+from msa_online.batching import ClipDataset
+from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.reading import read_corpus
+from msa_online.encoders import make_encoders
+from msa_online.modalities import MODALITIES
+from msa_online.precomputed import states as states_module
+from msa_online.precomputed.states import FrozenEncoder
+
+
+@pytest.fixture(scope="module")
+def features_of_clips(tmp_path_factory):
+    """Features of the tiny corpus: they are extracted once for all tests of this file."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture
+def prepared(tiny_corpus, tiny_processor, features_of_clips, tmp_path):
+    """The tiny corpus, with its features in a cache of this test."""
+    corpus, settings = read_corpus(tiny_corpus, label_range=(-3, 3)), tiny_processor.settings
+    prepare(corpus, FeatureCache(features_of_clips), settings, workers=1)
+    shutil.copytree(features_of_clips, tmp_path / "cache")
+    return prepare(corpus, FeatureCache(tmp_path / "cache"), settings, workers=1)
+
+
+@pytest.fixture
+def text_config(tiny_text_config):
+    return MSAConfig(text_config=tiny_text_config, label_range=[-3, 3])
+
+
+@pytest.fixture
+def freeze(text_config, tiny_processor, prepared):
+    """A function that builds the frozen text encoder of a seed, with the tiny corpus."""
+
+    def build(seed: int = 0, precision: str = "no") -> FrozenEncoder:
+        torch.manual_seed(seed)
+        encoder = make_encoders(text_config)["text"]
+        encoder.freeze()
+        return FrozenEncoder("text", encoder, text_config, tiny_processor, prepared, precision)
+
+    return build
+
+
+def files_of(frozen: FrozenEncoder) -> list:
+    return sorted(frozen.store.folder.glob("*"))
+
+
+def test_stored_states_are_those_of_each_sample_alone(freeze, prepared, tiny_processor):
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    for sample in prepared.samples:
+        values, mask = frozen.states.of(sample.id)
+        if not sample.text:
+            assert len(values) == 0
+            continue
+        alone = tiny_processor.pad([tiny_processor.encode(None, sample.text, ("text",))])
+        expected = frozen.encoder.states(dict(alone))
+        assert mask.all()
+        torch.testing.assert_close(values, expected.values[0].detach(), atol=1e-5, rtol=0)
+    assert frozen.missing == [] and freeze().missing == []
+
+
+def test_other_weights_and_another_precision_find_no_states(freeze):
+    frozen = freeze()
+    all_keys = frozen.missing
+    frozen.compute(all_keys)
+    assert freeze(seed=1).missing == freeze(precision="bf16").missing == all_keys
+
+
+def test_equal_texts_are_computed_once(freeze, prepared):
+    frozen = freeze()
+    words = {sample.text for sample in prepared.samples if sample.text}
+    assert len(frozen.missing) == len(words)
+
+
+def test_a_damaged_file_is_deleted_and_its_states_are_computed_again(freeze):
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    (file,) = files_of(frozen)
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1  # safetensors itself does not notice
+    file.write_bytes(content)
+    again = freeze()
+    assert len(again.missing) == len(set(frozen.keys.values())) and not file.exists()
+    again.compute(again.missing)
+    assert freeze().missing == []
+
+
+def test_an_interrupted_computation_continues(freeze, monkeypatch):
+    monkeypatch.setitem(states_module.TOGETHER, "text", 4)
+    monkeypatch.setattr(states_module, "FILE_BYTES", 0)  # a file for each batch
+    frozen = freeze()
+    whole = len(frozen.missing)
+    compute, calls = frozen.encoder.states, []
+
+    def interrupted(inputs):
+        calls.append(inputs)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(inputs)
+
+    monkeypatch.setattr(frozen.encoder, "states", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        frozen.compute(frozen.missing)
+    again = freeze()
+    assert len(again.missing) == whole - 8
+    again.compute(again.missing)
+    assert freeze().missing == []
+
+
+def test_a_disk_without_space_is_reported_with_the_remedy_before_it_is_full(freeze, monkeypatch):
+    usage = namedtuple("Usage", "free")
+    monkeypatch.setattr(states_module.shutil, "disk_usage", lambda folder: usage(100))
+    frozen = freeze()
+    with pytest.raises(CacheError, match="100 bytes free: .*training.cache_states=off"):
+        frozen.compute(frozen.missing)
+    assert files_of(frozen) == []
+
+
+def test_a_worker_of_a_loader_reads_the_same_states(freeze):
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    name = next(iter(frozen.keys))
+    mine = frozen.states.of(name)
+    other = pickle.loads(pickle.dumps(frozen.states))
+    assert len(pickle.dumps(frozen.states)) < 20_000  # the states themselves are not sent
+    assert all(torch.equal(a, b) for a, b in zip(mine, other.of(name), strict=True))
+
+
+def test_deleted_states_are_reported_with_what_to_do(freeze):
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    unread = freeze().states
+    shutil.rmtree(frozen.store.folder)
+    with pytest.raises(CacheError, match="start again to compute them"):
+        unread.of(next(iter(unread.keys)))
+
+
+def test_a_dataset_reads_states_in_place_of_inputs_and_knows_what_a_sample_lacks(
+    freeze, prepared, tiny_processor
+):
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    make = [prepared.samples, prepared.keys, prepared.cache, tiny_processor, None]
+    plain, cached = ClipDataset(*make), ClipDataset(*make, {"text": frozen.states})
+    for index in (0, 3, 5):  # without sound, without words
+        inputs, expected = cached[index], plain[index]
+        assert "text_input_ids" not in inputs
+        assert inputs["text_states"].shape[1:] == (32,)
+        assert torch.equal(inputs["modality_present"], expected["modality_present"])
+        assert all(torch.equal(inputs[key], expected[key]) for key in expected.keys() & inputs.keys())
+    batch = tiny_processor.pad([cached.inputs(index) for index in (4, 5)])
+    assert batch["text_states"].shape[:2] == batch["text_states_mask"].shape
+    assert batch["text_states_mask"].sum(dim=1).tolist() == [
+        len(frozen.states.of(prepared.samples[4].id)[0]),
+        0,
+    ]
+    assert "text_mask" not in batch
+
+
+def test_a_dataset_of_states_alone_reads_no_clip(freeze, prepared, tiny_processor):
+    """The features of the clips may even be gone."""
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    states = dict.fromkeys(MODALITIES, frozen.states)
+    dataset = ClipDataset(prepared.samples, prepared.keys, prepared.cache, tiny_processor, None, states)
+    for folder in prepared.cache.folder.iterdir():
+        if folder.name != "states":
+            shutil.rmtree(folder)
+    assert set(dataset.inputs(0)) == {
+        "modality_present",
+        *(f"{name}_{part}" for name in MODALITIES for part in ("states", "states_mask")),
+    }
