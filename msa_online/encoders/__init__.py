@@ -8,6 +8,7 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.features import FeatureEncoder
+from msa_online.encoders.image import FAMILIES, ImageEncoder
 from msa_online.encoders.pretrained import EncoderError, read_encoder_config
 from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 from msa_online.encoders.text import TextEncoder
@@ -33,7 +34,7 @@ ENCODERS: dict[str, dict[str, type[nn.Module]]] = {
         "audio-spectrogram-transformer": SpectrogramTransformer,
         **dict.fromkeys(WAVEFORM_TYPES, WaveformEncoder),
     },
-    "vision": {CONVOLUTIONAL: FaceEncoder},
+    "vision": {CONVOLUTIONAL: FaceEncoder, **dict.fromkeys(FAMILIES, ImageEncoder)},
 }
 """Encoders by modality and by the `model_type` of their configuration in transformers."""
 
