@@ -2,6 +2,7 @@
 """Describe a model without loading its weights: parts, parameter counts, shapes from clip to logits."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from rich.text import Text
 
 from feature_extractors import ExtractionSettings
 from feature_extractors.audio import HOP_MS, NUM_MELS
-from feature_extractors.clip import NUM_BLENDSHAPES
+from feature_extractors.clip import SAMPLE_RATE
 from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders import encoder_class
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import PROBES, MSAModel
@@ -23,6 +25,8 @@ from msa_online.training.yaml_reader import ConfigurationError
 EXAMPLE_SECONDS = 4
 EXAMPLE_TOKENS = 20  # also the number of steps of precomputed features
 EXAMPLE_CLASSES = 2
+EXAMPLE_PICTURE = 224
+"""Usual size of the pictures of a pretrained vision encoder; its image processor says the true one."""
 SHOWN_APART = ("results", "shares", "constant", "comparison", "missing")
 """Keys of a training record that `record_lines` leaves out; its protocol contains the rates of `missing`."""
 
@@ -64,14 +68,19 @@ def describe(source: str | Path) -> Description:
 
 def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
     if Path(source).suffix not in (".yaml", ".yml"):
-        return load_config(source), ExtractionSettings()
+        return _with_settings(load_config(source), {})
     arguments = read_arguments(source)
-    settings = ExtractionSettings(**arguments.data.extraction)
+    extraction = arguments.data.extraction
     if not (arguments.model.get("text_encoder") or arguments.model.get("feature_widths")):
-        return load_config(arguments.training.init_from), settings
+        return _with_settings(load_config(arguments.training.init_from), extraction)
     # the number of classes is known from the data only
     classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
-    return arguments.model_config(classes), settings
+    return _with_settings(arguments.model_config(classes), extraction)
+
+
+def _with_settings(config: MSAConfig, extraction: Mapping[str, Any]) -> tuple[MSAConfig, ExtractionSettings]:
+    size = {} if config.vision_config is None else {"face_size": EXAMPLE_PICTURE}
+    return config, ExtractionSettings(**{**size, **extraction})
 
 
 def count_parameters(model: MSAModel) -> dict[str, int]:
@@ -92,7 +101,7 @@ def _part_of(name: str) -> str:
 
 
 def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int]]:
-    """Shapes for one example, computed by running all but the text encoder on the meta device."""
+    """Shapes for one example, computed by running all but the encoders on the meta device."""
     of_kind = _clip_shapes if model.config.feature_widths is None else _feature_shapes
     inputs, sequences = of_kind(model, settings)
     output = model.decide(sequences)
@@ -107,24 +116,39 @@ def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int
 def _clip_shapes(
     model: MSAModel, settings: ExtractionSettings
 ) -> tuple[dict[str, list[int]], dict[str, ModalitySequence]]:
-    """Shapes of the inputs of one clip, and the states of its modalities."""
-    steps = round(EXAMPLE_SECONDS * 1000 / HOP_MS)
+    """Shapes of the inputs of one clip, and empty states of its modalities; no network runs."""
+    sound, steps = _sound_shape(model.config)
     frames, size = settings.num_frames, settings.face_size
-    inputs = {
-        "audio_values": torch.zeros(1, steps, NUM_MELS),
-        "audio_mask": torch.ones(1, steps, dtype=torch.bool),
-        "vision_values": torch.zeros(1, frames, size, size, 3, dtype=torch.uint8),
-        "vision_blendshapes": torch.zeros(1, frames, NUM_BLENDSHAPES),
-        "vision_mask": torch.ones(1, frames, dtype=torch.bool),
-    }
-    tokens = torch.ones(1, EXAMPLE_TOKENS, dtype=torch.bool)
-    text = ModalitySequence.of(torch.zeros(1, EXAMPLE_TOKENS, model.config.widths["text"]), tokens)
+    pretrained = model.config.vision_config is not None
     shapes = {
         "token ids": [EXAMPLE_TOKENS],
-        "log-mel": [steps, NUM_MELS],
-        "face crops": [frames, size, size, 3],
+        "log-mel" if model.config.audio_config is None else "sound": list(sound),
+        "face crops": [frames, 3, size, size] if pretrained else [frames, size, size, 3],
     }
-    return shapes, {"text": text, **{name: model.encoders[name](inputs) for name in ("audio", "vision")}}
+    lengths = {"text": EXAMPLE_TOKENS, "audio": steps, "vision": frames}
+    states = {name: torch.zeros(1, lengths[name], width) for name, width in model.config.widths.items()}
+    return shapes, {
+        name: ModalitySequence.of(values, torch.ones(values.shape[:2], dtype=torch.bool))
+        for name, values in states.items()
+    }
+
+
+def _sound_shape(config: MSAConfig) -> tuple[tuple[int, ...], int]:
+    """Shape of the sound of the example as the audio encoder reads it, and how many states it becomes."""
+    kind = encoder_class("audio", config.audio_config)
+    if config.audio_config is None:
+        shape, encoder = (round(EXAMPLE_SECONDS * 1000 / HOP_MS), NUM_MELS), kind.from_config(config)
+    else:
+        shape = kind.values_shape(config.audio_config, EXAMPLE_SECONDS * SAMPLE_RATE)
+        with torch.device("cpu"):  # the embeddings alone, as masks need values; layers keep the length
+            encoder = kind(config.audio_config, 0, config.audio_stride)
+    device = next(encoder.parameters()).device
+    inputs = {
+        "audio_values": torch.zeros(1, *shape, device=device),
+        "audio_mask": torch.ones(1, shape[0], dtype=torch.bool, device=device),
+    }
+    with torch.no_grad():
+        return shape, encoder(inputs).values.shape[1]
 
 
 def _feature_shapes(
@@ -156,7 +180,7 @@ def description_tables(description: Description, source: str) -> list[Table]:
         f"shapes for one clip of {EXAMPLE_SECONDS} s",
         f"shapes for features of {EXAMPLE_TOKENS} steps",
     )
-    title = clip if "log-mel" in description.shapes else features
+    title = clip if "token ids" in description.shapes else features
     shapes = Table(title=title, title_justify="left")
     shapes.add_column("step")
     shapes.add_column("shape")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders import ENCODERS
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
@@ -50,9 +51,11 @@ def load_config(source: str | Path, **options: Any) -> MSAConfig:
             f"{source}: neither a checkpoint folder nor a readable repository ({_first_line(error)})"
         ) from error
     if not isinstance(config, MSAConfig):
+        kind = config.model_type
+        modality = next((name for name, table in ENCODERS.items() if kind in table), "text")
         raise CheckpointError(
-            f"{source}: a checkpoint of type {config.model_type!r}, not {MSAConfig.model_type!r}; to train "
-            "from a text encoder, name it in a configuration as model.text_encoder"
+            f"{source}: a checkpoint of type {kind!r}, not {MSAConfig.model_type!r}; to train from a "
+            f"pretrained encoder, name it in a configuration as model.{modality}_encoder"
         )
     return config
 
@@ -94,13 +97,13 @@ class FineTuning:
 
     Attributes:
         model: The model, in fp32.
-        tokenizer: Tokenizer of its text encoder; None for a model of precomputed features.
+        processor: Processor of the checkpoint; None for a model of precomputed features.
         loaded: For each part, the number of tensors loaded from the checkpoint, and of all its tensors.
         before: Configuration of the checkpoint.
     """
 
     model: MSAModel
-    tokenizer: PreTrainedTokenizerBase | None
+    processor: MSAProcessor | None
     loaded: dict[str, tuple[int, int]]
     before: MSAConfig
 
@@ -143,7 +146,7 @@ def load_for_fine_tuning(source: str | Path, config: MSAConfig) -> FineTuning:
                 "checkpoint's settings of this encoder in the `model:` section, or train without "
                 "training.init_from"
             )
-    return FineTuning(model, processor and processor.tokenizer, loaded, before)
+    return FineTuning(model, processor, loaded, before)
 
 
 def require_own_weights(folder: Path, model: MSAModel) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned encoders: one sequence of states for each modality."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -9,7 +11,12 @@ from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.features import FeatureEncoder
 from msa_online.encoders.image import FAMILIES, ImageEncoder
-from msa_online.encoders.pretrained import EncoderError, read_encoder_config
+from msa_online.encoders.pretrained import (
+    EncoderError,
+    load_feature_extractor,
+    load_image_processor,
+    read_encoder_config,
+)
 from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 from msa_online.encoders.text import TextEncoder
 from msa_online.encoders.wav2vec2_bert import Wav2Vec2BertEncoder
@@ -17,7 +24,7 @@ from msa_online.encoders.waveform import WAVEFORM_TYPES, WaveformEncoder
 from msa_online.encoders.whisper import WhisperEncoder
 from msa_online.modalities import MODALITIES
 
-__all__ = ["ENCODERS", "encoder_class", "load_encoder_config", "make_encoders"]
+__all__ = ["ENCODERS", "encoder_class", "load_encoder_config", "load_preprocessors", "make_encoders"]
 
 CONVOLUTIONAL = "convolutional"
 """Learned from scratch, without a configuration of transformers."""
@@ -93,3 +100,23 @@ def load_encoder_config(modality: str, name: str) -> PretrainedConfig:
     except EncoderError as error:
         raise EncoderError(f"model.{modality}_encoder is {name!r}: {error}") from error
     return config
+
+
+def load_preprocessors(config: MSAConfig) -> dict[str, Any]:
+    """What turns sound and crops into the inputs of the pretrained encoders that `config` names.
+
+    Returns:
+        `audio_feature_extractor` and `image_processor`, arguments of `MSAProcessor`; None for an encoder that
+        learns from scratch. An audio encoder published without one gets that of its family.
+
+    Raises:
+        EncoderError: One cannot be read, or an image processor is missing, or sound at another rate than 16
+            kHz is wanted.
+    """
+    extractor = processor = None
+    if (name := config.audio_encoder) is not None:
+        kind = encoder_class("audio", config.audio_config)
+        extractor = load_feature_extractor(name) or kind.default_feature_extractor(config.audio_config)
+    if (name := config.vision_encoder) is not None:
+        processor = load_image_processor(name)
+    return {"audio_feature_extractor": extractor, "image_processor": processor}

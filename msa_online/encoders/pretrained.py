@@ -279,15 +279,18 @@ def load_feature_extractor(name: str) -> Any | None:
     return extractor
 
 
-def load_image_processor(name: str) -> Any | None:
-    """Image processor published with a vision encoder; None if there is none beside the weights.
+def load_image_processor(name: str) -> Any:
+    """Image processor published with a vision encoder.
 
     Raises:
-        EncoderError: It cannot be read.
+        EncoderError: It cannot be read; or there is none, and families differ too much to assume one.
     """
     source = find_encoder(name, download=True)
     if not _has_preprocessor(name, source):
-        return None
+        raise EncoderError(
+            f"vision encoder {name!r} has no preprocessor_config.json, which says the size and the scale of "
+            "its pictures: add the one that it was published with"
+        )
     return _load(AutoImageProcessor.from_pretrained, name, source)
 
 

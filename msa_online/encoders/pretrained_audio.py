@@ -97,11 +97,6 @@ class PretrainedAudioEncoder(PretrainedEncoder):
     def default_feature_extractor(config: PretrainedConfig) -> Any:
         """Feature extractor of the family, if none was published with the weights."""
 
-    @staticmethod
-    def longest_seconds(config: PretrainedConfig) -> float:
-        """Longest sound that the network can read, in seconds; by default there is no limit."""
-        return float("inf")
-
     def states(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Run the network and average its states over time, without those of padding.
 

@@ -68,10 +68,5 @@ class WhisperEncoder(PretrainedAudioEncoder):
     @staticmethod
     def default_feature_extractor(config: PretrainedConfig) -> WhisperFeatureExtractor:
         """Whisper's own, with the configuration's bands and length."""
-        seconds = round(WhisperEncoder.longest_seconds(config))
+        seconds = 2 * config.max_source_positions * HOP // SAMPLE_RATE
         return WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
-
-    @staticmethod
-    def longest_seconds(config: PretrainedConfig) -> float:
-        """Two log-mel steps a position."""
-        return 2 * config.max_source_positions * HOP / SAMPLE_RATE

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validate configuration values, without loading anything."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -37,7 +37,13 @@ ABOVE_ZERO = (
     "data.max_audio_seconds",
 )
 NOT_EMPTY = ("data.split_column", "training.output_dir")
-OF_RAW_CLIPS = ("audio_channels", "audio_width", "face_channels", "face_width", "blendshapes")
+OF_RAW_CLIPS = (
+    *("audio_layer", "audio_stride", "audio_channels", "audio_width"),
+    *("face_channels", "face_width", "blendshapes"),
+)
+OF_PRETRAINED = {"audio": ("audio_layer", "audio_stride")}
+OF_CONVOLUTIONS = {"audio": ("audio_channels", "audio_width"), "vision": ("face_channels", "face_width")}
+"""Settings that apply to a pretrained encoder of a modality only, or to convolutions only."""
 EXAMPLE_WIDTHS = "{text: 768, audio: 74, vision: 35}"
 
 
@@ -88,15 +94,34 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
             "model.text_encoder is missing: name any HuggingFace encoder or a folder, or give "
             f"model.feature_widths, like {EXAMPLE_WIDTHS}, to train on precomputed features"
         )
+    named = [name for name in MODALITIES if model.get(f"{name}_encoder")]
     if widths is None:
+        yield from _problems_of_kinds(model, named, training)
         return
-    if text_encoder:
-        yield "model.text_encoder and model.feature_widths exclude each other: raw clips, or features"
+    for name in named:
+        yield f"model.{name}_encoder and model.feature_widths exclude each other: raw clips, or features"
     fits = isinstance(widths, dict) and set(widths) == set(MODALITIES)
     if not fits or not all(type(width) is int and width > 0 for width in widths.values()):
         yield f"model.feature_widths is {widths!r}: a width for each modality, like {EXAMPLE_WIDTHS}"
     if unread := [name for name in OF_RAW_CLIPS if name in model]:
         yield f"model.{unread[0]} applies to raw clips only: leave it out with model.feature_widths"
+
+
+def _problems_of_kinds(
+    model: Mapping[str, Any], pretrained: Sequence[str], training: TrainingArguments
+) -> Iterator[str]:
+    """Settings of audio and vision encoders of another kind than the run has."""
+    for name, keys in OF_CONVOLUTIONS.items():
+        if name in pretrained and (unread := [key for key in keys if key in model]):
+            yield (
+                f"model.{unread[0]} applies to convolutions only: leave it out with model.{name}_encoder, "
+                "whose width is its own"
+            )
+    for name, keys in OF_PRETRAINED.items():
+        # a checkpoint to start from may have an encoder that the configuration does not name
+        named = name in pretrained or training.init_from
+        if not named and (unread := [key for key in keys if key in model]):
+            yield f"model.{unread[0]} applies to pretrained encoders only: name one in model.{name}_encoder"
 
 
 def _problems_of_encoders(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:

@@ -4,51 +4,88 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.corpora.corpus import ReadyCorpus
+from msa_online.encoders import load_preprocessors, make_encoders
 from msa_online.encoders.pretrained import load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.missing.rates import SplitMask
+from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
 
+OF_ENCODERS = ("tokenizer", "audio_feature_extractor", "image_processor")
+"""Parts of a processor that belong to the encoders."""
+
+INHERITED = (*(f"{name}_encoder" for name in MODALITIES), "audio_layer", "feature_widths")
+"""Settings in which fine-tuning cannot differ from the checkpoint: other weights would be random."""
+
 
 def build_model(
     arguments: RunArguments, classes: Sequence[str], console: Console
 ) -> tuple[MSAModel, MSAProcessor | None]:
-    """Build a model with a pretrained text encoder, or from the checkpoint `init_from`, and its processor.
+    """Build a model with pretrained encoders, or from the checkpoint `init_from`, and its processor.
 
     Fine-tuning prints what was loaded and what is new. A model of precomputed features has no processor.
 
     Raises:
-        EncoderError: The text encoder is unavailable.
+        EncoderError: An encoder is unavailable.
         CheckpointError: `init_from` is not a checkpoint, is damaged, or has no encoder that can be used.
-        ConfigurationError: `init_from` has another text encoder or other widths than the configuration; or
-            the data are clips and the model reads features, or the reverse.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration; or the data are
+            clips and the model reads features, or the reverse.
     """
     training, data = arguments.training, arguments.data
     if training.init_from:
         config = _inherit(arguments, classes)
         _require_same_kind(config.feature_widths, data)
         start = load_for_fine_tuning(training.init_from, config)
-        model, tokenizer = start.model, start.tokenizer
+        model = start.model
         console.print(f"fine-tuning from {training.init_from}\n{start}", soft_wrap=True, highlight=False)
     else:
         _require_same_kind(arguments.model.get("feature_widths"), data)
         config = arguments.model_config(classes)
-        if config.feature_widths is not None:
-            return MSAModel(config), None
-        tokenizer = load_tokenizer(config.text_encoder)
         model = MSAModel.from_pretrained_encoders(config)
-    if tokenizer is None:
+    if config.feature_widths is not None:
         return model, None
     limit_training(model, training)
-    return model, MSAProcessor(tokenizer, data.extraction, data.max_text_tokens, data.max_audio_seconds)
+    if training.init_from:
+        of_encoders = {name: getattr(start.processor, name) for name in OF_ENCODERS}
+    else:
+        of_encoders = {"tokenizer": load_tokenizer(config.text_encoder), **load_preprocessors(config)}
+    return model, MSAProcessor(
+        extraction=data.extraction,
+        max_text_tokens=data.max_text_tokens,
+        max_audio_seconds=data.max_audio_seconds,
+        **of_encoders,
+    )
+
+
+def require_encoders(arguments: RunArguments) -> None:
+    """Check the encoders of a run before its data are read, without their weights.
+
+    Raises:
+        CheckpointError: `init_from` is not a checkpoint.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration, or an encoder
+            lacks the layer that is read.
+        EncoderError: An encoder or its preprocessor is unavailable, or the encoder is none for its modality.
+    """
+    classes = ("no", "yes")  # those of the data do not matter here
+    if arguments.training.init_from:
+        config = _inherit(arguments, classes)
+    else:
+        config = arguments.model_config(classes)
+        load_preprocessors(config)
+    try:
+        with torch.device("meta"):
+            make_encoders(config)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def limit_training(model: MSAModel, training: TrainingArguments) -> None:
@@ -88,11 +125,12 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     """The configuration of `init_from`, changed by the `model:` section, with the labels of this run."""
     source = arguments.training.init_from
     config = load_config(source)
-    for key in ("text_encoder", "feature_widths"):
+    for key in INHERITED:
         before = getattr(config, key)
         if without_path(named := arguments.model.get(key, before)) != without_path(before):
             raise ConfigurationError(
-                f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}"
+                f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}: leave "
+                f"model.{key} out, or train without training.init_from"
             )
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):

@@ -38,7 +38,7 @@ from msa_online.training.divergence import ConstantModel, check_epoch, constant_
 from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
-from msa_online.training.model import build_model, fit_encoders
+from msa_online.training.model import build_model, fit_encoders, require_encoders
 from msa_online.training.modulator import fit_modulator, make_modulator
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.stages import StageSchedule, make_schedule
@@ -123,6 +123,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     console = open_console(quiet=not accelerator.is_main_process)
     folder = RunFolder(training.output_dir, accelerator)
     folder.check(arguments)
+    require_encoders(arguments)
     corpus = read_data(arguments.data)
     seed_everything(training.seed)
     model, processor = build_model(arguments, class_names(corpus, arguments.data), console)

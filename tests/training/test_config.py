@@ -405,3 +405,29 @@ def test_runs_differ_by_the_first_key_and_a_key_of_a_newer_version_has_its_defau
 def test_annotations_of_a_plug_in_are_no_obstacle(hint, value):
     made = typed(value, hint, "run.yaml", "model.head_kwargs", "it")
     assert made == (tuple(value) if hint == tuple[int, int] | int else value)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("audio_layer: 3", "model.audio_layer applies to pretrained encoders only.*model.audio_encoder"),
+        ("audio_encoder: x, audio_width: 8", "model.audio_width applies to convolutions only"),
+        ("vision_encoder: x, face_channels: 8", "model.face_channels applies to convolutions only"),
+        (
+            "audio_encoder: x, audio_layer: first",
+            "model.audio_layer is 'first': last, weighted",
+        ),
+        ("audio_encoder: x, audio_layer: -1", "model.audio_layer is -1"),
+        ("audio_encoder: x, audio_layer: true", "audio_layer.*True"),
+        ("audio_encoder: x, audio_stride: 0", "model.audio_stride is 0: at least 1"),
+        ("audio_encoder: x, audio_config: {}", "model.audio_config"),
+    ],
+)
+def test_settings_of_pretrained_encoders_are_checked_without_loading_one(read, model, expected):
+    with pytest.raises(ConfigurationError, match=expected):
+        read(f"model: {{text_encoder: x, {model}}}")
+
+
+def test_features_exclude_pretrained_encoders_of_every_modality(read):
+    with pytest.raises(ConfigurationError, match="model.audio_encoder and model.feature_widths exclude"):
+        read(f"model: {{audio_encoder: x, {WIDTHS}}}")
