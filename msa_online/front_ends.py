@@ -28,6 +28,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from feature_extractors.audio import HOP_MS, WINDOW_MS, log_mel
 from feature_extractors.clip import FULL_SCALE, SAMPLE_RATE, ClipFeatures
 
+AVERAGE_LOG_MEL = -11.0
+"""Mean of our log-mel spectrogram in recorded speech, pauses included."""
+
 FACE_SIZE = 96
 """Height and width of the crops that the convolutional face encoder reads, in pixels."""
 
@@ -44,10 +47,12 @@ class SoundFrontEnd:
         convert: From the extractor and a sound (samples,) float32 to the inputs of its encoder, (samples,) or
             (steps, width).
         longest: Longest sound that the extractor takes, in seconds.
+        average: The average input in speech.
     """
 
     convert: Callable[[Any, np.ndarray], np.ndarray]
     longest: Callable[[Any], float] = lambda extractor: np.inf
+    average: float = 0.0
 
 
 def _normalised(extractor: Wav2Vec2FeatureExtractor, sound: np.ndarray) -> np.ndarray:
@@ -118,7 +123,9 @@ def _kaldi_filters(taper: str, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
 
 SOUND_FRONT_ENDS: dict[type[FeatureExtractionMixin], SoundFrontEnd] = {
     Wav2Vec2FeatureExtractor: SoundFrontEnd(_normalised),  # of HuBERT, WavLM, data2vec, UniSpeech and SEW too
-    WhisperFeatureExtractor: SoundFrontEnd(_whisper, lambda extractor: extractor.chunk_length),
+    WhisperFeatureExtractor: SoundFrontEnd(
+        _whisper, lambda extractor: extractor.chunk_length, (AVERAGE_LOG_MEL / np.log(10) + 4) / 4
+    ),
     SeamlessM4TFeatureExtractor: SoundFrontEnd(_w2v_bert),
     ASTFeatureExtractor: SoundFrontEnd(_ast, lambda extractor: extractor.max_length * HOP / SAMPLE_RATE),
 }
@@ -148,6 +155,11 @@ def sound_inputs(
 def longest_sound(extractor: FeatureExtractionMixin | None) -> float:
     """Longest sound that the front-end takes, in seconds."""
     return np.inf if extractor is None else SOUND_FRONT_ENDS[type(extractor)].longest(extractor)
+
+
+def average_sound(extractor: FeatureExtractionMixin | None) -> float:
+    """The average audio input in speech, in place of a lost one."""
+    return AVERAGE_LOG_MEL if extractor is None else SOUND_FRONT_ENDS[type(extractor)].average
 
 
 def picture_inputs(features: ClipFeatures, image_processor: BaseImageProcessor | None) -> np.ndarray:

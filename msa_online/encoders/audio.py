@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from feature_extractors.audio import NUM_MELS
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.affine import InputAffine
+from msa_online.front_ends import AVERAGE_LOG_MEL
 from msa_online.modalities import ModalitySequence
 
-# mean and standard deviation of natural-log mel power in recorded speech, pauses included
-TYPICAL_LOG_MEL = (-11.0, 6.0)
+TYPICAL_LOG_MEL = (AVERAGE_LOG_MEL, 6.0)  # mean and standard deviation in recorded speech
 
 
 class AudioEncoder(nn.Module):

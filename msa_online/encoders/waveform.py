@@ -40,19 +40,16 @@ class WaveformEncoder(PretrainedAudioEncoder):
         network = AutoModel.from_config(config, dtype=torch.get_default_dtype())
         if hasattr(network, "masked_spec_embed"):
             del network.masked_spec_embed
-        if self.is_cut and _is_stable(config):
-            network.encoder.layer_norm = nn.Identity()
+        if _is_stable(config):
+            norm = network.encoder.layer_norm
+            del network.encoder.layer_norm  # it follows the layers, and is now registered after them
+            network.encoder.layer_norm = nn.Identity() if self.is_cut else norm
         return network
 
     @property
     def layers(self) -> nn.ModuleList:
         """Transformer layers, the lowest first."""
         return self.model.encoder.layers
-
-    def _modules_below_layers(self) -> list[nn.Module]:
-        norm = self.model.encoder.layer_norm
-        above = norm if _is_stable(self.model.config) else None  # registered before the layers it follows
-        return [module for module in super()._modules_below_layers() if module is not above]
 
     def train(self, mode: bool = True) -> "WaveformEncoder":
         """Set training mode; batch norm stays in evaluation mode, because its statistics include padding."""

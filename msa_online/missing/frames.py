@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msa_online.encoders.audio import TYPICAL_LOG_MEL
 from msa_online.encoders.pretrained import EncoderError
+from msa_online.front_ends import HOP, average_sound
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online.modeling_msa import MSAModel
@@ -60,12 +60,13 @@ class FrameDrop:
         """Drop positions of a batch with the inputs of `MSAModel.forward` and `index`.
 
         Clips: a dropped token becomes the unknown token (never the first and last token of a sample); a
-        dropped audio step becomes the average of speech; a dropped frame counts as a frame without a face, so
-        a sample can lose vision altogether. Features: a dropped step becomes the mean. Dropped tokens, audio
-        steps and features are still attended.
+        dropped audio step (10 ms of a waveform) becomes the average of speech; a dropped frame counts as a
+        frame without a face, so a sample can lose vision altogether. Features: a dropped step becomes the
+        mean. Dropped tokens, audio steps and features are still attended.
         """
         dropped = {
-            name: self.dropped(batch["index"], name, droppable(batch, name), rate) for name in MODALITIES
+            name: self.dropped(batch["index"], name, droppable(batch, name), rate, together(batch, name))
+            for name in MODALITIES
         }
         return drop_positions(batch, dropped, self.stand_ins)
 
@@ -81,12 +82,16 @@ class FrameDrop:
             name: sequence.with_values(sequence.values * kept[name]) for name, sequence in sequences.items()
         }
 
-    def dropped(self, index: Tensor, name: str, among: Tensor, rate: float) -> Tensor:
-        """Which positions of modality `name` are dropped, `(batch, time)` bool; a subset of `among`."""
+    def dropped(self, index: Tensor, name: str, among: Tensor, rate: float, joined: int = 1) -> Tensor:
+        """Which positions of modality `name` are dropped, `(batch, time)` bool; a subset of `among`.
+
+        So many neighbours as `joined` are dropped or kept together.
+        """
         key = () if self.nested else (rate,)
         numbers = uniform(
             ((self.seed, self.split, self.ids[sample], name, *key) for sample in index.tolist()),
             among.shape[1],
+            joined,
         )
         return (numbers < rate).to(among.device) & among
 
@@ -136,21 +141,30 @@ class FrameDropout(InputMask):
         for name in MODALITIES:
             among = droppable(batch, name)
             samples = (self.ids[sample] for sample in batch["index"].tolist())
-            numbers = uniform(
-                ((self.seed, "train", self.epoch, sample, name) for sample in samples), 2 + among.shape[1]
-            )
-            rates = torch.where(numbers[:, :1] < 0.5, 0.0, numbers[:, 1:2])
-            dropped[name] = (numbers[:, 2:] < rates).to(among.device) & among
+            keys = [(self.seed, "train", self.epoch, sample, name) for sample in samples]
+            first, second = uniform(keys, 2).unbind(dim=1)
+            rates = torch.where(first < 0.5, 0.0, second).unsqueeze(1)
+            numbers = uniform(keys, among.shape[1], together(batch, name), skip=2)
+            dropped[name] = (numbers < rates).to(among.device) & among
         return drop_positions(batch, dropped, self.stand_ins)
 
 
-def uniform(keys: Iterable[tuple], count: int) -> Tensor:
+def uniform(keys: Iterable[tuple], count: int, joined: int = 1, skip: int = 0) -> Tensor:
     """For each key, `count` uniform random numbers in [0, 1), `(keys, count)` float64.
 
-    A smaller `count` returns a prefix of a larger one, so padding does not change the numbers.
+    A smaller `count` returns a prefix of a larger one, so padding does not change the numbers. So many
+    neighbours as `joined` have the same number. The first `skip` numbers of a key are left out.
     """
     seeds = (np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), "<u4") for key in keys)
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(count) for seed in seeds]))
+    drawn = skip - (-count // joined)
+    numbers = np.stack([np.random.default_rng(seed).random(drawn)[skip:] for seed in seeds])
+    return torch.from_numpy(numbers).repeat_interleave(joined, dim=1)[:, :count]
+
+
+def together(batch: Mapping[str, Tensor], name: str) -> int:
+    """How many neighbouring inputs of modality `name` are one position: 10 ms of a waveform, else one."""
+    is_waveform = f"{name}_values" in batch and batch[f"{name}_values"].ndim == 2
+    return HOP if is_waveform else 1
 
 
 def droppable(batch: Mapping[str, Tensor], name: str) -> Tensor:
@@ -187,9 +201,9 @@ def drop_positions(
 def stand_ins_of(model: MSAModel, processor: MSAProcessor | None) -> dict[str, Tensor]:
     """Replacements of dropped inputs of a model, by modality.
 
-    Clips: the unknown token, and the average log-mel power of speech, which the audio encoder initially maps
-    to zero. Vision has none: models know frames without a face. Precomputed features: their mean, `(width,)`,
-    which the encoder maps to zero.
+    Clips: the unknown token, and the average audio input in speech, which the convolutional encoder initially
+    maps to zero. Vision has none: models know frames without a face. Precomputed features: their mean,
+    `(width,)`, which the encoder maps to zero.
 
     Raises:
         EncoderError: The tokenizer has no unknown token.
@@ -202,4 +216,5 @@ def stand_ins_of(model: MSAModel, processor: MSAProcessor | None) -> dict[str, T
             f"the tokenizer of {model.config.text_encoder} has no unknown token to replace words by; drop "
             "states instead: --frame-rates feature"
         )
-    return {"text": torch.tensor(unknown), "audio": torch.tensor(TYPICAL_LOG_MEL[0])}
+    sound = average_sound(processor.audio_feature_extractor)
+    return {"text": torch.tensor(unknown), "audio": torch.tensor(sound)}

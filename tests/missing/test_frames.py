@@ -2,12 +2,16 @@
 """Missing words, sounds and faces: what is dropped, what takes its place, and that nothing else decides."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
-from msa_online import MSAConfig, MSAModel
+from feature_extractors import Clip, ClipFeatures, decode
+from feature_extractors.audio import as_int16
+from msa_online import MSAConfig, MSAModel, MSAProcessor
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.missing.frames import FrameDrop, FrameDropout, FramesAt, droppable, stand_ins_of
 from msa_online.modalities import MODALITIES
@@ -137,6 +141,40 @@ def test_sound_becomes_average_and_stays_attended(make_batch):
 def test_average_sound_is_what_the_audio_encoder_starts_out_to_take_for_nothing(tiny_model, tiny_processor):
     assert stand_ins_of(tiny_model, tiny_processor) == STAND_INS
     assert tiny_model.encoders["audio"].scale(torch.full((1, 1), AVERAGE_SOUND)).item() == pytest.approx(0.0)
+
+
+def test_a_waveform_loses_ten_milliseconds_at_a_time(make_batch):
+    batch = {**make_batch(8), "audio_values": torch.ones(8, 4_000), "audio_mask": torch.ones(8, 4_000) > 0}
+    batch["audio_mask"][0, 3_000:] = False
+    for after in (
+        FrameDrop(IDS, {"audio": torch.tensor(0.0)}, split="test").from_inputs(batch, 0.5),
+        FrameDropout(IDS, {"audio": torch.tensor(0.0)}, seed=1).apply(batch),
+    ):
+        pieces = after["audio_values"].reshape(8, 25, 160)[1:]
+        assert (pieces == pieces[..., :1]).all() and 0.2 < pieces.mean() < 0.9
+        assert after["audio_values"][0, 3_000:].all()  # padding is left as it is
+
+
+@pytest.mark.parametrize(
+    ("extractor", "average"),
+    [
+        (Wav2Vec2FeatureExtractor(), 0.0),
+        (WhisperFeatureExtractor(), -0.194),
+        (SeamlessM4TFeatureExtractor(), 0.0),
+    ],
+)
+def test_the_average_sound_is_that_of_the_encoders_inputs(
+    extractor, average, shared_data, tiny_model, tiny_tokenizer
+):
+    processor = MSAProcessor(tiny_tokenizer, {}, audio_feature_extractor=extractor)
+    stand_in = stand_ins_of(tiny_model, processor)["audio"].item()
+    speech = decode(Clip(shared_data / "crema_d" / "1001_DFA_HAP_XX.flv"), num_frames=1).waveform
+    samples, full_scale = as_int16(speech)
+    features = replace(ClipFeatures.absent(processor.settings), waveform=samples, full_scale=full_scale)
+    inputs = processor.encode(features, "good")["audio_values"]
+    assert stand_in == pytest.approx(average, abs=1e-3) and inputs.mean().item() == pytest.approx(
+        stand_in, abs=0.25
+    )
 
 
 def test_a_dropped_face_is_not_found_and_cannot_be_seen(make_batch, tiny_model):
