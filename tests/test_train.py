@@ -36,7 +36,13 @@ class Launcher:
                 "head_kwargs": {"hidden_size": 16, "dropout": dropout},
             },
             "data": {"path": str(self.corpus), "num_frames": 4, "face_size": 32},
-            "training": {"epochs": 6, "batch_size": 4, "accumulation": 2, "learning_rates": {"text": 1e-3}},
+            "training": {
+                "epochs": 6,
+                "batch_size": 4,
+                "accumulation": 2,
+                "learning_rates": {"text": 1e-3},
+                "layer_decay": 0.8,
+            },
         }
         path = self.folder / "tiny.yaml"
         path.write_text(yaml.safe_dump(settings))
@@ -114,9 +120,10 @@ def test_two_processes_and_one_land_on_the_same_weights(launcher, tiny_text_enco
     (still / "config.json").write_text(json.dumps(settings))
     config = launcher.configure(still, dropout=0.0)
     changes = ("model.loss_weights={unimodal: 0.0}", "training.epochs=2", "training.log_with=null")
-    changes += ("training.mixed_precision=no",)
+    changes += ("training.mixed_precision=no", "training.freeze.text=1")
     one = launcher.run(config, "one", *changes, "training.accumulation=1", "training.batch_size=8")
-    two = launcher.run(config, "two", *changes, "training.accumulation=1", processes=2)
+    saving = ("training.accumulation=1", "training.gradient_checkpointing=[text]")
+    two = launcher.run(config, "two", *changes, *saving, processes=2)
     assert "1 process on cpu" in one
     assert "2 processes on cpu" in two
     assert "reducer.cpp" not in two  # DDP's advice about a flag that stages need

@@ -22,8 +22,10 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.batching import BucketBatchSampler
 from msa_online.methods import GradientModulator, Modulation, ModulationContext
 from msa_online.missing.modalities import ModalityDropout
+from msa_online.training.config import TrainingArguments
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.loop import TrainingLoop
+from msa_online.training.model import limit_training
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.run import train as train_run
 
@@ -55,7 +57,16 @@ class Trial:
     """A training loop around a fresh model, and what came of it."""
 
     def __init__(
-        self, config, rows, modulator, *, batch_size=8, accumulation=1, scaler=None, clip_norm=1.0
+        self,
+        config,
+        rows,
+        modulator,
+        *,
+        batch_size=8,
+        accumulation=1,
+        scaler=None,
+        clip_norm=1.0,
+        freeze=(),
     ) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # one precision to a process, says Accelerate
         accelerator = Accelerator(
@@ -67,6 +78,7 @@ class Trial:
         model = MSAModel(config)
         with torch.no_grad():
             shown = model.eval()(**{name: value.unsqueeze(0) for name, value in rows[0].items()})
+        limit_training(model.encoders, TrainingArguments(freeze=list(freeze)))
         widths = {name: state.shape[-1] for name, state in shown.features.items()}
         modulator.attach(model, widths, shown.fused.shape[-1])
         optimizer = make_optimizer(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pretrained encoders of all modalities share: finding them by name, loading, freezing."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
@@ -92,6 +93,10 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "google/siglip-base-patch16-224": {"model_type": "siglip"},
 }
 """Shapes of common encoders, so that models can be described and tested without the Hub."""
+
+
+READ_BY_ALL_LAYERS = re.compile(r"relative_attention_bias|rel_embeddings|encoder\.LayerNorm")
+"""Embeddings of distances between tokens, which MPNet and DeBERTa register after their layers."""
 
 
 class EncoderError(OSError):
@@ -190,14 +195,33 @@ class PretrainedEncoder(nn.Module, ABC):
         """
         if not 0 <= layers <= len(self.layers):
             raise ValueError(f"{layers} layers to freeze, and the encoder has {len(self.layers)}")
-        for module in self._modules_below_layers():
-            for parameter in module.parameters(recurse=False):
+        depths = self.depths()
+        for name, parameter in self.model.named_parameters():
+            if depths[name] <= layers:
                 parameter.requires_grad_(False)
         lowest = list(self.layers[:layers])
-        for layer in lowest:
-            layer.requires_grad_(False)
         leaves = [module for module in self._modules_below_layers() if not any(module.children())]
         self._freeze([*leaves, *lowest])
+
+    def depths(self) -> dict[str, int]:
+        """Where each parameter of the network acts, by its name in `model`.
+
+        Returns:
+            0 for embeddings, N for layer N counted from 1, and one more for what follows the last layer.
+        """
+        of_layers = {
+            id(parameter): number
+            for number, layer in enumerate(self.layers, start=1)
+            for parameter in layer.parameters()
+        }
+        outside = 0
+        depths = {}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in of_layers:
+                depths[name], outside = of_layers[id(parameter)], len(self.layers) + 1
+            else:
+                depths[name] = 0 if READ_BY_ALL_LAYERS.search(name) else outside
+        return depths
 
     def _freeze(self, modules: list[nn.Module]) -> None:
         self._frozen_modules = modules

@@ -26,6 +26,10 @@ FORMER_KEYS = {
 """Keys of earlier versions, and what replaces them."""
 
 
+ALL = "all"
+"""In `training.freeze`: the whole encoder."""
+
+
 @dataclass(frozen=True)
 class MissingArguments:
     """Modalities missing at given rates from all splits, fixed for the run: the `data.missing:` section.
@@ -143,6 +147,8 @@ class TrainingArguments:
         learning_rate: Peak learning rate of all parameters that `learning_rates` does not cover.
         learning_rates: Peak learning rate of an encoder, by modality: {text: 2e-5, audio: 1e-5}. By default
             2e-5 for pretrained encoders, and `learning_rate` for those that train from scratch.
+        layer_decay: Learning rate of a layer of a pretrained encoder, relative to the layer above, in (0, 1].
+            The top layer has the encoder's rate; the embeddings count as the lowest layer.
         weight_decay: AdamW's weight decay of matrices; vectors (biases, norms, scalings) have none.
         warmup: Share of all steps in which the learning rate rises.
         decay: Learning rate after the warm-up: "linear" falls to zero, "constant" stays.
@@ -152,7 +158,9 @@ class TrainingArguments:
             drops half of them.
         condition: Modalities, like "text+audio", that the last stage sees in training and evaluation
             (protocol per_condition); None trains one model for all seven conditions (single_model).
-        freeze: Modalities whose pretrained encoder is not trained: no gradients and no dropout.
+        freeze: Pretrained encoders that are not trained: a list of modalities, like [vision]; or a number of
+            layers for each, like {text: 6, vision: all}, counted from below and with the embeddings. What is
+            frozen has no gradients and no dropout. Layers that the model adds to an encoder are trained.
         gradient_checkpointing: Modalities whose pretrained encoder recomputes the states inside its layers in
             the backward pass: less memory, more time, equal gradients.
         cache_states: "auto" computes the states of frozen encoders once and keeps them on disk; "off"
@@ -176,6 +184,7 @@ class TrainingArguments:
     mixed_precision: str = "auto"
     learning_rate: float = 1e-3
     learning_rates: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     warmup: float = 0.1
     decay: str = "linear"
@@ -183,7 +192,7 @@ class TrainingArguments:
     modality_dropout: dict[str, float] = field(default_factory=dict)
     frame_dropout: bool = False
     condition: str | None = None
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] | dict[str, int | str] = field(default_factory=list)
     gradient_checkpointing: list[str] = field(default_factory=list)
     cache_states: str = "auto"
     modulator: str = "identity"
@@ -193,6 +202,11 @@ class TrainingArguments:
     overwrite: bool = False
     log_with: str | None = "tensorboard"
     measure_gradients: bool = False
+
+    @property
+    def frozen_layers(self) -> dict[str, int | str]:
+        """Number of frozen layers of each encoder, or `ALL`, by modality."""
+        return self.freeze if isinstance(self.freeze, dict) else dict.fromkeys(self.freeze, ALL)
 
 
 @dataclass(frozen=True)

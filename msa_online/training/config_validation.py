@@ -9,7 +9,7 @@ from accelerate.utils import LoggerType
 
 from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
-from msa_online.training.config import MissingArguments, RunArguments, TrainingArguments
+from msa_online.training.config import ALL, MissingArguments, RunArguments, TrainingArguments
 from msa_online.training.precision import PRECISIONS
 
 CHOICES = {  # None is null in YAML
@@ -126,6 +126,11 @@ def _problems_of_kinds(
 
 def _problems_of_encoders(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
     """Problems with what is trained of each encoder, and how fast."""
+    if not 0 < training.layer_decay <= 1:
+        yield f"training.layer_decay is {training.layer_decay}: above 0 and at most 1"
+    for name, layers in training.frozen_layers.items():
+        if layers != ALL and (isinstance(layers, str) or layers < 0):
+            yield f"training.freeze of {name} is {layers!r}: {ALL}, or a number of layers from 0 on"
     pretrained = ("freeze", "gradient_checkpointing")
     for key in ("learning_rates", *pretrained):
         for name in getattr(training, key):

@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.encoders import load_preprocessors, make_encoders
-from msa_online.encoders.pretrained import load_tokenizer
+from msa_online.encoders.pretrained import PretrainedEncoder, load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.config import DataArguments, RunArguments, TrainingArguments
+from msa_online.training.config import ALL, DataArguments, RunArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
 
 OF_ENCODERS = ("tokenizer", "audio_feature_extractor", "image_processor")
@@ -53,7 +54,7 @@ def build_model(
         model = MSAModel.from_pretrained_encoders(config)
     if config.feature_widths is not None:
         return model, None
-    limit_training(model, training)
+    limit_training(model.encoders, training)
     if training.init_from:
         of_encoders = {name: getattr(start.processor, name) for name in OF_ENCODERS}
     else:
@@ -71,8 +72,8 @@ def require_encoders(arguments: RunArguments) -> None:
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint.
-        ConfigurationError: `init_from` has other encoders or widths than the configuration, or an encoder
-            lacks the layer that is read.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration, an encoder
+            lacks the layer that is read, or as in `limit_training`.
         EncoderError: An encoder or its preprocessor is unavailable, or the encoder is none for its modality.
     """
     classes = ("no", "yes")  # those of the data do not matter here
@@ -83,27 +84,71 @@ def require_encoders(arguments: RunArguments) -> None:
         load_preprocessors(config)
     try:
         with torch.device("meta"):
-            make_encoders(config)
+            limit_training(make_encoders(config), arguments.training)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
 
 
-def limit_training(model: MSAModel, training: TrainingArguments) -> None:
-    """Freeze encoders and set up gradient checkpointing, as `training` says.
+def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArguments) -> None:
+    """Freeze encoders, whole or in part, and set up gradient checkpointing, as `training` says.
+
+    Args:
+        encoders: Encoders by modality.
+        training: Training settings.
 
     Raises:
-        ConfigurationError: An encoder does not support gradient checkpointing.
+        ConfigurationError: An encoder has too few layers or no parameters, or it does not support gradient
+            checkpointing.
     """
-    for name in training.freeze:
-        model.encoders[name].freeze()
+    for name, layers in training.frozen_layers.items():
+        encoder = encoders[name]
+        if isinstance(encoder, PretrainedEncoder):
+            if layers == ALL:
+                encoder.freeze()
+            elif layers <= len(encoder.layers):
+                encoder.freeze_below(layers)
+            else:
+                raise ConfigurationError(
+                    f"training.freeze of {name} is {layers}, but its encoder has {len(encoder.layers)} "
+                    f"layers: give {ALL}, or at most that"
+                )
+        elif layers == ALL and any(True for _ in encoder.parameters()):  # trained by `init_from`
+            encoder.requires_grad_(False)
+        else:
+            raise ConfigurationError(
+                f"training.freeze of {name} is {layers}, but {_without_layers(encoder)}: leave it out"
+            )
     for name in training.gradient_checkpointing:
-        encoder = model.encoders[name].model
+        encoder = encoders[name]
+        if not isinstance(encoder, PretrainedEncoder):
+            raise ConfigurationError(
+                f"training.gradient_checkpointing names {name}, but {_without_layers(encoder)}: leave it out"
+            )
+        network = encoder.model
         try:
-            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
             raise ConfigurationError(f"training.gradient_checkpointing names {name}: {error}") from error
         # for reentrant checkpointing only; it would send gradients through frozen layers
-        encoder.disable_input_require_grads()
+        network.disable_input_require_grads()
+
+
+def _without_layers(encoder: nn.Module) -> str:
+    """Why an encoder that is not pretrained has no layers."""
+    has_parameters = any(True for _ in encoder.parameters())
+    return "its encoder is not pretrained" if has_parameters else "precomputed features have no encoder"
+
+
+def parameters_line(model: MSAModel) -> str:
+    """How many parameters are trained, and how many of each encoder are not."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    frozen = {
+        f"{name}_encoder": sum(each.numel() for each in encoder.parameters() if not each.requires_grad)
+        for name, encoder in model.encoders.items()
+    }
+    line = f"training {every - sum(frozen.values()):,} of {every:,} parameters"
+    parts = [f"{count:,} of {name}" for name, count in frozen.items() if count]
+    return f"{line}; frozen: {', '.join(parts)}" if parts else line
 
 
 def _require_same_kind(widths: Mapping[str, int] | None, data: DataArguments) -> None:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -11,7 +12,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from msa_online.encoders.pretrained import PretrainedEncoder
-from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import PROBES, MSAModel
 
 PRETRAINED_RATE = 2e-5
@@ -23,55 +23,85 @@ def make_optimizer(
     *,
     learning_rate: float,
     learning_rates: Mapping[str, float] = MappingProxyType({}),
+    layer_decay: float = 1.0,
     weight_decay: float,
 ) -> AdamW:
     """AdamW over the trainable parameters, in groups of equal learning rate, weight decay and modality.
 
-    The `name` of a group is "<modality>_encoder", "probes" (of a modulator) or "rest"; its `modality` is that
-    of its parameters, None for shared ones. Vectors (biases, norms, scalings) have no weight decay. Frozen
-    parameters are in no group. The step is torch's fused kernel, a single pass over memory; the meta device
-    has none and uses the default.
+    The `name` of a group is "<modality>_encoder", "probes" (of a modulator) or "rest"; with a layer decay,
+    also "<modality>_encoder/embeddings" and "<modality>_encoder/layer 1". Its `modality` is that of its
+    parameters, None for shared ones. Vectors (biases, norms, scalings) have no weight decay. What is frozen
+    is in no group. The step is torch's fused kernel, a single pass over memory; the meta device has none and
+    uses the default.
 
     Args:
         model: The model; what is frozen has no `requires_grad`.
         learning_rate: Peak learning rate of all that has none of its own.
         learning_rates: Peak learning rates of encoders by modality; by default `PRETRAINED_RATE` for
-            pretrained encoders. Encoders that train from scratch are part of the rest unless named.
+            pretrained encoders. Encoders that train from scratch are part of the rest unless named, and so
+            are layers that the model adds to a pretrained encoder.
+        layer_decay: Learning rate of each layer of a pretrained encoder, relative to that above.
         weight_decay: Weight decay of matrices.
     """
-    rates = {"probes": learning_rate, "rest": learning_rate}
-    prefixes = {PROBES: "probes"}
-    for modality in MODALITIES:
-        if isinstance(model.encoders[modality], PretrainedEncoder) or modality in learning_rates:
-            part = f"{modality}_encoder"
-            rates[part] = learning_rates.get(modality, PRETRAINED_RATE)
-            prefixes[f"encoders.{modality}."] = part
+    parts = _parts(model, learning_rate, learning_rates, layer_decay)
     owners = {
         id(parameter): modality
         for modality, owned in model.modality_parameters().items()
         for parameter in owned
     }
-    groups: dict[tuple[str, str | None, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Part, str | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "rest")
             is_vector = parameter.ndim <= 1 or name.endswith("bias")  # stacked biases are matrices
-            key = (part, owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
+            key = (parts[name], owners.get(id(parameter)), 0.0 if is_vector else weight_decay)
             groups.setdefault(key, []).append(parameter)
     is_meta = any(parameter.is_meta for parameters in groups.values() for parameter in parameters)
     return AdamW(
         [
             {
                 "params": parameters,
-                "lr": rates[part],
+                "lr": part.rate,
                 "weight_decay": decay,
-                "name": part,
+                "name": part.name,
                 "modality": modality,
             }
             for (part, modality, decay), parameters in groups.items()
         ],
         fused=None if is_meta else True,
     )
+
+
+class Part(NamedTuple):
+    """Part of the model with a learning rate of its own.
+
+    Attributes:
+        name: Name of its groups.
+        rate: Peak learning rate.
+    """
+
+    name: str
+    rate: float
+
+
+def _parts(
+    model: MSAModel, learning_rate: float, learning_rates: Mapping[str, float], layer_decay: float
+) -> dict[str, Part]:
+    """The part that each parameter belongs to, by its name."""
+    names = [name for name, _ in model.named_parameters()]
+    parts = {name: Part("probes" if name.startswith(PROBES) else "rest", learning_rate) for name in names}
+    for modality, encoder in model.encoders.items():
+        part, prefix = f"{modality}_encoder", f"encoders.{modality}."
+        if isinstance(encoder, PretrainedEncoder):
+            rate, top = learning_rates.get(modality, PRETRAINED_RATE), len(encoder.layers)
+            for name, depth in encoder.depths().items():
+                place = f"/layer {depth}" if depth else "/embeddings"
+                own_name = f"{part}{place}" if layer_decay < 1 and depth <= top else part
+                own_rate = rate * layer_decay ** max(top - depth, 0)
+                parts[f"{prefix}model.{name}"] = Part(own_name, own_rate)
+        elif modality in learning_rates:
+            own = Part(part, learning_rates[modality])
+            parts |= {name: own for name in names if name.startswith(prefix)}
+    return parts
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from msa_online.training.divergence import ConstantModel, check_epoch, constant_
 from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
-from msa_online.training.model import build_model, fit_encoders, require_encoders
+from msa_online.training.model import build_model, fit_encoders, parameters_line, require_encoders
 from msa_online.training.modulator import fit_modulator, make_modulator
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.stages import StageSchedule, make_schedule
@@ -140,6 +140,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     input_masks = make_input_masks(data, training, masks, model, processor)
     states = compute_frozen_states(model, processor, data, training, accelerator, console)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator, states)
+    console.print(parameters_line(model), highlight=False)
     console.print(steps_line(loaders, schedule.total_epochs), soft_wrap=True, highlight=False)
     folder.open(arguments, fingerprint(data))
 
@@ -147,6 +148,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         model,
         learning_rate=training.learning_rate,
         learning_rates=training.learning_rates,
+        layer_decay=training.layer_decay,
         weight_decay=training.weight_decay,
     )
     sampler = loaders["train"].batch_sampler

@@ -3,6 +3,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformers import WhisperConfig
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import HEADS, MODULATORS
@@ -68,6 +69,54 @@ def test_a_frozen_text_encoder_is_left_out(tiny_model):
         name for name, _ in tiny_model.named_parameters() if not name.startswith("encoders.text.")
     }
     assert all(group["params"] for group in make_optimizer(tiny_model, **RATES).param_groups)
+
+
+@pytest.fixture
+def whisper_config(tiny_config):
+    """The tiny model with a pretrained audio encoder, of which layer 2 of 3 is read."""
+    audio = WhisperConfig(
+        d_model=8, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=16, max_source_positions=40
+    )
+    return MSAConfig(**{**tiny_config.to_dict(), "audio_config": audio, "audio_layer": 2})
+
+
+def test_the_rates_of_layers_decay_from_the_top_of_each_pretrained_encoder(whisper_config):
+    model = MSAModel(whisper_config)
+    rates = {"learning_rate": 1e-3, "learning_rates": {"text": 4e-5, "vision": 5e-4}, "layer_decay": 0.5}
+    optimizer = make_optimizer(model, **rates, weight_decay=0.1)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
+        **{"text_encoder/embeddings": 1e-5, "text_encoder/layer 1": 2e-5, "text_encoder/layer 2": 4e-5},
+        **{"audio_encoder/embeddings": 5e-6, "audio_encoder/layer 1": 1e-5, "audio_encoder/layer 2": 2e-5},
+        **{"vision_encoder": 5e-4, "rest": 1e-3},
+    }
+    expected = {
+        "encoders.text.model.embeddings.": 1e-5,
+        "encoders.text.model.encoder.layer.0.": 2e-5,
+        "encoders.text.model.encoder.layer.1.": 4e-5,
+        "encoders.audio.model.conv": 5e-6,
+        "encoders.audio.model.layers.0.": 1e-5,
+        "encoders.audio.model.layers.1.": 2e-5,
+        "encoders.audio.norm.": 1e-3,  # read out by layers that the model adds
+        "encoders.vision.": 5e-4,
+        "head.": 1e-3,
+    }
+    owners = {id(value): name for name, values in model.modality_parameters().items() for value in values}
+    for group in optimizer.param_groups:
+        assert {owners.get(id(value)) for value in group["params"]} == {group["modality"]}
+    found = settings_by_name(model, optimizer)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert found.keys() == trained
+    for name, (rate, _) in found.items():
+        assert [rate] == [own for prefix, own in expected.items() if name.startswith(prefix)], name
+
+
+def test_what_follows_the_last_layer_has_the_rate_of_the_encoder(whisper_config):
+    whisper_config.audio_layer = "last"
+    model = MSAModel(whisper_config)
+    optimizer = make_optimizer(model, learning_rate=1e-3, layer_decay=0.5, weight_decay=0.1)
+    settings = settings_by_name(model, optimizer)
+    assert settings["encoders.audio.model.layer_norm.weight"] == (2e-5, 0.0)
+    assert settings["encoders.audio.model.layers.0.fc1.weight"] == (5e-6, 0.1)
 
 
 def test_the_learning_rates_rise_to_their_peaks_and_fall_to_zero(tiny_model):

@@ -201,7 +201,7 @@ def test_the_optimizer_of_a_real_model_and_its_schedule_come_back(tiny_model, ma
     from msa_online.training.optimizer import make_optimizer, make_scheduler
 
     def equipment(model):
-        optimizer = make_optimizer(model, learning_rate=1e-3, learning_rates={"text": 1e-4}, weight_decay=0.1)
+        optimizer = make_optimizer(model, learning_rate=1e-3, layer_decay=0.5, weight_decay=0.1)
         scheduler = make_scheduler(optimizer, steps=10, warmup=0.2)
         return {"optimizer": optimizer, "scheduler": scheduler, "progress": Progress()}
 
