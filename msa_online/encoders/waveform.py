@@ -28,8 +28,7 @@ class WaveformEncoder(PretrainedAudioEncoder):
     uses its own steps, padding is zero before each positional convolution, and no state attends to it. A
     sound shorter than one state (25 ms) is filled with silence.
 
-    Attention is quadratic in the length of the sound (1,499 states in 30 s), and the first convolution has
-    3,200 steps a second, which gradient checkpointing does not keep.
+    Attention is quadratic in the length of the sound: docs/training.md has the memory that this needs.
 
     The final norm of "stable layer norm" networks (the large sizes) belongs to the last state. Batch norm
     before the positional convolution (mHuBERT) always uses its stored statistics.
