@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load checkpoints from folders or from the Hub."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import ENCODERS
+from msa_online.encoders.pretrained import EncoderError
+from msa_online.lora import CONFIG as ADAPTER_CONFIG
+from msa_online.lora import WEIGHTS as ADAPTER_WEIGHTS
+from msa_online.lora import AdapterError, encoder_names, open_adapter, read_adapter_config
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
@@ -39,6 +46,11 @@ def load_config(source: str | Path, **options: Any) -> MSAConfig:
     folder = Path(source)
     if folder.is_file():
         raise CheckpointError(f"{folder}: a file; give the folder of the checkpoint")
+    if adapter := _find_adapter(source, options):
+        if adapter.base and not adapter.has_config:
+            with adapter.explained():
+                return load_config(adapter.base, token=options.get("token"))
+        source = folder = adapter.folder
     if folder.is_dir() and not (folder / "config.json").is_file():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
@@ -222,11 +234,15 @@ def _part_of(name: str) -> str:
 def _load(
     source: str | Path, config: MSAConfig, of_hub: dict[str, Any], options: dict[str, Any]
 ) -> tuple[MSAModel, dict[str, set], MSAProcessor | None]:
-    processor = None
+    processor, weights, of_processor = None, None, source
+    if adapter := _find_adapter(source, of_hub):
+        weights, of_processor = _merged_weights(adapter), adapter.source_of_processor
+        of_hub = {}
     try:
         model, found = MSAModel.from_pretrained(
-            source,
+            None if adapter else source,
             config=config,
+            state_dict=weights,
             use_safetensors=True,  # never a pickle, which could execute code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report; the error of transformers names none
@@ -235,10 +251,118 @@ def _load(
             **options,
         )
         if config.feature_widths is None:
-            processor = MSAProcessor.from_pretrained(source, local_files_only=_only_local(source), **of_hub)
+            processor = MSAProcessor.from_pretrained(
+                of_processor, local_files_only=_only_local(of_processor), **of_hub
+            )
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
+    model.name_or_path = str(source)
     return model, found, processor
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A folder with an adapter in peft's format, on this machine.
+
+    Attributes:
+        source: The folder or repository as given, for messages.
+        folder: The folder.
+        base: The checkpoint that the adapter applies to; None if it applies to the encoders that its own
+            configuration names.
+        token: Access token of the Hub.
+    """
+
+    source: str | Path
+    folder: Path
+    base: str | None
+    token: str | bool | None
+
+    @property
+    def has_config(self) -> bool:
+        """Whether the folder has the configuration of the model."""
+        return (self.folder / CONFIG_NAME).is_file()
+
+    @property
+    def source_of_processor(self) -> str | Path:
+        """The folder, or the base if the folder has no processor."""
+        return self.folder if (self.folder / PROCESSOR_NAME).is_file() else self.base or self.folder
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Report errors of the base with the adapter that needs it."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.source}: the base model of this adapter cannot be opened ({_first_line(error)}): put "
+                f"its folder or repository into {ADAPTER_CONFIG} as base_model_name_or_path"
+            ) from error
+        except EncoderError as error:
+            raise CheckpointError(
+                f"{self.source}: this adapter needs its base encoder ({_first_line(error)}) For another "
+                f"folder, name it in {CONFIG_NAME} of the adapter, or use the merged checkpoint"
+            ) from error
+        except AdapterError as error:
+            raise CheckpointError(f"{self.source}: {_first_line(error)}") from error
+
+
+def _find_adapter(source: str | Path, of_hub: Mapping[str, Any]) -> _Adapter | None:
+    """The adapter in a folder or repository; None if it has complete weights, or no adapter."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            config = cached_file(
+                str(source),
+                ADAPTER_CONFIG,
+                local_files_only=_only_local(source),
+                _raise_exceptions_for_missing_entries=False,
+                **of_hub,
+            )
+        except UNREADABLE:  # no repository either; whatever is opened next reports it
+            return None
+        if config is None:
+            return None
+        folder = Path(config).parent
+    if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+        return None
+    if not Path(source).is_dir():
+        folder = Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=["*.json", "*.txt", "*.model", ADAPTER_WEIGHTS],
+                local_files_only=_only_local(source),
+                **of_hub,
+            )
+        )
+    try:
+        base = read_adapter_config(folder).get("base_model_name_or_path") or None
+    except AdapterError as error:
+        raise CheckpointError(f"{source}: {_first_line(error)}") from error
+    adapter = _Adapter(source, folder, base, of_hub.get("token"))
+    if adapter.has_config:
+        own = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return replace(adapter, base=None) if base in (None, *encoder_names(own).values()) else adapter
+    if base is None:
+        raise CheckpointError(
+            f"{source}: {ADAPTER_CONFIG} names no base model: set base_model_name_or_path to the checkpoint "
+            "that it was made for"
+        )
+    if (Path(base) / ADAPTER_CONFIG).is_file() and not any(Path(base).glob("model*.safetensors")):
+        raise CheckpointError(f"{source}: its base model {base} is an adapter too: merge that one first")
+    return adapter
+
+
+def _merged_weights(adapter: _Adapter) -> dict[str, torch.Tensor]:
+    """Complete weights of the model of an adapter, in fp32."""
+    with adapter.explained():
+        if adapter.base is None:
+            config = load_config(adapter.folder)
+            base = MSAModel.from_pretrained_encoders(config)
+        elif adapter.has_config:
+            base = load_for_fine_tuning(adapter.base, load_config(adapter.folder)).model
+        else:
+            base, _ = load_checkpoint(adapter.base, token=adapter.token)
+        return open_adapter(base, adapter.folder).state_dict()
 
 
 def _only_local(source: str | Path) -> bool:

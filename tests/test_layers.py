@@ -30,6 +30,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.missing": 3.2,
     "msa_online.batching": 3.5,
     "msa_online.evaluation": 3.5,
+    "msa_online.lora": 3.5,
     "msa_online.hub": 4.0,
     "msa_online.training": 4.0,
     "msa_online.pipeline": 4.0,

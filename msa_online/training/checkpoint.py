@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.validation import why_not_writable
 from msa_online.evaluation.json_text import json_text
+from msa_online.lora import adapted_modalities, merged_weights, remove_lora, save_adapter
 from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import RunArguments, first_difference, refuse_former_keys
@@ -28,6 +30,7 @@ from msa_online.training.yaml_reader import ConfigurationError, read_document
 STATE = "state"
 STAGES = "stages"
 DATA = "data.json"
+ADAPTER = "adapter"
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
     *("training.resume", "training.overwrite", "training.log_with", "training.cache_states"),
@@ -40,6 +43,7 @@ class RunFolder:
 
         config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
         run.yaml, history.json                                                     configuration and epochs
+        adapter/                                                                   of LoRA, in peft's format
         data.json                                                                  fingerprint of the data
         stages/                                                                    teachers of later stages
         state/                                                                     the last epoch
@@ -236,23 +240,42 @@ class RunFolder:
     def publish(self, model: MSAModel, processor: MSAProcessor | None) -> None:
         """Save a checkpoint of `model` in the folder; each file is replaced atomically.
 
-        A model of precomputed features has no processor.
+        A model of precomputed features has no processor. The weights of a model with adapters are merged;
+        the adapters alone are in a folder beside them.
         """
         if not self.accelerator.is_main_process:
             return
         staging = self.path / "publish.new"
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith(PROBES)}
-        model.save_pretrained(staging, state_dict=weights)
+        model.save_pretrained(staging, state_dict=merged_weights(model))
         if processor is not None:
             processor.save_pretrained(staging)
+        self._move(staging, self.path)
+        if adapted_modalities(model):
+            staging.mkdir()
+            save_adapter(model, staging)
+            model.config.save_pretrained(staging)
+            if processor is not None:
+                processor.save_pretrained(staging)
+            (self.path / ADAPTER).mkdir(exist_ok=True)
+            self._move(staging, self.path / ADAPTER)
+
+    @staticmethod
+    def _move(staging: Path, folder: Path) -> None:
+        """Replace each file of `folder` that `staging` has, atomically."""
         for file in staging.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(staging / CONFIG_NAME, file)
         for file in staging.iterdir():
-            os.replace(file, self.path / file.name)
+            os.replace(file, folder / file.name)
         staging.rmdir()
 
+    def save_config(self, config: MSAConfig) -> None:
+        """Replace the configuration of the published checkpoint, and of its adapter."""
+        for folder in (self.path, self.path / ADAPTER):
+            if folder.is_dir():
+                config.save_pretrained(folder)
+
     def load_best(self, model: MSAModel) -> None:
-        """Load the published weights into a model, without a second copy in memory.
+        """Load the published weights into a model, without a second copy in memory; removes its adapters.
 
         Raises:
             ConfigurationError: Nothing was published, because no epoch of the last stage had a score; or the
@@ -263,6 +286,7 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path}: no epoch had a finite validation score; lower the learning rates"
             )
+        remove_lora(model)  # they are merged into the published weights
         with _published(published):
             missing, unexpected = load_model(model, published, strict=False)
         if unexpected or not all(name.startswith(PROBES) for name in missing):

@@ -8,6 +8,7 @@ from typing import Any
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import load_encoder_config
+from msa_online.lora import LoraSettings
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.training.yaml_reader import ConfigurationError
@@ -165,6 +166,8 @@ class TrainingArguments:
             the backward pass: less memory, more time, equal gradients.
         cache_states: "auto" computes the states of frozen encoders once and keeps them on disk; "off"
             computes them in every epoch.
+        lora: Pretrained encoders to adapt with LoRA, by modality, with the keys of `LoraSettings`, like
+            {text: {r: 8}}: their weights are frozen, and small matrices beside them are trained.
         modulator: Name in `MODULATORS`.
         modulator_kwargs: Keyword arguments of the modulator.
         init_from: Checkpoint to start from, for fine-tuning; the labels may differ.
@@ -195,6 +198,7 @@ class TrainingArguments:
     freeze: list[str] | dict[str, int | str] = field(default_factory=list)
     gradient_checkpointing: list[str] = field(default_factory=list)
     cache_states: str = "auto"
+    lora: dict[str, LoraSettings] = field(default_factory=dict)
     modulator: str = "identity"
     modulator_kwargs: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None

@@ -52,6 +52,7 @@ def problems(arguments: RunArguments) -> Iterator[str]:
     data, training = arguments.data, arguments.training
     yield from _problems_of_inputs(arguments.model, training)
     yield from _problems_of_encoders(arguments.model, training)
+    yield from _problems_of_lora(training)
     yield from _problems_of_missing(data.missing, training)
     for key, choices in CHOICES.items():
         if (value := attrgetter(key)(arguments)) not in choices:
@@ -131,7 +132,7 @@ def _problems_of_encoders(model: Mapping[str, Any], training: TrainingArguments)
     for name, layers in training.frozen_layers.items():
         if layers != ALL and (isinstance(layers, str) or layers < 0):
             yield f"training.freeze of {name} is {layers!r}: {ALL}, or a number of layers from 0 on"
-    pretrained = ("freeze", "gradient_checkpointing")
+    pretrained = ("freeze", "gradient_checkpointing", "lora")
     for key in ("learning_rates", *pretrained):
         for name in getattr(training, key):
             if name not in MODALITIES:
@@ -147,6 +148,20 @@ def _problems_of_encoders(model: Mapping[str, Any], training: TrainingArguments)
     for name, rate in training.learning_rates.items():
         if rate <= 0:
             yield f"training.learning_rates of {name} is {rate}: above 0"
+
+
+def _problems_of_lora(training: TrainingArguments) -> Iterator[str]:
+    """Problems with how encoders are adapted."""
+    for name, settings in training.lora.items():
+        key = f"training.lora.{name}"
+        if name in training.freeze:
+            yield f"{key} and training.freeze exclude each other: LoRA freezes the weights itself"
+        if settings.r < 1:
+            yield f"{key}.r is {settings.r}: at least 1"
+        if settings.alpha is not None and settings.alpha < 1:
+            yield f"{key}.alpha is {settings.alpha}: at least 1"
+        if not 0 <= settings.dropout < 1:
+            yield f"{key}.dropout is {settings.dropout}: at least 0 and below 1"
 
 
 def _problems_of_missing(missing: MissingArguments, training: TrainingArguments) -> Iterator[str]:

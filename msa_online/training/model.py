@@ -13,6 +13,7 @@ from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.encoders import load_preprocessors, make_encoders
 from msa_online.encoders.pretrained import PretrainedEncoder, load_tokenizer
 from msa_online.hub import load_config, load_for_fine_tuning
+from msa_online.lora import AdapterError, add_lora
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
@@ -90,7 +91,7 @@ def require_encoders(arguments: RunArguments) -> None:
 
 
 def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArguments) -> None:
-    """Freeze encoders, whole or in part, and set up gradient checkpointing, as `training` says.
+    """Freeze encoders, whole or in part, set up gradient checkpointing, and add adapters.
 
     Args:
         encoders: Encoders by modality.
@@ -98,7 +99,7 @@ def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArgument
 
     Raises:
         ConfigurationError: An encoder has too few layers or no parameters, or it does not support gradient
-            checkpointing.
+            checkpointing, or has no layers to adapt.
     """
     for name, layers in training.frozen_layers.items():
         encoder = encoders[name]
@@ -131,6 +132,16 @@ def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArgument
             raise ConfigurationError(f"training.gradient_checkpointing names {name}: {error}") from error
         # for reentrant checkpointing only; it would send gradients through frozen layers
         network.disable_input_require_grads()
+    for name, settings in training.lora.items():
+        encoder = encoders[name]
+        if not isinstance(encoder, PretrainedEncoder):
+            raise ConfigurationError(
+                f"training.lora names {name}, but {_without_layers(encoder)}: leave it out"
+            )
+        try:
+            add_lora(encoder, settings)
+        except AdapterError as error:
+            raise ConfigurationError(f"training.lora.{name}: {error}") from error
 
 
 def _without_layers(encoder: nn.Module) -> str:

@@ -12,10 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from msa_online.encoders.pretrained import PretrainedEncoder
+from msa_online.lora import adapted_modalities
 from msa_online.modeling_msa import PROBES, MSAModel
 
 PRETRAINED_RATE = 2e-5
 """Default learning rate of a pretrained encoder."""
+ADAPTER_RATE = 1e-4
+"""Default learning rate of the adapters of LoRA."""
 
 
 def make_optimizer(
@@ -38,8 +41,8 @@ def make_optimizer(
         model: The model; what is frozen has no `requires_grad`.
         learning_rate: Peak learning rate of all that has none of its own.
         learning_rates: Peak learning rates of encoders by modality; by default `PRETRAINED_RATE` for
-            pretrained encoders. Encoders that train from scratch are part of the rest unless named, and so
-            are layers that the model adds to a pretrained encoder.
+            pretrained encoders, `ADAPTER_RATE` for those with adapters. Encoders that train from scratch are
+            part of the rest unless named, and so are layers that the model adds to a pretrained encoder.
         layer_decay: Learning rate of each layer of a pretrained encoder, relative to that above.
         weight_decay: Weight decay of matrices.
     """
@@ -89,10 +92,12 @@ def _parts(
     """The part that each parameter belongs to, by its name."""
     names = [name for name, _ in model.named_parameters()]
     parts = {name: Part("probes" if name.startswith(PROBES) else "rest", learning_rate) for name in names}
+    adapted = adapted_modalities(model)
     for modality, encoder in model.encoders.items():
         part, prefix = f"{modality}_encoder", f"encoders.{modality}."
         if isinstance(encoder, PretrainedEncoder):
-            rate, top = learning_rates.get(modality, PRETRAINED_RATE), len(encoder.layers)
+            default = ADAPTER_RATE if modality in adapted else PRETRAINED_RATE
+            rate, top = learning_rates.get(modality, default), len(encoder.layers)
             for name, depth in encoder.depths().items():
                 place = f"/layer {depth}" if depth else "/embeddings"
                 own_name = f"{part}{place}" if layer_decay < 1 and depth <= top else part

@@ -270,7 +270,7 @@ def finish(run: Run, command: str) -> None:
         "comparison": comparison,
     }
     if accelerator.is_main_process:
-        model.config.save_pretrained(folder.path)
+        folder.save_config(model.config)
         write_model_card(folder.path, model.config)
         folder.forget_state()
     for split, scores in results.items():
