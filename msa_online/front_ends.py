@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from scipy.sparse import csr_array
 from transformers import (
     ASTFeatureExtractor,
     FeatureExtractionMixin,
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank, window_function
 from transformers.image_processing_utils import BaseImageProcessor
 
-from feature_extractors.audio import HOP_MS, WINDOW_MS, log_mel
+from feature_extractors.audio import HOP_MS, WINDOW_MS, log_mel, mel_power
 from feature_extractors.clip import FULL_SCALE, SAMPLE_RATE, ClipFeatures
 
 AVERAGE_LOG_MEL = -11.0
@@ -60,11 +61,14 @@ def _normalised(extractor: Wav2Vec2FeatureExtractor, sound: np.ndarray) -> np.nd
 
 
 def _whisper(extractor: WhisperFeatureExtractor, sound: np.ndarray) -> np.ndarray:
-    """The steps of the sound alone, of the 30 s that the extractor usually makes."""
-    steps = -(-len(sound) // extractor.hop_length)
-    followed = np.pad(sound, (0, extractor.n_fft))  # by silence, as in 30 s
-    values = extractor(followed, sampling_rate=SAMPLE_RATE, padding="longest", truncation=False)
-    return values["input_features"][0].T[:steps]
+    """The steps of the sound alone, of the 30 s that the extractor makes with torch, in all its threads."""
+    window, hop = extractor.n_fft, extractor.hop_length
+    followed = np.pad(sound, (0, window))  # by silence, as in 30 s
+    padded = np.pad(followed, (window // 2, 0), mode="reflect")
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][: -(-len(sound) // hop)]
+    taper = window_function(window, "hann").astype(np.float32)
+    power = np.log10(np.maximum(mel_power(pieces * taper, _sparse(extractor.mel_filters)), 1e-10))
+    return (np.maximum(power, power.max() - 8) + 4) / 4
 
 
 def _w2v_bert(extractor: SeamlessM4TFeatureExtractor, sound: np.ndarray) -> np.ndarray:
@@ -81,7 +85,7 @@ def _ast(extractor: ASTFeatureExtractor, sound: np.ndarray) -> np.ndarray:
 
 
 def _kaldi_filter_bank(sound: np.ndarray, taper: str, num_mels: int, fewest: int = 1) -> np.ndarray:
-    """Log-mel filter bank in the manner of Kaldi, with values of `transformers.audio_utils.spectrogram`.
+    """Log-mel filter bank in the manner of Kaldi, with the values of `transformers.audio_utils.spectrogram`.
 
     That function loops over the steps and takes ten times as long.
 
@@ -92,22 +96,20 @@ def _kaldi_filter_bank(sound: np.ndarray, taper: str, num_mels: int, fewest: int
         fewest: Steps of a sound that is too short for them; it is followed by silence.
 
     Returns:
-        Natural log of the mel power (steps, num_mels), float64; each step is a whole window of 25 ms.
+        Natural log of the mel power (steps, num_mels), float32; each step is a whole window of 25 ms.
     """
     window, bands = _kaldi_filters(taper, num_mels)
     missing = WINDOW + (fewest - 1) * HOP - len(sound)
-    if missing > 0:
-        sound = np.pad(sound, (0, missing))
-    pieces = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP].astype(np.float64)
-    pieces -= pieces.mean(axis=1, keepdims=True)  # (steps, window)
-    first, others = pieces[:, :1] * (1 - PREEMPHASIS), pieces[:, 1:] - PREEMPHASIS * pieces[:, :-1]
-    spectrum = np.fft.rfft(np.concatenate([first, others], axis=1) * window, KALDI_FFT, axis=1)
-    power = spectrum.real**2 + spectrum.imag**2
-    return np.log(np.maximum(power @ bands, KALDI_FLOOR))
+    padded = np.pad(sound, (0, max(0, missing)))
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]  # (steps, window)
+    pieces = pieces - pieces.mean(axis=1, keepdims=True)
+    before = np.concatenate([pieces[:, :1], pieces[:, :-1]], axis=1)
+    power = mel_power((pieces - PREEMPHASIS * before) * window, bands, KALDI_FFT)
+    return np.log(np.maximum(power, KALDI_FLOOR))
 
 
 @lru_cache(maxsize=4)
-def _kaldi_filters(taper: str, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
+def _kaldi_filters(taper: str, num_mels: int) -> tuple[np.ndarray, csr_array]:
     bands = mel_filter_bank(
         num_frequency_bins=KALDI_FFT // 2 + 1,
         num_mel_filters=num_mels,
@@ -118,7 +120,11 @@ def _kaldi_filters(taper: str, num_mels: int) -> tuple[np.ndarray, np.ndarray]:
         mel_scale="kaldi",
         triangularize_in_mel_space=True,
     )
-    return window_function(WINDOW, taper, periodic=False), bands
+    return window_function(WINDOW, taper, periodic=False).astype(np.float32), _sparse(bands)
+
+
+def _sparse(bands: np.ndarray) -> csr_array:
+    return csr_array(bands.T.astype(np.float32))
 
 
 SOUND_FRONT_ENDS: dict[type[FeatureExtractionMixin], SoundFrontEnd] = {

@@ -27,6 +27,12 @@ EXTRACTORS = (
     SeamlessM4TFeatureExtractor,
     ASTFeatureExtractor,
 )
+TOLERANCE = {  # we compute in fp32, transformers partly in fp64; values reach 1.4 to 13
+    Wav2Vec2FeatureExtractor: 0,
+    WhisperFeatureExtractor: 5e-5,
+    SeamlessM4TFeatureExtractor: 1e-3,
+    ASTFeatureExtractor: 3e-4,
+}
 IMAGE_PROCESSORS = (
     ViTImageProcessorPil,
     CLIPImageProcessorPil,
@@ -76,7 +82,7 @@ def test_a_sound_becomes_what_transformers_makes_of_it_without_padding(kind, sam
         ASTFeatureExtractor: 1 + (samples - 400) // 160,
     }[kind]
     assert ours.dtype == torch.float32 and ours.shape == (steps, *whole.shape[1:])
-    np.testing.assert_allclose(ours, whole[:steps], atol=2e-5)
+    np.testing.assert_allclose(ours, whole[:steps], atol=TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("kind", EXTRACTORS)
