@@ -261,10 +261,31 @@ def _add_extract_features(commands: argparse._SubParsersAction) -> None:
     extract.add_argument("data", metavar="CLIPS", help="as for prepare")
     extract.add_argument("folder", metavar="FOLDER", help="a new folder")
     extract.add_argument("--text-encoder", required=True, metavar="NAME", help="name or folder of an encoder")
+    extract.add_argument(
+        "--audio-encoder", metavar="NAME", help="name or folder of an encoder (default: acoustic descriptors)"
+    )
+    extract.add_argument(
+        "--audio-layer",
+        type=_layer,
+        metavar="LAYER",
+        help="layer of the audio encoder: a number, 0 for the embeddings, or last (default last)",
+    )
+    extract.add_argument(
+        "--audio-stride",
+        type=_at_least(1),
+        metavar="N",
+        help="average so many consecutive states of the audio encoder (default 4)",
+    )
+    extract.add_argument(
+        "--vision-encoder",
+        metavar="NAME",
+        help="name or folder of an encoder of images, whose states precede the blendshapes",
+    )
     extract.add_argument("--label-column", default="label", help="column of the labels (default label)")
     extract.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
     _add_level(extract)
     _add_extraction(extract)
+    extract.set_defaults(refuse=extract.error)
 
 
 def _add_level(parser: argparse.ArgumentParser) -> None:
@@ -288,6 +309,18 @@ def _share(text: str) -> float:
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share: give a number between 0 and 1")
     return float(text)
+
+
+def _layer(text: str) -> str | int:
+    """Option type: "last" or the number of a layer."""
+    if text == "weighted":
+        raise argparse.ArgumentTypeError(
+            "weighted is learned in training: give last or a number, or train on the clips with "
+            "model.audio_layer=weighted and training.freeze=[audio]"
+        )
+    if text != "last" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no layer: give last, or a number from 0")
+    return text if text == "last" else int(text)
 
 
 def _positive(text: str) -> float:

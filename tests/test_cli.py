@@ -459,13 +459,24 @@ def test_features_are_extracted_from_clips(capsys, tiny_corpus, tiny_text_encode
     assert main(["extract-features", str(tiny_corpus), folder, *words, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "no audio stream" in printed and "text: 32, audio: 90, vision: 104" in printed
+    assert "CPU seconds without the extraction of clips: text " in printed
+
+
+def test_options_of_an_audio_encoder_are_checked(capsys, tmp_path):
+    words = ["extract-features", "clips", str(tmp_path / "x"), "--text-encoder", "any"]
+    assert "applies to the states of an --audio-encoder" in usage_error(capsys, *words, "--audio-layer", "3")
+    words += ["--audio-encoder", "any"]
+    assert "weighted is learned in training" in usage_error(capsys, *words, "--audio-layer", "weighted")
+    assert "'third' is no layer: give last, or a number" in usage_error(
+        capsys, *words, "--audio-layer", "third"
+    )
 
 
 def test_an_unknown_text_encoder_is_refused_before_clips_are_decoded(
     capsys, tiny_corpus, cache_dir, tmp_path
 ):
     words = ["extract-features", str(tiny_corpus), str(tmp_path / "x"), "--text-encoder", "nobody/nothing"]
-    assert "text encoder 'nobody/nothing'" in refusal(capsys, *words)
+    assert "encoder 'nobody/nothing'" in refusal(capsys, *words)
     assert not (cache_dir / "features").exists() and not (tmp_path / "x").exists()
 
 

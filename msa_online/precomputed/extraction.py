@@ -1,35 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extract a corpus of features from clips: states of a frozen text encoder, acoustic and face descriptors."""
+"""Extract a corpus of features from clips: states of frozen encoders, acoustic descriptors, blendshapes."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
-from feature_extractors import CacheError, ExtractionSettings, FeatureCache, log_mel
+from feature_extractors import FeatureCache, log_mel
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
+from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus
 from msa_online.corpora.prepared_corpus import PreparedCorpus
-from msa_online.encoders import load_encoder_config
-from msa_online.encoders.pretrained import load_tokenizer
-from msa_online.encoders.text import TextEncoder
+from msa_online.encoders import load_encoder_config, load_preprocessors, make_encoders
+from msa_online.encoders.pretrained import EncoderError, load_tokenizer
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.precomputed.corpus import FeatureSteps
 from msa_online.precomputed.files import require_new_folder, write_feature_folder
 from msa_online.precomputed.pooling import pool
-from msa_online.processing_msa import MAX_TEXT_TOKENS, clean_text, mask_of, token_ids
+from msa_online.precomputed.states import FrozenEncoder, load_features
+from msa_online.processing_msa import MAX_AUDIO_SECONDS, MSAProcessor
 
-TEXTS_TOGETHER = 32  # in one forward pass
 NO_SOUND = np.zeros((0, 1), np.float32)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract_features` did.
+
+    Attributes:
+        prepared: The prepared corpus, with its findings.
+        processor: Made the encoders' inputs; its limits are those of what was read.
+        cpu_seconds: CPU time that the features of each modality took.
+    """
+
+    prepared: PreparedCorpus
+    processor: MSAProcessor
+    cpu_seconds: dict[str, float]
 
 
 def extract_features(
@@ -37,51 +52,78 @@ def extract_features(
     folder: Path,
     *,
     text_encoder: str,
+    audio_encoder: str | None = None,
+    vision_encoder: str | None = None,
+    audio_layer: str | int = "last",
+    audio_stride: int = 4,
     level: str = "sequence",
-    settings: ExtractionSettings | None = None,
+    extraction: Mapping[str, Any] | None = None,
     workers: int | None = None,
     skip_broken: bool = False,
-) -> PreparedCorpus:
+) -> Extraction:
     """Extract a corpus of features from clips, to train many heads on states that are computed once.
 
-    Text becomes the last hidden states of the published text encoder, audio the descriptors of
-    `audio_descriptors`, and each frame with a face its 52 blendshape scores. A modality that a clip lacks has
-    no steps.
+    Text becomes the states of the published text encoder. Audio becomes those of the audio encoder, or
+    without one the descriptors of `audio_descriptors`. Each frame with a face becomes its 52 blendshape
+    scores, after the states of the vision encoder if there is one. A modality that a clip lacks has no steps.
+
+    States are those that training with frozen encoders computes, in fp32, before anything that is learned.
+    They are kept in the cache: an interrupted extraction continues, and training finds them.
 
     Args:
         corpus: The clips; their label, split and speaker are kept.
         folder: Folder to write; it is written completely or not at all.
         text_encoder: Folder or name of a text encoder.
+        audio_encoder: Folder or name of an audio encoder.
+        vision_encoder: Folder or name of a vision encoder.
+        audio_layer: "last", or the number of a layer of the audio encoder, as in `MSAConfig`.
+        audio_stride: How many consecutive states of the audio encoder are averaged.
         level: "sequence" keeps the steps; "utterance" pools them with `pool`.
-        settings: What to extract from clips; cached features are not extracted again.
-        workers: Number of processes that extract features.
+        extraction: What to extract from clips: fields of `ExtractionSettings`.
+        workers: Number of processes that extract clips.
         skip_broken: Leave out clips that cannot be decoded, instead of raising.
-
-    Returns:
-        The prepared corpus, with its findings.
 
     Raises:
         CorpusError: The folder exists or cannot be written, or clips cannot be decoded.
-        EncoderError: The text encoder is unavailable.
+        CacheError: The disk is too small or not writable.
+        EncoderError: An encoder is unavailable, is for another modality, or `audio_layer` is "weighted".
+        ValueError: The audio encoder lacks the layer.
     """
-    settings = settings or ExtractionSettings()
+    if audio_layer == "weighted":
+        raise EncoderError(
+            "audio_layer 'weighted' is learned in training: extract one layer (last, or its number), or "
+            "train on the clips with model.audio_layer=weighted and training.freeze=[audio]"
+        )
     require_new_folder(folder)
-    tokenizer, encoder = load_tokenizer(text_encoder), TextEncoder(load_encoder_config("text", text_encoder))
-    encoder.load_pretrained(text_encoder)
-    cache = FeatureCache()
-    prepared = prepare(corpus, cache, settings, workers, skip_broken, math.inf)
-    samples = prepared.samples
-    sequences = {name: [] for name in MODALITIES}
-    sequences["text"] = encode_texts([sample.text for sample in samples], tokenizer, encoder)
-    for sample in _progress(samples, "computing descriptors"):
-        features = cache.load(prepared.keys[sample.id])
-        if features is None:
-            raise CacheError(f"the features of {sample.clip.path} were deleted from the cache: start again")
-        spectrogram = log_mel(features.sound()) if features.has_audio else NO_SOUND
-        sequences["audio"].append(audio_descriptors(spectrogram))
-        sequences["vision"].append(blendshapes_of(features))
-    widths = {"text": _width_of(encoder), "audio": len(DESCRIPTORS), "vision": NUM_BLENDSHAPES}
-    steps = {name: FeatureSteps.join(sequences[name], widths[name]) for name in MODALITIES}
+    names = {"text": text_encoder, "audio": audio_encoder, "vision": vision_encoder}
+    names = {name: encoder for name, encoder in names.items() if encoder is not None}
+    config = MSAConfig(
+        **{f"{name}_encoder": encoder for name, encoder in names.items()},
+        **{f"{name}_config": load_encoder_config(name, encoder) for name, encoder in names.items()},
+        audio_layer=audio_layer,
+        audio_stride=audio_stride,
+    )
+    encoders = make_encoders(config)
+    for name, encoder in names.items():
+        encoders[name].load_pretrained(encoder)
+        encoders[name].freeze()
+    processor = MSAProcessor(
+        load_tokenizer(text_encoder),
+        dict(extraction or {}),
+        max_audio_seconds=MAX_AUDIO_SECONDS if audio_encoder else math.inf,
+        **load_preprocessors(config),
+    )
+    prepared = prepare(
+        corpus, FeatureCache(), processor.settings, workers, skip_broken, processor.max_audio_seconds
+    )
+    steps, cpu_seconds = {}, {}
+    for name in MODALITIES:
+        began = time.process_time()
+        if name in names:
+            steps[name] = states_of(FrozenEncoder(name, encoders[name], config, processor, prepared))
+        else:
+            steps[name] = describe(prepared, *DESCRIPTIONS[name])
+        cpu_seconds[name] = time.process_time() - began
     if level == "utterance":
         steps = pool(steps)
     rows = [
@@ -92,48 +134,47 @@ def extract_features(
             "split": sample.split,
             "speaker": sample.speaker or "",
         }
-        for sample in samples
+        for sample in prepared.samples
     ]
     origin = {
         "made by": "msa-online extract-features",
         "clips": str(corpus.source),
         "level": level,
-        "text": {"encoder": text_encoder, "states": "last hidden layer, special tokens included"},
-        "audio": {"descriptors": DESCRIPTORS},
-        "vision": {"scores": "MediaPipe blendshapes of frames with a face"},
-        "extraction": asdict(settings),
+        **_origin_of_states(names, audio_layer, audio_stride, processor.max_audio_seconds),
+        "extraction": asdict(processor.settings),
         "widths": {name: each.width for name, each in steps.items()},
+        "cpu_seconds": {name: round(seconds, 1) for name, seconds in cpu_seconds.items()},
     }
     write_feature_folder(folder, rows, steps, origin)
-    return prepared
+    return Extraction(prepared, processor, cpu_seconds)
 
 
-@torch.inference_mode()
-def encode_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
-) -> list[np.ndarray]:
-    """Last hidden states of each text, `(tokens, width)` float32; an empty text has no tokens.
+def states_of(frozen: FrozenEncoder) -> FeatureSteps:
+    """States of a frozen encoder for all samples of its corpus; those that are not stored are computed.
 
-    Special tokens are included. Texts are truncated to 128 tokens, as in `MSAProcessor`.
+    A sample without the modality has no steps; frames without a face are left out.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = encoder.to(device).eval()
-    ids = {
-        number: torch.tensor(token_ids(tokenizer, clean_text(text), MAX_TEXT_TOKENS))
-        for number, text in enumerate(texts)
-        if clean_text(text)
-    }
-    states = [np.zeros((0, _width_of(encoder)), np.float32)] * len(texts)
-    order = sorted(ids, key=lambda number: len(ids[number]))
-    batches = [order[at : at + TEXTS_TOGETHER] for at in range(0, len(order), TEXTS_TOGETHER)]
-    for batch in _progress(batches, "encoding texts"):
-        texts_of_batch = [ids[number] for number in batch]
-        padded = pad_sequence(texts_of_batch, batch_first=True, padding_value=tokenizer.pad_token_id)
-        mask = mask_of(texts_of_batch)
-        sequence = encoder({"text_input_ids": padded.to(device), "text_mask": mask.to(device)})
-        for number, values in zip(batch, sequence.values.cpu().numpy(), strict=True):
-            states[number] = values[: len(ids[number])].copy()
-    return states
+    if not frozen.keys:
+        width = frozen.config.widths[frozen.name] + (NUM_BLENDSHAPES if frozen.name == "vision" else 0)
+        return FeatureSteps.join([np.zeros((0, width))] * len(frozen.data.samples), width)
+    frozen.compute(frozen.missing, "cuda" if torch.cuda.is_available() else "cpu")
+    states = [frozen.states.of(sample.id) for sample in frozen.data.samples]
+    kept = [values[mask].float().numpy() for values, mask in states]
+    return FeatureSteps.join(kept, kept[0].shape[1])
+
+
+def describe(
+    prepared: PreparedCorpus, description: Callable[[ClipFeatures], np.ndarray], width: int
+) -> FeatureSteps:
+    """Descriptions `(time, width)` of all clips, made without an encoder."""
+    samples = track(prepared.samples, "computing descriptors", transient=True, console=Console(stderr=True))
+    clips = (load_features(prepared.cache, prepared.keys[sample.id], sample) for sample in samples)
+    return FeatureSteps.join([description(features) for features in clips], width)
+
+
+def descriptors_of(features: ClipFeatures) -> np.ndarray:
+    """Acoustic descriptors of the sound, `(steps, 45)` float32; see `audio_descriptors`."""
+    return audio_descriptors(log_mel(features.sound()) if features.has_audio else NO_SOUND)
 
 
 def blendshapes_of(features: ClipFeatures) -> np.ndarray:
@@ -141,9 +182,29 @@ def blendshapes_of(features: ClipFeatures) -> np.ndarray:
     return features.blendshapes[features.face_found]
 
 
-def _width_of(encoder: TextEncoder) -> int:
-    return encoder.model.config.hidden_size
+DESCRIPTIONS = {
+    "audio": (descriptors_of, len(DESCRIPTORS)),
+    "vision": (blendshapes_of, NUM_BLENDSHAPES),
+}
+"""What is extracted without an encoder, and its width."""
 
 
-def _progress(items: Sequence, description: str) -> Iterable:
-    return track(items, description, transient=True, console=Console(stderr=True))
+def _origin_of_states(
+    names: Mapping[str, str], audio_layer: str | int, audio_stride: int, max_audio_seconds: float
+) -> dict[str, dict[str, Any]]:
+    """What each modality's features are, for the record."""
+    text = {"encoder": names["text"], "states": "last hidden layer, special tokens included"}
+    audio: dict[str, Any] = {"descriptors": DESCRIPTORS}
+    if "audio" in names:
+        audio = {
+            "encoder": names["audio"],
+            "layer": audio_layer,
+            "stride": audio_stride,
+            "states": f"means of {audio_stride} consecutive states, of the first {max_audio_seconds:g} s",
+        }
+    blendshapes = "MediaPipe blendshapes of frames with a face"
+    vision = {"scores": blendshapes}
+    if "vision" in names:
+        joined = f"one state a frame with a face, then its {NUM_BLENDSHAPES} blendshape scores, concatenated"
+        vision = {"encoder": names["vision"], "states": joined, "scores": blendshapes}
+    return {"text": text, "audio": audio, "vision": vision}

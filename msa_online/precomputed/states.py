@@ -295,7 +295,9 @@ class FrozenEncoder:
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             weights.update(_bytes_of(tensor))
         fields = {
-            key: value for key, value in self.config.to_dict().items() if key.startswith(f"{self.name}_")
+            key: value
+            for key, value in self.config.to_dict().items()
+            if key.startswith(f"{self.name}_") or (self.name, key) == ("vision", "blendshapes")
         }
         del fields[f"{self.name}_encoder"]  # its name; the weights count
         made_by = self.processor.to_dict()
