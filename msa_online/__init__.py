@@ -2,13 +2,15 @@
 """Robust multimodal sentiment analysis from raw video.
 
 Importing the package registers `MSAConfig`, `MSAModel` and `MSAProcessor` with the Auto classes of
-transformers, so that `AutoModel.from_pretrained` loads a checkpoint without remote code, and the task
-"multimodal-sentiment" with `transformers.pipeline`. The import loads no model and uses no network.
+transformers, so that `AutoModel.from_pretrained` loads a checkpoint without remote code, the vision encoder
+`FaceResNet` likewise, and the task "multimodal-sentiment" with `transformers.pipeline`. The import loads no
+model and uses no network.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders.face_resnet import FaceResNet, FaceResNetConfig
 from msa_online.modeling_msa import MSAModel, MSAOutput
 from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.processing_msa import MSADataCollator, MSAProcessor
@@ -29,3 +31,5 @@ __all__ = [
 AutoConfig.register(MSAConfig.model_type, MSAConfig)
 AutoModel.register(MSAConfig, MSAModel)
 AutoProcessor.register(MSAConfig, MSAProcessor)
+AutoConfig.register(FaceResNetConfig.model_type, FaceResNetConfig)
+AutoModel.register(FaceResNetConfig, FaceResNet)

@@ -61,6 +61,7 @@ FAMILIES = {
     "convnext": Family("encoder.stages"),  # these three: mean over the picture
     "convnextv2": Family("encoder.stages"),
     "dinov3_convnext": Family("model.stages"),
+    "face_resnet": Family("blocks"),  # means over the quarters of the picture
 }
 """Networks for pictures, by `model_type` of their configuration. The state of a picture passes the network's
 last norm and no projection into a space of pictures and texts."""

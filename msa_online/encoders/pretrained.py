@@ -91,6 +91,7 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "openai/clip-vit-base-patch32": {"model_type": "clip"},
     "google/siglip-base-patch16-224": {"model_type": "siglip"},
+    "dlib-face-resnet": {"model_type": "face_resnet"},
 }
 """Shapes of common encoders, so that models can be described and tested without the Hub."""
 
@@ -330,7 +331,7 @@ def _load(function: Callable, name: str, source: str, **kwargs: Any) -> Any:
     try:
         return function(source, local_files_only=local, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        carried = {asset.hub_id for asset in ASSETS.values()}
+        carried = {asset.hub_id or name for name, asset in ASSETS.items()}
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         if Path(source).is_dir():
             raise EncoderError(

@@ -52,6 +52,7 @@ TINY = {
     "convnext": ("convnext", OF_CONVOLUTIONS),
     "convnextv2": ("convnextv2", OF_CONVOLUTIONS),
     "dinov3_convnext": ("dinov3_convnext", OF_CONVOLUTIONS),
+    "face_resnet": ("face_resnet", {"widths": [6, 4], "depths": [1, 2]}),
 }
 """Small configurations by name of the variant: the model type, and its fields."""
 
@@ -108,6 +109,9 @@ def test_the_state_of_a_frame_is_that_of_transformers(variant):
         expected = reference.pooler.layernorm(last[:, 1:].mean(1))
     elif variant == "dinov3_convnext":
         expected = last[:, 0]
+    elif variant == "face_resnet":
+        cells = [last[:, :, row : row + 2, column : column + 2] for row in (0, 1) for column in (0, 1)]
+        expected = torch.stack([cell.mean(dim=(2, 3)) for cell in cells], dim=2).flatten(1)
     else:
         expected = reference.layernorm(last.mean((2, 3)))
     assert states.shape == (2, 3, WIDTH) and (states[1, -1] == 0).all()
@@ -227,7 +231,7 @@ def test_pictures_of_another_size_than_in_pretraining_are_read(variant):
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize("variant", ["vit", "siglip_vision_model", "convnext"])
+@pytest.mark.parametrize("variant", ["vit", "siglip_vision_model", "convnext", "face_resnet"])
 def test_how_many_pictures_run_at_once_changes_nothing(variant, at_once, monkeypatch):
     encoder = make_encoder(variant).double()
     inputs = {name: it if it.dtype == torch.bool else it.double() for name, it in face_inputs().items()}
@@ -236,7 +240,7 @@ def test_how_many_pictures_run_at_once_changes_nothing(variant, at_once, monkeyp
     torch.testing.assert_close(encoder(inputs).values, whole, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "siglip_vision_model"])
+@pytest.mark.parametrize("variant", ["dinov2", "siglip_vision_model", "face_resnet"])
 def test_gradient_checkpointing_gives_the_same_gradients(variant):
     encoder = make_encoder(variant).train()
     gradients = []

