@@ -19,7 +19,9 @@ from msa_online.encoders import encoder_class
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import PROBES, MSAModel
+from msa_online.training.config import TrainingArguments
 from msa_online.training.config_reader import read_arguments
+from msa_online.training.model import limit_training
 from msa_online.training.yaml_reader import ConfigurationError
 
 EXAMPLE_SECONDS = 4
@@ -37,11 +39,14 @@ class Description:
 
     Attributes:
         parameters: Parameter count of each part, and their sum as `total`.
+        frozen: Count of those that are not trained, and their sum as `total`: what a configuration freezes,
+            and constants of an encoder.
         shapes: Output shape of each step, in order, for one clip of four seconds or features of 20 steps.
         trained_on: Record of training and scores of a checkpoint; empty for a configuration.
     """
 
     parameters: dict[str, int]
+    frozen: dict[str, int]
     shapes: dict[str, list[int]]
     trained_on: dict[str, Any]
 
@@ -55,7 +60,7 @@ def describe(source: str | Path) -> Description:
         ConfigurationError: The configuration file cannot be used.
         CheckpointError: The folder or repository is not a checkpoint, or its weights belong to another model.
     """
-    config, settings = _read(source)
+    config, settings, training = _read(source)
     with torch.device("meta"):
         try:
             model = MSAModel(config)
@@ -63,34 +68,37 @@ def describe(source: str | Path) -> Description:
             raise ConfigurationError(f"{source}: no model can be built from it: {error}") from error
         if Path(source).is_dir():
             require_own_weights(Path(source), model)
-        return Description(count_parameters(model), _shapes(model, settings), config.trained_on or {})
+        limit_training(model.encoders, training)
+        frozen = count_parameters(model, only_frozen=True)
+        return Description(count_parameters(model), frozen, _shapes(model, settings), config.trained_on or {})
 
 
-def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings]:
+def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings, TrainingArguments]:
     if Path(source).suffix not in (".yaml", ".yml"):
-        return _with_settings(load_config(source), {})
+        config = load_config(source)
+        return config, _settings(config, {}), TrainingArguments()
     arguments = read_arguments(source)
-    extraction = arguments.data.extraction
-    if not (arguments.model.get("text_encoder") or arguments.model.get("feature_widths")):
-        return _with_settings(load_config(arguments.training.init_from), extraction)
-    # the number of classes is known from the data only
-    classes = [f"class {number}" for number in range(EXAMPLE_CLASSES)]
-    return _with_settings(arguments.model_config(classes), extraction)
+    if arguments.model.get("text_encoder") or arguments.model.get("feature_widths"):
+        # the number of classes is known from the data only
+        config = arguments.model_config([f"class {number}" for number in range(EXAMPLE_CLASSES)])
+    else:
+        config = load_config(arguments.training.init_from)
+    return config, _settings(config, arguments.data.extraction), arguments.training
 
 
-def _with_settings(config: MSAConfig, extraction: Mapping[str, Any]) -> tuple[MSAConfig, ExtractionSettings]:
+def _settings(config: MSAConfig, extraction: Mapping[str, Any]) -> ExtractionSettings:
     size = {} if config.vision_config is None else {"face_size": EXAMPLE_PICTURE}
-    return config, ExtractionSettings(**{**size, **extraction})
+    return ExtractionSettings(**{**size, **extraction})
 
 
-def count_parameters(model: MSAModel) -> dict[str, int]:
+def count_parameters(model: MSAModel, only_frozen: bool = False) -> dict[str, int]:
     """Parameter counts of each encoder, the calibrator and each part of the head, and their `total`.
 
     Probes are not counted: only a modulator uses them, in training.
     """
     counts: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
-        if not name.startswith(PROBES):
+        if not (name.startswith(PROBES) or (only_frozen and parameter.requires_grad)):
             counts[_part_of(name)] += parameter.numel()
     return {"total": sum(counts.values()), **counts}
 
@@ -171,11 +179,14 @@ def description_tables(description: Description, source: str) -> list[Table]:
     parts = Table(title=Text(f"{source}: parameters"), title_justify="left")
     parts.add_column("part")
     parts.add_column("parameters", justify="right")
-    for name, count in description.parameters.items():
-        if name != "total":
-            parts.add_row(name, f"{count:,}")
-    parts.add_section()
-    parts.add_row("total", f"{description.parameters['total']:,}")
+    if description.frozen["total"]:
+        parts.add_column("frozen", justify="right")
+    counts = [name for name in description.parameters if name != "total"]
+    for name in (*counts, "total"):
+        if name == "total":
+            parts.add_section()
+        columns = (description.parameters[name], description.frozen.get(name, 0))
+        parts.add_row(name, *(f"{count:,}" for count in columns[: len(parts.columns) - 1]))
     clip, features = (
         f"shapes for one clip of {EXAMPLE_SECONDS} s",
         f"shapes for features of {EXAMPLE_TOKENS} steps",

@@ -70,7 +70,7 @@ def test_the_blendshape_stream_is_counted_with_the_face(write_config):
 
 def test_a_description_is_json_with_the_total_where_scripts_look_for_it(write_config):
     document = json.loads(json.dumps(asdict(describe(write_config(text_encoder="bert-base-uncased")))))
-    assert set(document) == {"parameters", "shapes", "trained_on"}
+    assert set(document) == {"parameters", "frozen", "shapes", "trained_on"}
     assert isinstance(document["parameters"]["total"], int) and document["trained_on"] == {}
 
 
@@ -140,6 +140,16 @@ def test_the_terminal_shows_parts_total_and_shapes(write_config):
     text = shown(describe(write_config(text_encoder="bert-base-uncased", blendshapes=False)))
     for expected in ("108,891,648", "502,898", "507,302", "total", "400 x 80", "50 x 160"):
         assert expected in text
+
+
+def test_what_a_configuration_freezes_is_counted_and_shown(write_config):
+    training = {"freeze": {"text": 4}}
+    encoder = "sentence-transformers/all-MiniLM-L6-v2"
+    description = describe(write_config(text_encoder=encoder, training=training))
+    # two of six layers of 1,774,464 are trained
+    assert description.frozen == {"total": 19_016_448, "text_encoder": 22_565_376 - 2 * 1_774_464}
+    assert "19,016,448" in shown(description)
+    assert "frozen" not in shown(describe(write_config(text_encoder=encoder)))
 
 
 def shown(description) -> str:

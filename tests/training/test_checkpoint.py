@@ -237,6 +237,15 @@ def test_a_key_given_up_since_the_start_counts_as_a_change(begun, path):
         Run(path).folder.open(configured(path, resume=True))
 
 
+def test_a_run_of_an_earlier_version_is_refused_naming_its_key_and_what_replaces_it(begun, path):
+    started = path / "run.yaml"
+    started.write_text(started.read_text().replace("  learning_rates: {}", "  text_learning_rate: 2.0e-05"))
+    with pytest.raises(
+        ConfigurationError, match=r"run\.yaml: training\.text_learning_rate .* use .*overwrite"
+    ):
+        Run(path).folder.open(configured(path, resume=True))
+
+
 def test_a_run_continues_in_the_precision_it_began_in(begun, path):
     """On a machine that would choose another one, the user names the precision of the start."""
     Run(path).folder.open(configured(path, resume=True, mixed_precision="no"))  # which `auto` came to
