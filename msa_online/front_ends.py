@@ -232,6 +232,11 @@ PILLOW_EQUIVALENTS = {"DINOv3ViTImageProcessor": "ViTImageProcessor"}
 """Image processors that exist for torchvision only, and those that do the same with Pillow."""
 
 
+def pillow_equivalent(fields: dict[str, Any]) -> str | None:
+    """The class in place of that of a saved image processor; None if the class has a version for Pillow."""
+    return PILLOW_EQUIVALENTS.get(str(fields.get("image_processor_type")).removesuffix("Fast"))
+
+
 def restore_image_processor(processor: BaseImageProcessor | dict[str, Any] | None) -> Any:
     """An image processor from its saved form, on Pillow: inputs are the same with and without torchvision.
 
@@ -241,8 +246,8 @@ def restore_image_processor(processor: BaseImageProcessor | dict[str, Any] | Non
     if processor is None:
         return None
     fields = dict(processor) if isinstance(processor, dict) else processor.to_dict()
-    name = str(fields.pop("image_processor_type", None)).removesuffix("Fast")
-    pillow = getattr(transformers, f"{PILLOW_EQUIVALENTS.get(name, name)}Pil", None)
+    equivalent, name = pillow_equivalent(fields), str(fields.pop("image_processor_type", None))
+    pillow = getattr(transformers, f"{equivalent or name.removesuffix('Fast')}Pil", None)
     if not (isinstance(pillow, type) and issubclass(pillow, BaseImageProcessor)):
         raise ValueError(
             f"the vision encoder's image processor is {name}, which transformers {transformers.__version__} "

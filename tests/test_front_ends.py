@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inputs of pretrained encoders are those that transformers makes, without padding."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers import (
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAProcessor
+from msa_online.encoders.pretrained import load_image_processor
 
 EXTRACTORS = (
     Wav2Vec2FeatureExtractor,
@@ -186,6 +189,12 @@ def test_a_saved_processor_makes_the_same_inputs_without_other_files(audio, imag
 def test_a_front_end_that_cannot_be_used_is_refused(parts, message, make_processor):
     with pytest.raises(ValueError, match=message):
         make_processor(**parts)
+
+
+def test_the_image_processor_of_dinov3_needs_no_torchvision(tmp_path):
+    fields = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    assert isinstance(load_image_processor(str(tmp_path)), ViTImageProcessorPil)
 
 
 def test_arrays_are_read_by_the_front_ends_of_the_encoders(make_processor, face_image):

@@ -23,12 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from feature_extractors.assets import asset_path, get_asset
 from feature_extractors.catalogue import ASSETS, asset_of_model
 from feature_extractors.clip import SAMPLE_RATE
 from feature_extractors.sources import why_hub_is_silent
+from msa_online.front_ends import pillow_equivalent, restore_image_processor
 from msa_online.modalities import ModalitySequence
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -316,6 +318,9 @@ def load_image_processor(name: str) -> Any:
             f"vision encoder {name!r} has no preprocessor_config.json, which says the size and the scale of "
             "its pictures: add the one that it was published with"
         )
+    fields, _ = _load(BaseImageProcessor.get_image_processor_dict, name, source)
+    if pillow_equivalent(fields):  # transformers refuses it without torchvision
+        return restore_image_processor(fields)
     return _load(AutoImageProcessor.from_pretrained, name, source)
 
 
