@@ -301,6 +301,13 @@ class MSAModel(PreTrainedModel):
         of_head = self.head.modality_parameters()
         return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
 
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As in transformers, but tensors are saved under the names that they have in the model.
+
+        transformers would give those of some encoders (ViT, DINOv2) the names of its earlier versions.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but weights that do not match the configuration are an error.

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -167,6 +168,8 @@ def test_a_checkpoint_is_rebuilt_bit_by_bit_from_its_folder(variant, tiny_text_c
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert config.widths["vision"] == WIDTH
     model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # as a run reads its best epoch
+        assert set(file.keys()) == model.state_dict().keys()
     again = MSAModel.from_pretrained(tmp_path).eval()
     assert fixed == {name for name, parameter in again.named_parameters() if not parameter.requires_grad}
     inputs = face_inputs()
