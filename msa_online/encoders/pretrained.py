@@ -91,8 +91,8 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         "patch_size": 14,
         "image_size": 518,
     },
-    "openai/clip-vit-base-patch32": {"model_type": "clip"},
-    "google/siglip-base-patch16-224": {"model_type": "siglip"},
+    "openai/clip-vit-base-patch32": {"model_type": "clip_vision_model"},
+    "google/siglip-base-patch16-224": {"model_type": "siglip_vision_model"},
     "dlib-face-resnet": {"model_type": "face_resnet"},
 }
 """Shapes of common encoders, so that models can be described and tested without the Hub."""

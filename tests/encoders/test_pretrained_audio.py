@@ -11,10 +11,12 @@ from transformers import (
     WhisperModel,
 )
 
+from feature_extractors import get_asset
 from msa_online import MSAConfig, MSAModel
-from msa_online.encoders import encoder_class
+from msa_online.encoders import encoder_class, load_encoder_config
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.encoders.pretrained_audio import LayerWeights, pool
+from msa_online.encoders.whisper import WhisperEncoder
 from msa_online.modalities import ModalitySequence
 
 LAYERS, WIDTH = 3, 16
@@ -229,6 +231,21 @@ def test_a_layer_that_the_encoder_lacks_is_refused():
 def test_a_whisper_is_told_when_a_sound_is_too_long():
     with pytest.raises(ValueError, match=f"25 log-mel steps.*at most {STEPS}"):
         make_encoder("whisper")(inputs_of([STEPS + 1]))
+
+
+def test_the_published_whisper_is_loaded_by_name_and_has_its_own_states():
+    """Real weights, on the 30 s that transformers insists on."""
+    config = load_encoder_config("audio", "openai/whisper-tiny.en")
+    encoder = WhisperEncoder(config, "weighted", stride=1).eval()
+    encoder.load_pretrained("openai/whisper-tiny.en")
+    values = torch.randn(1, 3000, 80, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 3000, dtype=torch.bool)
+    reference = AutoModel.from_pretrained(get_asset("whisper-tiny.en-encoder")).encoder.eval()
+    with torch.inference_mode():
+        states = encoder.states({"audio_values": values, "audio_mask": mask}).values
+        expected = torch.cat(reference(values.mT, output_hidden_states=True).hidden_states, dim=-1)
+    assert expected.abs().max() > 5
+    torch.testing.assert_close(states, expected, atol=1e-3, rtol=1e-4)
 
 
 # --- pooling and weighing ---

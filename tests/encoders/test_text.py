@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from msa_online.encoders import load_encoder_config
+from msa_online.configuration_msa import MSAConfig
+from msa_online.encoders import encoder_class, load_encoder_config
 from msa_online.encoders.pretrained import EncoderError, find_encoder, load_tokenizer, read_encoder_config
 from msa_online.encoders.text import TextEncoder
 
@@ -59,21 +60,33 @@ def test_padding_does_not_change_a_token(architecture):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("modality", "name", "parameters"),
     [
-        ("bert-base-uncased", 108_891_648),
-        ("microsoft/deberta-v3-base", 183_831_552),
-        ("sentence-transformers/all-MiniLM-L6-v2", 22_565_376),
-        ("sentence-transformers/all-mpnet-base-v2", 108_895_872),
+        ("text", "bert-base-uncased", 108_891_648),
+        ("text", "microsoft/deberta-v3-base", 183_831_552),
+        ("text", "sentence-transformers/all-MiniLM-L6-v2", 22_565_376),
+        ("text", "sentence-transformers/all-mpnet-base-v2", 108_895_872),
+        ("audio", "openai/whisper-tiny.en", 8_208_384),
+        ("audio", "openai/whisper-base.en", 20_590_592),
+        ("audio", "facebook/wav2vec2-base", 94_371_712 - 768),  # without the state of masked steps
+        ("audio", "facebook/hubert-base-ls960", 94_371_712 - 768),
+        ("audio", "microsoft/wavlm-base-plus", 94_381_936 - 768),
+        ("audio", "facebook/w2v-bert-2.0", 580_493_120 - 1024),
+        ("vision", "google/vit-base-patch16-224", 85_798_656),  # without the pooler
+        ("vision", "facebook/dinov2-small", 22_056_960 - 384),  # without the mask token
+        ("vision", "openai/clip-vit-base-patch32", 87_456_000),
+        ("vision", "google/siglip-base-patch16-224", 92_884_224),
     ],
 )
-def test_known_shapes_have_their_published_size(name, parameters, monkeypatch):
+def test_known_shapes_have_their_published_size(modality, name, parameters, monkeypatch):
     monkeypatch.setattr(
         "msa_online.encoders.pretrained.find_encoder", lambda name, download=False: name
     )  # as without a local copy
+    sub_config = load_encoder_config(modality, name)
+    config = MSAConfig(**{f"{modality}_config": sub_config})
     with torch.device("meta"):
-        encoder = TextEncoder(load_encoder_config("text", name))
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+        network = encoder_class(modality, sub_config).from_config(config).model
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 def test_the_shape_in_the_table_is_the_shape_of_the_local_copy():
