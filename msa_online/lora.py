@@ -104,7 +104,7 @@ def _default_targets(network: nn.Module) -> list[str] | None:
     if kind in TARGETS_BY_TYPE or kind in KNOWN:
         return TARGETS_BY_TYPE.get(kind)
     attention = [
-        f"{name}." for name, module in network.named_modules() if "Attention" in type(module).__name__
+        f"{name}." for name, module in network.named_modules() if type(module).__name__.endswith("Attention")
     ]
     found = [name for name, _ in _linear_layers(network) if name.startswith(tuple(attention))]
     if not found:

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import compute_module_sizes
 from safetensors.torch import load_file, save_file
 from torch.export import Dim
-from transformers import AutoModel, AutoProcessor, MPNetConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    MPNetConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    WhisperConfig,
+)
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
@@ -325,3 +334,79 @@ def test_weights_that_do_not_fit_are_an_error_of_the_auto_class_too(prefix, save
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the weights do not match config.json.*, for example "):
         AutoModel.from_pretrained(saved)
+
+
+# --- pretrained encoders for all three modalities ---
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SPEECH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+
+
+@pytest.fixture
+def with_encoders(make_model, tmp_path) -> Path:
+    """A checkpoint around BERT, Whisper's encoder and ViT."""
+    encoders = {
+        "audio_config": WhisperConfig(**SPEECH, num_mel_bins=80),
+        "vision_config": ViTConfig(**SIZES, image_size=32, patch_size=16),
+    }
+    make_model("late_fusion", **encoders).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inputs_of(make_batch):
+    def make(size: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(size)
+        batch = make_batch(size) | {"vision_values": torch.randn(size, 4, 3, 32, 32, generator=generator)}
+        return {name: value for name, value in batch.items() if name not in ("labels", "index")}
+
+    return make
+
+
+def test_pretrained_encoders_take_the_attention_and_the_type_asked_for(with_encoders, inputs_of):
+    expected = AutoModel.from_pretrained(with_encoders, attn_implementation="eager")(**inputs_of(2)).logits
+    for asked in ({"attn_implementation": "sdpa"}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}):
+        model = AutoModel.from_pretrained(with_encoders, **asked)
+        used = {encoder.model.config._attn_implementation for encoder in model.encoders.values()}
+        assert used == {"sdpa"}
+        assert {value.dtype for value in model.parameters()} == {asked.get("dtype", torch.float32)}
+        tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(asked.get("dtype"), 1e-5)
+        logits = model(**inputs_of(2)).logits.float()
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
+    assert {encoder.model.config._attn_implementation for encoder in model.encoders.values()} == {"sdpa"}
+
+
+@pytest.mark.slow
+def test_pretrained_encoders_are_exported_for_batches_of_any_size(with_encoders, inputs_of):
+    model = AutoModel.from_pretrained(with_encoders).eval()
+    sizes = {name: {0: Dim.DYNAMIC} for name in inputs_of(4)}
+    program = torch.export.export(model, (), kwargs=inputs_of(4), dynamic_shapes=sizes).module()
+    for size in (4, 7):
+        expected = model(**inputs_of(size)).logits
+        torch.testing.assert_close(program(**inputs_of(size)).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_a_trainer_trains_and_checkpoints_pretrained_encoders(with_encoders, inputs_of, tmp_path):
+    batch = inputs_of(6) | {"labels": torch.tensor(SCORES)}
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(6)]
+    trainer = Trainer(
+        AutoModel.from_pretrained(with_encoders),
+        TrainingArguments(
+            str(tmp_path / "out"),
+            report_to="none",
+            disable_tqdm=True,
+            num_train_epochs=1,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda found: {"mae": abs(found.predictions[:, 0] - found.label_ids).mean()},
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    for encoder in trainer.model.encoders.values():
+        assert all(layer.gradient_checkpointing for layer in encoder.layers)
+    for part in trainer.model.encoders:
+        names = [name for name in before if name.startswith(f"encoders.{part}.model.")]
+        assert any(not torch.equal(trainer.model.state_dict()[name], before[name]) for name in names), part
+    assert trainer.evaluate()["eval_mae"] > 0

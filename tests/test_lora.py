@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAPipeline
 from msa_online.describe import describe
@@ -20,6 +20,7 @@ from msa_online.lora import (
     adapted_modalities,
     add_lora,
     merged_weights,
+    open_adapter,
     remove_lora,
     save_adapter,
 )
@@ -140,40 +141,67 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 WAVEFORM = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (80, 4), "num_conv_pos_embeddings": 6}
 WAVEFORM |= {"num_conv_pos_embedding_groups": 2}
 WHISPER = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-ENCODERS = {  # layers that are adapted by default
+IMAGES = SIZES | {"image_size": 32, "patch_size": 16}
+ENCODERS = {  # settings, and the layers that are adapted by default
     "whisper": (WHISPER, "k_proj out_proj q_proj v_proj"),
     "wav2vec2": (SIZES | WAVEFORM, "k_proj out_proj q_proj v_proj"),
     "wavlm": (SIZES | WAVEFORM, "intermediate_dense output_dense"),
     "wav2vec2-bert": (SIZES, "linear_k linear_out linear_q linear_v"),
     "audio-spectrogram-transformer": (SIZES, "k_proj o_proj q_proj v_proj"),
+    "vit": (IMAGES, "k_proj o_proj q_proj v_proj"),
+    "dinov2": (IMAGES, "k_proj o_proj q_proj v_proj"),
+    "beit": (IMAGES, "k_proj o_proj q_proj v_proj"),
+    "clip_vision_model": (IMAGES, "k_proj out_proj q_proj v_proj"),
+    "siglip_vision_model": (IMAGES, "k_proj out_proj q_proj v_proj"),
 }
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_every_adapter_of_an_audio_encoder_gets_a_gradient(kind, tiny_config, make_batch):
+def test_every_adapter_of_an_encoder_gets_a_gradient(kind, tiny_config, make_batch):
     """Networks that read the weights of a layer without calling it would leave its adapter without one."""
     sizes, layers = ENCODERS[kind]
-    config = AutoConfig.for_model(kind, **sizes)
-    model = MSAModel(
-        MSAConfig(**{**tiny_config.to_dict(), "audio_config": config, "audio_layer": "weighted"})
-    )
-    encoder = model.encoders["audio"]
-    values = torch.randn(4, *encoder.values_shape(config, 8000))
-    adapted = add_lora(model.encoders["audio"], LoraSettings(r=2))
+    network = AutoConfig.for_model(kind, **sizes)
+    modality = "vision" if "image_size" in sizes else "audio"
+    model = MSAModel(MSAConfig(**tiny_config.to_dict() | {f"{modality}_config": network}))
+    encoder = model.encoders[modality]
+    if modality == "vision":
+        inputs = {"vision_values": torch.randn(4, 4, 3, 32, 32)}
+    else:
+        values = torch.randn(4, *encoder.values_shape(network, 8000))
+        inputs = {"audio_values": values, "audio_mask": torch.ones(values.shape[:2], dtype=torch.bool)}
+    adapted = add_lora(encoder, LoraSettings(r=2))
     assert sorted({name.rpartition(".")[2] for name in adapted}) == layers.split()
     shift(model)  # a new lora_B is zero, and then lora_A has no gradient
-    batch = make_batch() | {
-        "audio_values": values,
-        "audio_mask": torch.ones(values.shape[:2], dtype=torch.bool),
-    }
-    model.train()(**batch).loss.backward()
-    trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
-    assert {name for name in trained if ".lora_" not in name} == {
-        "layer_weights.logits",
-        "norm.weight",
-        "norm.bias",
-    }
-    assert [name for name in trained if not encoder.get_parameter(name).grad.any()] == []
+    model.train()(**make_batch() | inputs).loss.backward()
+    adapters = [name for name, value in encoder.model.named_parameters() if value.requires_grad]
+    assert len(adapters) == 2 * len(adapted) and all(".lora_" in name for name in adapters)
+    assert [name for name in adapters if not encoder.model.get_parameter(name).grad.any()] == []
+
+
+def test_encoders_with_adapters_of_their_own_kind_are_published_together(
+    base, tiny_config, tiny_text_encoder, make_batch, tmp_path
+):
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    audio = AutoConfig.for_model("whisper", **WHISPER, **decoder)
+    AutoModel.from_config(audio).save_pretrained(tmp_path / "speech")
+    settings = {"audio_config": audio, "audio_encoder": str(tmp_path / "speech"), "audio_layer": "weighted"}
+    config = MSAConfig(**{**tiny_config.to_dict(), **settings})
+    config.text_encoder = str(tiny_text_encoder)
+    model = MSAModel.from_pretrained_encoders(config)
+    add_lora(model.encoders["text"], LoraSettings(r=4))
+    add_lora(model.encoders["audio"], LoraSettings(r=2, alpha=6))
+    shift(model)
+    batch = make_batch()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["r"] == 4 and set(written["rank_pattern"].values()) == {2}
+    assert written["modules_to_save"][:2] == ["encoders.audio.layer_weights", "encoders.audio.norm"]
+    opened = open_adapter(MSAModel.from_pretrained_encoders(config), folder)
+    torch.testing.assert_close(scores(opened, batch), scores(model, batch), **TOLERANCE)
+    by_peft = PeftModel.from_pretrained(MSAModel.from_pretrained_encoders(config), str(folder))
+    torch.testing.assert_close(scores(by_peft, batch), scores(model, batch), **TOLERANCE)
 
 
 def test_adapters_that_would_have_no_effect_are_refused(tiny_config):
@@ -292,6 +320,26 @@ def test_kinds_of_lora_open_as_peft_merges_them(settings, run, make_batch, tmp_p
     shift(model)
     model.save_pretrained(tmp_path / "mine")
     opened, _ = load_checkpoint(tmp_path / "mine")
+    torch.testing.assert_close(scores(opened, make_batch()), scores(model, make_batch()), **TOLERANCE)
+
+
+def test_an_adapter_of_a_fine_tuned_checkpoint_needs_that_checkpoint(run, make_batch, tmp_path):
+    """Its frozen weights are those of the checkpoint, not of the encoder that once was its start."""
+    trained = MSAModel.from_pretrained(run)
+    shift(trained)
+    trained.save_pretrained(run)
+    config = MSAConfig(**{**load_config(run).to_dict(), "head_kwargs": {"hidden_size": 24}})
+    model = load_for_fine_tuning(run, config).model
+    add_lora(model.encoders["text"], LoraSettings(r=4))
+    shift(model)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder)
+    model.config.save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "run"
+    change(folder, base_model_name_or_path=str(run))
+    opened, _ = load_checkpoint(folder)
+    assert opened.config.head_kwargs == {"hidden_size": 24}
     torch.testing.assert_close(scores(opened, make_batch()), scores(model, make_batch()), **TOLERANCE)
 
 

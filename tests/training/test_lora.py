@@ -101,6 +101,8 @@ def test_two_processes_resume_with_adapters_and_publish_them_merged_and_alone(
         assert whole.keys() == stopped.keys()
         assert all(torch.equal(stopped[tensor], value) for tensor, value in whole.items())
     assert not [name for name in load_file(tmp_path / "whole" / "model.safetensors") if "lora" in name]
+    modes = {file.stat().st_mode for file in (tmp_path / "whole" / "adapter").iterdir()}
+    assert modes == {(tmp_path / "whole" / "config.json").stat().st_mode}  # as the umask has it
     monkeypatch.chdir(tiny_text_encoder.parent)  # the adapter has the last name of the folder only
     batch = {name: value for name, value in make_batch().items() if name != "labels"}
     merged, adapter = (load_checkpoint(tmp_path / "whole" / part)[0] for part in (".", "adapter"))
