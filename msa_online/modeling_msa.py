@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAModel: encoders -> calibrator -> balancing head."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import CONFIG_NAME, ModelOutput
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
@@ -301,12 +302,17 @@ class MSAModel(PreTrainedModel):
         of_head = self.head.modality_parameters()
         return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but tensors are saved under the names that they have in the model.
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, but tensors keep the names of the model, and weights the mode of a new file.
 
-        transformers would give those of some encoders (ViT, DINOv2) the names of its earlier versions.
+        transformers would give the tensors of some encoders (ViT, DINOv2) the names of its earlier versions,
+        and safetensors makes its files readable by their owner only.
         """
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        for file in Path(save_directory).glob("model*.safetensors"):
+            shutil.copymode(Path(save_directory, CONFIG_NAME), file)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

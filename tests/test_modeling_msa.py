@@ -21,6 +21,7 @@ def test_a_reloaded_model_is_the_same_model(head, outputs, tiny_config, make_bat
     torch.manual_seed(0)
     model = MSAModel(config).eval()
     model.save_pretrained(tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # all are new files of one umask
     again = AutoModel.from_pretrained(tmp_path)
     assert type(again) is MSAModel
     assert again.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
