@@ -4,20 +4,38 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from feature_extractors.clip import printable
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.tables import HEADLINES, markdown_table, markdown_text
+from msa_online.evaluation.tables import (
+    HEADLINES,
+    Results,
+    conditions_in_order,
+    format_metric,
+    markdown_table,
+    markdown_text,
+)
+from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
+from msa_online.modalities import COMPLETE, MODALITIES
 
 RUN_FILES = "Everything else is in `run.yaml` beside this file, and every epoch in `history.json`."
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+PICTURE = "robustness.png"
+HUB_METRICS = {
+    "mae": "mae",
+    "corr": "pearsonr",
+    **dict.fromkeys(("acc2_has0", "acc2_non0", "acc7", "accuracy"), "accuracy"),
+    **dict.fromkeys(("f1_non0", "f1_weighted", "f1_macro"), "f1"),
+}
+"""Names that the Hub has for the metrics in tables."""
+SOFTWARE = "The software is `msa_online` (Apache-2.0); its file CITATION.cff has its reference."
 
 CLIP_USAGE = """\
 Trained with `msa_online`; the checkpoint contains its processor.
@@ -39,13 +57,22 @@ msa-online evaluate {name} FEATURES   # a folder of `msa-online convert-features
 ```"""
 
 
-def write_model_card(folder: Path, config: MSAConfig, repository: str | None = None) -> None:
-    """Write the README.md of a trained checkpoint.
+def write_model_card(
+    folder: Path,
+    config: MSAConfig,
+    repository: str | None = None,
+    *,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+) -> None:
+    """Write the README.md of a trained checkpoint, and the picture of its robustness.
 
     Args:
-        folder: Folder of the checkpoint.
-        config: Its configuration, with the record of its training in `trained_on`.
+        folder: Folder for both files.
+        config: Configuration of the checkpoint, with the record of its training in `trained_on`.
         repository: Repository on the Hub that the card is for; by default the card names the folder.
+        license: Licence of the weights, as the Hub abbreviates it, like "cc-by-nc-4.0".
+        languages: Languages of the speech and the texts, as codes, like "en".
     """
     name = repository or folder.name
     published = config.to_dict()  # without local paths
@@ -57,14 +84,15 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
         if config.is_regression
         else "one of " + ", ".join(map(markdown_text, config.id2label.values()))
     )
+    encoders = {modality: encoder for modality in MODALITIES if (encoder := published[f"{modality}_encoder"])}
+    metadata = _metadata(name, config, record, encoders, task)
+    metadata.license, metadata.language = license, list(languages) or None
     card = template.substitute(
-        metadata=yaml.safe_dump(
-            _card_metadata(config, published["text_encoder"], task), sort_keys=False
-        ).strip(),
+        metadata=metadata.to_yaml(),
         name=markdown_text(name),
         task=task,
         outputs=outputs,
-        **_card_inputs(name, config, published["text_encoder"], record.get("limits", {})),
+        **_card_inputs(name, config, encoders, record.get("limits", {})),
         head=config.head,
         modulator=record["modulator"],
         calibrator=config.calibrator,
@@ -76,15 +104,100 @@ def write_model_card(folder: Path, config: MSAConfig, repository: str | None = N
         epoch=record["epoch"],
         protocol=record["protocol"],
         findings=_findings(record.get("findings", {})),
+        picture=_picture(folder, config, record),
         results="\n\n".join(
             f"**{split}**\n\n{markdown_table(conditions)}{_undefined(record, split)}"
             for split, conditions in record["results"].items()
         ),
         comparison="\n".join(f"- {markdown_text(line)}" for line in record["comparison"]),
+        languages=_about_languages(languages),
+        effort=_effort(record),
         command=printable(record["command"]),
         files="" if repository else RUN_FILES,
+        citation=_citation(config, record),
     )
+    card = re.sub(r"\n{3,}", "\n\n", card)  # of parts that this checkpoint does not have
     (folder / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def draw_robustness(
+    results: Results, constant: Mapping[str, float], title: str, metric: str, target: Path
+) -> None:
+    """Draw one metric under each condition, and that of the constant model, as a PNG file.
+
+    Args:
+        results: Metrics of one split by condition.
+        constant: Metrics of the constant model.
+        title: Title of the picture.
+        metric: Name of the metric, one of `HEADLINES`.
+        target: The file.
+    """
+    from matplotlib.figure import Figure  # takes a second
+
+    conditions = [name for name in conditions_in_order(results) if results[name][metric] is not None]
+    values = [results[name][metric] for name in conditions]
+    figure = Figure(figsize=(7.2, 1.3 + 0.36 * len(conditions)), layout="constrained")
+    axis = figure.subplots()
+    rows = range(len(conditions))
+    colours = ["#1f5fa8" if name == COMPLETE else "#7fa7d1" for name in conditions]
+    axis.barh(rows, values, color=colours, height=0.62)
+    for row, value in zip(rows, values, strict=True):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        text = format_metric(metric, value)
+        axis.annotate(text, (value, row), (5, 0), textcoords="offset points", va="center", bbox=box)
+    if (floor := constant.get(metric)) is not None:
+        axis.axvline(floor, color="#b3541e", linestyle="--", linewidth=1.4, label="constant prediction")
+        figure.legend(loc="outside lower right", frameon=False)
+    axis.set_yticks(rows, [name.replace("+", " + ") for name in conditions])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max([*values, floor or 0]) or 1)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, loc="left")
+    figure.savefig(target, dpi=150)
+
+
+def _picture(folder: Path, config: MSAConfig, record: Mapping[str, Any]) -> str:
+    """Draw the results by condition, as a paragraph of the card; nothing for a single condition."""
+    split, results = _scored(record)
+    metric = "mae" if config.is_regression else "f1_weighted"
+    if len(results) < 2 or all(scores[metric] is None for scores in results.values()):
+        return ""
+    title = f"{HEADLINES[metric]} on {split} by visible modalities"
+    title += " (lower is better)" if config.is_regression else " (higher is better)"
+    draw_robustness(results, record.get("constant", {}).get(split, {}), title, metric, folder / PICTURE)
+    return f"\n![{title}]({PICTURE})\n"
+
+
+def _scored(record: Mapping[str, Any]) -> tuple[str, Results]:
+    """Name and results of the split that describes the model: test, or validation without a test split."""
+    results = record["results"]
+    split = "test" if "test" in results else next(iter(results), "")
+    return split, results.get(split, {})
+
+
+def _about_languages(languages: Sequence[str]) -> str:
+    if languages:
+        return f"Languages: {', '.join(languages)}. Other languages were not tested."
+    return "Only the languages of the training data were tested."
+
+
+def _effort(record: Mapping[str, Any]) -> str:
+    """Time and hardware of training, as a paragraph; records of earlier versions have none."""
+    if not (effort := record.get("effort")):
+        return ""
+    processes = "1 process" if effort["processes"] == 1 else f"{effort['processes']} processes"
+    return (
+        f"{effort['hours']:.3g} hours for {effort['epochs']} epochs ({effort['steps']:,} optimizer steps) "
+        f"with validation, on {markdown_text(effort['device'])} ({processes}). The extraction of features is "
+        "not included. Energy was not measured."
+    )
+
+
+def _citation(config: MSAConfig, record: Mapping[str, Any]) -> str:
+    """References of the methods in the model, as a list; parts of plug-ins may be unknown here."""
+    parts = (HEADS.get(config.head), CALIBRATORS.get(config.calibrator), MODULATORS.get(record["modulator"]))
+    papers = dict.fromkeys(part.paper for part in parts if part is not None and part.paper)
+    return "\n".join(f"- {paper}" for paper in (*papers, SOFTWARE))
 
 
 def _findings(counts: Mapping[str, int | str]) -> str:
@@ -103,16 +216,19 @@ def _undefined(record: Mapping[str, Any], split: str) -> str:
 
 
 def _card_inputs(
-    name: str, config: MSAConfig, text_encoder: str | None, limits: Mapping[str, float]
+    name: str, config: MSAConfig, encoders: Mapping[str, str], limits: Mapping[str, float]
 ) -> dict[str, str]:
     """Inputs and usage, of a model of raw clips or of precomputed features."""
     if config.feature_widths is None:
         most = ", ".join(f"{number:g} {unit}" for unit, number in limits.items())
+        rows = [f"{modality} encoder | {markdown_text(encoder)}" for modality, encoder in encoders.items()]
+        usage = CLIP_USAGE
+        if config.plugins:
+            usage = usage.replace("from msa_online", "\n".join((*_imports(config), "from msa_online")), 1)
         return {
             "inputs": "a clip of a person talking: text, audio and face",
-            "usage": CLIP_USAGE.format(name=json.dumps(printable(name))),
-            "front_end": f"text encoder | {markdown_text(text_encoder)}"
-            + (f" |\n| reads at most | {most}" if most else ""),
+            "usage": usage.format(name=json.dumps(printable(name))),
+            "front_end": " |\n| ".join(rows + ([f"reads at most | {most}"] if most else [])),
         }
     widths = ", ".join(f"{modality} {width}" for modality, width in config.widths.items())
     return {
@@ -122,17 +238,43 @@ def _card_inputs(
     }
 
 
-def _card_metadata(config: MSAConfig, text_encoder: str | None, task: str) -> Mapping[str, Any]:
-    return {
-        "library_name": "msa_online",
-        **({"pipeline_tag": "video-classification"} if config.feature_widths is None else {}),
-        "tags": [
-            "multimodal",
-            "sentiment-analysis",
-            "missing-modality",
-            "audio-classification",
-            task,
-            config.head,
+def _imports(config: MSAConfig) -> list[str]:
+    return [f"import {plugin}  # registers parts of this model" for plugin in config.plugins]
+
+
+def _metadata(
+    name: str, config: MSAConfig, record: Mapping[str, Any], encoders: Mapping[str, str], task: str
+) -> ModelCardData:
+    """Metadata of the card, as the Hub reads them."""
+    of_clips = config.feature_widths is None
+    split, scores = _scored(record)
+    results = [
+        EvalResult(
+            task_type="video-classification" if of_clips else "other",
+            task_name=f"multimodal sentiment analysis ({task})",
+            dataset_type=record["data"],
+            dataset_name=record["data"],
+            dataset_config=condition,
+            dataset_split=split,
+            metric_type=HUB_METRICS[metric],
+            metric_name=HEADLINES[metric],
+            metric_value=round(value, 4),
+        )
+        for condition in conditions_in_order(scores)
+        for metric, value in scores[condition].items()
+        if metric in HEADLINES and value is not None
+    ]
+    bases = [encoder for encoder in encoders.values() if REPOSITORY.fullmatch(encoder)]
+    return ModelCardData(
+        library_name="msa_online",
+        pipeline_tag="video-classification" if of_clips else None,
+        tags=[
+            *("multimodal", "sentiment-analysis", "missing-modality", "audio-classification"),
+            *(task, config.head),
         ],
-        **({"base_model": text_encoder} if REPOSITORY.fullmatch(text_encoder or "") else {}),
-    }
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        datasets=[record["data"]] if REPOSITORY.fullmatch(record["data"]) else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )

@@ -2,12 +2,15 @@
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModel
 
 from msa_online import MSAConfig, MSAModel, MSAProcessor
+from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.model_card import write_model_card
 
 RESULTS = {
@@ -85,6 +88,49 @@ def test_the_card_has_the_scores_of_every_split_under_every_condition(config, tm
     assert "0.704" in rows[1] and "80.00" in rows[1] and "82.00" in rows[1] and "0.810" in rows[0]
 
 
+def test_the_card_shows_the_scores_of_all_conditions_as_a_picture(config, tmp_path):
+    _, text = card_of(config, tmp_path)
+    assert "![MAE on test by visible modalities (lower is better)](robustness.png)" in text
+    height, width, _ = cv2.imread(str(tmp_path / "robustness.png")).shape
+    assert width > 900 and height > 200
+    one_condition = {**TRAINED_ON, "results": {"test": {"text": RESULTS["text"]}}}
+    other = tmp_path / "other"
+    other.mkdir()
+    _, text = card_of(MSAConfig(**{**config.to_dict(), "trained_on": one_condition}), other)
+    assert "![" not in text and not (other / "robustness.png").exists()
+
+
+def test_the_card_tells_what_training_took_and_claims_no_energy_that_was_not_measured(config, tmp_path):
+    effort = {"hours": 0.4213, "steps": 1200, "epochs": 10, "processes": 2, "device": "AMD EPYC 7B13"}
+    config.trained_on = {**TRAINED_ON, "effort": effort}
+    _, text = card_of(config, tmp_path)
+    assert "0.421 hours for 10 epochs (1,200 optimizer steps)" in text
+    assert "AMD EPYC 7B13 (2 processes)" in text and "Energy was not measured" in text
+    assert "CO2" not in text
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_the_card_cites_the_papers_of_the_parts_it_is_made_of(name, config, tmp_path):
+    config.head = name
+    _, text = card_of(config, tmp_path)
+    cited = text.split("## Citation")[1]
+    assert HEADS[name].paper in cited and "msa_online" in cited
+    others = {kind.paper for kind in {**HEADS, **MODULATORS}.values()} - {HEADS[name].paper, ""}
+    assert not any(paper in cited for paper in others)
+
+
+def test_every_paper_of_a_method_is_in_the_citation_file(repository):
+    references = yaml.safe_load((repository / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    papers = {paper["url"]: paper for paper in references}
+    named = {
+        part.paper for table in (HEADS, MODULATORS, CALIBRATORS) for part in table.values() if part.paper
+    }
+    for text in named:
+        paper = papers[text.rpartition(" ")[2]]
+        assert paper["title"] in text and str(paper["year"]) in text
+        assert all(author["family-names"] in text for author in paper["authors"])
+
+
 def test_the_code_in_the_card_runs(config, tmp_path):
     _, text = card_of(config, tmp_path)
     code = text.split("```python\n")[1].split("```")[0]
@@ -99,7 +145,24 @@ def test_the_hub_can_read_the_cards_metadata(config, tmp_path):
     assert "license" not in metadata  # the data decide what the weights may be used for
     assert metadata["pipeline_tag"] == "video-classification"
     assert metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert metadata["datasets"] == ["me/clips"]
+    assert metadata["metrics"] == ["accuracy", "f1", "mae", "pearsonr"]
     assert {"multimodal", "sentiment-analysis", "regression", "late_fusion"} <= set(metadata["tags"])
+
+
+def test_the_hubs_own_client_reads_the_scores_of_each_condition(config, tmp_path):
+    config.audio_encoder = "openai/whisper-tiny.en"
+    write_model_card(tmp_path, config, "lab/sentiment", license="cc-by-nc-4.0", languages=["en", "de"])
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.language, data.model_name) == ("cc-by-nc-4.0", ["en", "de"], "sentiment")
+    assert data.base_model == ["sentence-transformers/all-MiniLM-L6-v2", "openai/whisper-tiny.en"]
+    scores = {
+        (one.dataset_config, one.metric_name): one.metric_value
+        for one in data.eval_results
+        if (one.dataset_type, one.dataset_split) == ("me/clips", "test")
+    }
+    assert scores["text+audio+vision", "MAE"] == 0.704 and scores["text", "Acc-2 Non0"] == 0.7654
+    assert len(scores) == len(data.eval_results) == 12
 
 
 @pytest.mark.parametrize("encoder", [None, "/home/me/models/bert", "./bert"])

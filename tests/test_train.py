@@ -147,8 +147,13 @@ def test_the_run_is_a_checkpoint_with_a_model_card(whole_run, tiny_corpus):
         "1111",
         "MSAPipeline",
         "text+audio+vision",
+        "(1 process)",
+        "![MAE on test",
     ):
         assert fact in card
+    assert (run / "robustness.png").stat().st_size > 5000
+    effort = json.loads((run / "config.json").read_text())["trained_on"]["effort"]
+    assert effort["hours"] > 0 and effort["steps"] > 0 and effort["device"]
     assert str(tiny_corpus.parent) not in card  # no path of the machine it was trained on
     prediction = MSAPipeline.from_pretrained(run)(tiny_corpus / "clip_00.mp4", text="a great movie")
     assert prediction.modalities == ("text", "audio", "vision")

@@ -81,12 +81,22 @@ def show(table: Table, console: Console) -> None:
 
 def conditions_table(results: Results, title: str) -> Table:
     """Table for the terminal: results under each modality condition."""
-    return _table({condition: results[condition] for condition in _in_order(results)}, "modalities", title)
+    return _table(
+        {condition: results[condition] for condition in conditions_in_order(results)}, "modalities", title
+    )
 
 
 def frame_rates_table(results: Results, title: str) -> Table:
     """Table for the terminal: results of `evaluate_frame_rates`."""
     return _table(results, "missing", title)
+
+
+def conditions_in_order(results: Results) -> list[str]:
+    """The conditions of `results`, from one modality to all.
+
+    A configuration saved as JSON sorts them alphabetically.
+    """
+    return [condition for condition in (*CONDITIONS, MISSING_RATES) if condition in results]
 
 
 def _table(results: Results, heading: str, title: str) -> Table:
@@ -109,7 +119,7 @@ def markdown_table(results: Results) -> str:
         ["modalities", *(HEADLINES[name] for name in columns)],
         [
             [condition, *(format_metric(name, results[condition][name]) for name in columns)]
-            for condition in _in_order(results)
+            for condition in conditions_in_order(results)
         ],
     )
 
@@ -162,11 +172,6 @@ def format_metric(name: str, value: float | None) -> str:
 def format_share(value: float) -> str:
     """Format a share of the prediction in percent with one decimal."""
     return f"{100 * value:.1f}"
-
-
-def _in_order(results: Results) -> list[str]:
-    """The conditions from one modality to all; a configuration saved as JSON sorts them alphabetically."""
-    return [condition for condition in (*CONDITIONS, MISSING_RATES) if condition in results]
 
 
 def _headlines(results: Results) -> list[str]:

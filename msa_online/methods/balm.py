@@ -23,6 +23,10 @@ from msa_online.modalities import MODALITIES, ModalitySequence
 
 DECAY = 0.9  # of the running divergences
 TINY = 1e-8  # beside sums of Python floats
+PAPER = (
+    "Nguyen, Pham, Le, Nguyen: BALM: A Model-Agnostic Framework for Balanced Multimodal Learning under "
+    "Imbalanced Missing Rates, CVPR 2026, https://arxiv.org/abs/2603.19718"
+)
 
 
 class FeatureCalibration(Calibrator):
@@ -43,6 +47,8 @@ class FeatureCalibration(Calibrator):
     Raises:
         ValueError: `descriptor_size` is below 1.
     """
+
+    paper = PAPER
 
     def __init__(self, widths: Mapping[str, int], *, descriptor_size: int | None = None) -> None:
         super().__init__(widths)
@@ -126,6 +132,8 @@ class RebalancingModulator(GradientModulator):
     Raises:
         ValueError: A setting is out of range.
     """
+
+    paper = PAPER
 
     def __init__(
         self,

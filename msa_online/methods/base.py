@@ -49,11 +49,13 @@ class BalancingHead(nn.Module):
         stages: Names of the training stages in the order they run.
         loss_names: Names of all loss terms the head may return; `loss_weights` may name these.
         teachers: Maps a stage to the earlier stage whose best model, frozen, is its teacher.
+        paper: Reference of the paper, for model cards: authors, title, year, address; empty without one.
     """
 
     stages: tuple[str, ...] = ("train",)
     loss_names: tuple[str, ...] = ("task",)
     teachers: Mapping[str, str] = MappingProxyType({})
+    paper: str = ""
 
     def forward(
         self,
@@ -109,7 +111,12 @@ class Calibrator(nn.Module):
 
     Args:
         widths: Width of each modality's states.
+
+    Attributes:
+        paper: Reference of the paper, for model cards; empty without one.
     """
+
+    paper: str = ""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
@@ -170,12 +177,14 @@ class GradientModulator:
         needs_modality_logits: Whether it compares the modalities by their own predictions.
         differentiates_features: Whether `observe` or `extra_losses` differentiates by the head's features,
             which a compiled model does not allow.
+        paper: Reference of the paper, for model cards; empty without one.
     """
 
     modalities: tuple[str, ...] = ()
     epochs: tuple[int, int] | None = None
     needs_modality_logits: bool = False
     differentiates_features: bool = False
+    paper: str = ""
 
     def acts_in(self, epoch: int) -> bool:
         """Whether `epoch`, counted from 0, lies in `epochs`; both ends are included."""

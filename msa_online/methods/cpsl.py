@@ -44,6 +44,10 @@ ENCODED = ("audio", "vision")
 SMALL = 1e-6  # under roots and beside variances; 1e-8 is zero in fp16
 LOG_VARIANCE = (-6.0, 2.0)  # the diversity loss is clamped to these bounds (4.7)
 MOMENTUM = 0.1  # of the running extremes
+PAPER = (
+    "Dai, Liang, Mai: A Conflict-Aware Penalty and Statistical Loss Framework for Balancing Modalities and "
+    "Enhancing Stability in Multimodal Sentiment Analysis, 2026, https://arxiv.org/abs/2605.28575"
+)
 
 
 class CPSLHead(BalancingHead):
@@ -84,6 +88,7 @@ class CPSLHead(BalancingHead):
     """
 
     loss_names = ("task", "recon", "unimodal", "div", "stat")
+    paper = PAPER
 
     def __init__(
         self,
@@ -422,6 +427,7 @@ class ConflictModulator(GradientModulator):
     """
 
     needs_modality_logits = True
+    paper = PAPER
 
     def __init__(
         self,

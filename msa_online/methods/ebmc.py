@@ -88,6 +88,10 @@ class EBMCHead(BalancingHead):
     stages = ("enhance", "balance")
     teachers = {"balance": "enhance"}
     loss_names = ("task", "unimodal", "msd", "cce", "emc", "imtd")
+    paper = (
+        "He, Ding, Wang, Li, Teng, Ji: Enhance-then-Balance Modality Collaboration for Robust Multimodal "
+        "Sentiment Analysis, CVPR 2026, https://arxiv.org/abs/2604.12518"
+    )
 
     def __init__(
         self,

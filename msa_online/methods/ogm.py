@@ -47,6 +47,10 @@ class OGMModulator(GradientModulator):
     """
 
     needs_modality_logits = True
+    paper = (
+        "Peng, Wei, Deng, Wang, Hu: Balanced Multimodal Learning via On-the-Fly Gradient Modulation, CVPR "
+        "2022, https://arxiv.org/abs/2203.15332"
+    )
 
     def __init__(
         self,

@@ -111,10 +111,7 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     figures = {"study": name, "split": split, "tier": tier, "variants": compared, "runs": details}
     (folder / "results.json").write_text(json_text(figures, indent=1), encoding="utf-8")
     if study.settings:
-        try:
-            draw_curves(compared, study, split, folder / "curves.png")
-        except ModuleNotFoundError:
-            notes.append("curves.png is not drawn: pip install 'msa_online[plots]'.")
+        draw_curves(compared, study, split, folder / "curves.png")
     show(comparison_table(compared, title), console)
     console.print(*notes)
     console.print(f"written to {folder / 'table.md'} and {folder / 'results.json'}", soft_wrap=True)
@@ -125,7 +122,7 @@ def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: 
 
     At missing rates it is the score with the mask, otherwise the score with all modalities.
     """
-    from matplotlib.figure import Figure  # comes with an extra
+    from matplotlib.figure import Figure  # takes a second
 
     metric = next(name for name in ("mae", "f1_weighted") if name in _scored(next(iter(compared.values()))))
     figure = Figure(figsize=(2 + 0.7 * len(study.settings), 4.2), layout="constrained")

@@ -3,7 +3,10 @@
 
 import ctypes
 import os
+import platform
+import re
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -97,3 +100,14 @@ def _return_freed_memory() -> None:
 def seed_everything(seed: int) -> None:
     """Seed torch's random generator, for initialisation and dropout."""
     torch.manual_seed(seed)
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU or CPU that computes, for the record; the kind of device if the system names none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processors = Path("/proc/cpuinfo")  # Linux; elsewhere the platform knows
+    if device.type == "cpu" and processors.exists():
+        named = re.search(r"^model name\s*:\s*(.+)", processors.read_text("utf-8"), re.MULTILINE)
+        return named[1] if named else platform.machine()
+    return platform.processor() or device.type

@@ -35,11 +35,13 @@ class Progress:
     Attributes:
         step: Optimizer steps taken.
         skipped: Steps skipped because a gradient was not finite.
+        seconds: Time of training and validation, summed over the parts of a resumed run.
         history: One record of losses and validation metrics for each epoch.
     """
 
     step: int = 0
     skipped: int = 0
+    seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:

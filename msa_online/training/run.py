@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training run in three steps: build and check, fit epoch by epoch, finish with scores and a card."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from msa_online.missing.rates import SplitMask, rates_table
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
 from msa_online.model_card import write_model_card
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.accelerator import seed_everything, start_accelerator
+from msa_online.training.accelerator import device_name, seed_everything, start_accelerator
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.config import RunArguments, TrainingArguments
 from msa_online.training.data import (
@@ -209,6 +210,7 @@ def fit(run: Run) -> None:
             if schedule.is_last_stage and training.condition:
                 condition = training.condition
                 loop.input_mask = FixedCondition(CONDITIONS[condition])
+        started = time.monotonic()
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
         run.sampler.start_epoch(epoch)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
@@ -222,6 +224,7 @@ def fit(run: Run) -> None:
         undefined = undefined_of(run.loaders["valid"].dataset.labels, loop.bare_model.config)
         loop.progress.history.append(entry | ({"undefined": undefined} if undefined else {}))
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
+        loop.progress.seconds += time.monotonic() - started
         if best and last_stage:
             folder.publish(loop.bare_model, run.processor)
         elif best and stage.name in loop.bare_model.head.teachers.values():
@@ -307,6 +310,13 @@ def _record(run: Run, command: str) -> dict[str, Any]:
         "protocol": protocol_of(training, run.masks),
         "epoch": run.schedule.best_epoch,
         "skipped_steps": run.loop.progress.skipped,
+        "effort": {
+            "hours": round(run.loop.progress.seconds / 3600, 4),
+            "steps": run.loop.progress.step,
+            "epochs": run.schedule.epoch,
+            "processes": run.accelerator.num_processes,
+            "device": device_name(run.accelerator.device),
+        },
         "command": command,
     }
     if run.processor:

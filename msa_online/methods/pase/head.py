@@ -84,6 +84,10 @@ class PaSEHead(BalancingHead):
     """
 
     loss_names = ("task", "unimodal", "pcl", "cal")
+    paper = (
+        "He, Chen, Ding, Li, Teng, Ji: PaSE: Prototype-aligned Calibration and Shapley-based Equilibrium for "
+        "Multimodal Sentiment Analysis, AAAI 2026, https://arxiv.org/abs/2511.17585"
+    )
 
     def __init__(
         self,

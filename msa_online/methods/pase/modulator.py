@@ -75,6 +75,7 @@ class ShapleyModulator(GradientModulator):
     """
 
     modalities = MODALITIES
+    paper = PaSEHead.paper
 
     def __init__(
         self,
