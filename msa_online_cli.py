@@ -138,6 +138,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--json", metavar="FILE", help="write all metrics to FILE; - prints them instead of the table"
     )
     evaluate.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="with --split valid: fit intervals or temperatures on it and store them in the checkpoint",
+    )
+    evaluate.add_argument(
         "--frame-rates",
         choices=("input", "feature"),
         help="score with 0, 10, ... 90%% of words, sound steps and faces missing, before the encoders "

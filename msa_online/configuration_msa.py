@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from msa_online.confidence import Confidence
 from msa_online.modalities import MODALITIES
 
 LAYERS = ("last", "weighted")
@@ -59,6 +60,8 @@ class MSAConfig(PretrainedConfig):
         loss_weights: Weight of each loss term of the head, by name; 1 where not named.
         label_range: Lowest and highest legal label of a regression; None for classification.
         plugins: Modules to import before the model is built, because they register its head or calibrator.
+        confidence: Certainty of the predictions, fitted on validation, as plain data of `Confidence`; None if
+            it was not fitted.
         trained_on: Record of data, training and scores of a checkpoint, for `describe` and the model card.
         id2label: Names of the classes by number; in a regression, of its one output, by default "score".
     """
@@ -94,13 +97,14 @@ class MSAConfig(PretrainedConfig):
     loss_weights: dict | None = None
     label_range: list[float | int] | tuple[float | int, ...] | None = None
     plugins: list[str] | None = None
+    confidence: dict | None = None
     trained_on: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Set defaults; a model without `id2label` is a regression with one output.
 
         Raises:
-            ValueError: `audio_layer` or `audio_stride` has an impossible value.
+            ValueError: `audio_layer`, `audio_stride` or `confidence` has an impossible value.
         """
         if self.audio_layer not in LAYERS and (isinstance(self.audio_layer, str) or self.audio_layer < 0):
             raise ValueError(
@@ -108,6 +112,7 @@ class MSAConfig(PretrainedConfig):
             )
         if self.audio_stride < 1:
             raise ValueError(f"model.audio_stride is {self.audio_stride}: at least 1")
+        Confidence.of(self.confidence)
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
         if self.feature_widths is None and self.text_config is None:
@@ -156,8 +161,9 @@ class MSAConfig(PretrainedConfig):
                 output[f"{name}_config"].pop("_name_or_path", None)
             output[f"{name}_encoder"] = without_path(output[f"{name}_encoder"])
         output["trained_on"] = without_path(output["trained_on"])
-        if not output["plugins"]:
-            del output["plugins"]
+        for name in ("plugins", "confidence"):
+            if not output[name]:
+                del output[name]
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

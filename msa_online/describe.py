@@ -14,6 +14,7 @@ from rich.text import Text
 from feature_extractors import ExtractionSettings
 from feature_extractors.audio import HOP_MS, NUM_MELS
 from feature_extractors.clip import SAMPLE_RATE
+from msa_online.confidence import Confidence
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import encoder_class
 from msa_online.hub import load_config, require_own_weights
@@ -29,7 +30,7 @@ EXAMPLE_TOKENS = 20  # also the number of steps of precomputed features
 EXAMPLE_CLASSES = 2
 EXAMPLE_PICTURE = 224
 """Usual size of the pictures of a pretrained vision encoder; its image processor says the true one."""
-SHOWN_APART = ("results", "shares", "constant", "comparison", "missing")
+SHOWN_APART = ("results", "shares", "confidence", "constant", "comparison", "missing")
 """Keys of a training record that `record_lines` leaves out; its protocol contains the rates of `missing`."""
 
 
@@ -43,12 +44,14 @@ class Description:
             and constants of an encoder.
         shapes: Output shape of each step, in order, for one clip of four seconds or features of 20 steps.
         trained_on: Record of training and scores of a checkpoint; empty for a configuration.
+        confidence: Certainty of its predictions; None if it was not fitted.
     """
 
     parameters: dict[str, int]
     frozen: dict[str, int]
     shapes: dict[str, list[int]]
     trained_on: dict[str, Any]
+    confidence: Confidence | None
 
 
 def describe(source: str | Path) -> Description:
@@ -70,7 +73,13 @@ def describe(source: str | Path) -> Description:
             require_own_weights(Path(source), model)
         limit_training(model.encoders, training)
         frozen = count_parameters(model, only_frozen=True)
-        return Description(count_parameters(model), frozen, _shapes(model, settings), config.trained_on or {})
+        return Description(
+            count_parameters(model),
+            frozen,
+            _shapes(model, settings),
+            config.trained_on or {},
+            Confidence.of(config.confidence),
+        )
 
 
 def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings, TrainingArguments]:

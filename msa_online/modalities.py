@@ -22,6 +22,12 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 
 COMPLETE = "text+audio+vision"
 
+NOTHING = "nothing"
+"""Name of the set without any modality, which is not a condition of evaluation."""
+
+VISIBLE_SETS: dict[str, tuple[str, ...]] = {NOTHING: (), **CONDITIONS}
+"""Every set of modalities that a clip can show, by name."""
+
 MISSING_RATES = "imr"
 """Name of the extra condition of a run with missing rates: each sample under its fixed mask."""
 

@@ -13,11 +13,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from feature_extractors.clip import printable
+from msa_online.confidence import Confidence, too_few_line
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.tables import (
     HEADLINES,
     Results,
     conditions_in_order,
+    confidence_markdown,
     format_metric,
     markdown_table,
     markdown_text,
@@ -55,6 +57,17 @@ Trained with `msa_online`; the checkpoint contains the statistics that standardi
 ```
 msa-online evaluate {name} FEATURES   # a folder of `msa-online convert-features`, or an .npz file
 ```"""
+
+INTERVALS = """\
+`prediction.interval` is the score plus and minus a half-width, within the range of the labels. It was fitted
+on the {split} split by split conformal prediction, for each set of modalities that a clip can show. On clips
+drawn like those of this split, {level} of the intervals contain the label: on average over clips, not for
+each kind of clip. Other languages or recordings are not covered. Measured:"""
+PROBABILITIES = """\
+Probabilities are calibrated: logits are divided by a temperature that was fitted on the {split} split, for
+each set of modalities that a clip can show. `prediction.confidence` is the probability of the predicted
+class. This holds for clips drawn like those of this split. ECE is the mean distance of confidence and
+accuracy, in bins; "before" is without temperatures. Measured:"""
 
 
 def write_model_card(
@@ -110,6 +123,7 @@ def write_model_card(
             for split, conditions in record["results"].items()
         ),
         comparison="\n".join(f"- {markdown_text(line)}" for line in record["comparison"]),
+        confidence=_confidence(Confidence.of(config.confidence), record.get("confidence", {})),
         languages=_about_languages(languages),
         effort=_effort(record),
         command=printable(record["command"]),
@@ -213,6 +227,21 @@ def _undefined(record: Mapping[str, Any], split: str) -> str:
     if not reasons:
         return ""
     return "\n\nUndefined: " + "; ".join(f"{HEADLINES[name]} ({why})" for name, why in reasons.items())
+
+
+def _confidence(confidence: Confidence | None, measured: Mapping[str, Any]) -> str:
+    """Section about the certainty of the predictions; empty if nothing was fitted."""
+    if confidence is None:
+        return ""
+    text = INTERVALS if confidence.half_widths else PROBABILITIES
+    parts = ["", "## Confidence", text.format(level=f"{100 * confidence.level:g} %", split=confidence.split)]
+    for split, measures in measured.items():
+        parts += [f"**{split}**", confidence_markdown(confidence, measures)]
+    if not measured:
+        parts.append(confidence_markdown(confidence, {}))
+    if lacking := too_few_line(confidence):
+        parts.append(f"There are {lacking}.")
+    return "\n\n".join(parts)
 
 
 def _card_inputs(

@@ -24,6 +24,7 @@ from feature_extractors import (
 )
 from feature_extractors.extraction import measure
 from feature_extractors.face import close_face_extractor_of, face_extractor_of
+from msa_online.confidence import Confidence, Interval, set_name
 from msa_online.corpora.prepared_corpus import LACKS
 from msa_online.evaluation.attribution import Attribution
 from msa_online.evaluation.attribution import attribute as attribution_of
@@ -55,7 +56,8 @@ class Prediction:
         score: Predicted label of a regression, in the units of the training labels, not clipped to their
             range; None in classification.
         label: Most probable class; None in regression.
-        probabilities: Probability of each class, summing to one; empty in regression.
+        probabilities: Probability of each class, summing to one, calibrated if `confidence` is given; empty
+            in regression.
         modalities: Modalities that the prediction uses.
         missing: Reason for each modality that was not used.
         baseline: The score, or the probability of `label`, without any modality; None if contributions were
@@ -67,6 +69,10 @@ class Prediction:
             it rests on a text of unknown words alone; else None.
         findings: What makes the clip doubtful although it is used: "several faces", "still picture", "audio
             track 2 of 2", "text: 3 of 12 tokens unknown".
+        interval: Range of a score that contains 90 % of the labels of such clips (docs/using_a_checkpoint.md,
+            "Confidence"); None in classification, and if the checkpoint has none for these modalities.
+        confidence: Calibrated probability of `label`; None in regression, and if the checkpoint has no
+            temperature for these modalities.
     """
 
     clip: str | None
@@ -80,6 +86,8 @@ class Prediction:
     cut: dict[str, str] = field(default_factory=dict)
     warning: str | None = None
     findings: tuple[str, ...] = ()
+    interval: Interval | None = None
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain data, ready for JSON."""
@@ -120,6 +128,7 @@ class MSAPipeline:
         self.device = model.device
         self.model = model.eval()
         self.processor = processor
+        self.confidence = Confidence.of(model.config.confidence)
         self.cache = FeatureCache(cache) if isinstance(cache, str | Path) else cache
 
     @classmethod
@@ -332,6 +341,8 @@ class MSAPipeline:
         extent = ClipExtent.of(features)
         (unknown,) = self.processor.limits.unknown([text])
         used = tuple(name for name, is_present in zip(MODALITIES, present, strict=True) if is_present)
+        confidence = self.confidence
+        is_calibrated = confidence is not None and set_name(used) in confidence.temperatures
         return Prediction(
             clip=sample.name,
             score=None if classes else outputs[0],
@@ -353,6 +364,8 @@ class MSAPipeline:
                 *(each for each in features.findings if each not in chain(*LACKS.values())),
                 *([f"text: {unknown.description}"] if unknown.unknown else []),
             ),
+            interval=confidence and confidence.interval(outputs[0], used, config.label_range),
+            confidence=max(outputs) if is_calibrated else None,
         )
 
 

@@ -15,6 +15,7 @@ PACKAGES = ("feature_extractors", "msa_online")
 LEVELS = {  # the longest prefix of a module's name decides
     "feature_extractors": 0.0,
     "msa_online.modalities": 0.5,
+    "msa_online.confidence": 0.5,
     "msa_online.layers": 1.0,
     "msa_online.configuration_msa": 1.0,
     "msa_online.encoders": 1.0,

@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModel
 
 from msa_online import MSAConfig, MSAModel, MSAProcessor
+from msa_online.confidence import Confidence
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.model_card import write_model_card
 
@@ -191,6 +192,22 @@ def test_the_card_of_a_classifier_lists_its_classes(config, tmp_path):
     metadata, text = card_of(MSAConfig(**{**config.to_dict(), **classes, "trained_on": trained_on}), tmp_path)
     assert "one of angry, happy" in text and "task | classification" in text and "50.00" in text
     assert "classification" in metadata["tags"]
+
+
+def test_the_card_shows_what_intervals_were_fitted_and_measured(config, tmp_path):
+    assert "## Confidence" not in card_of(config, tmp_path)[1]
+    samples = {"nothing": 24, "text": 24, "vision": 12}
+    config.confidence = Confidence("valid", samples, half_widths={"nothing": 2.5, "text": 1.25}).to_dict()
+    measured = {
+        "text": {"samples": 48, "coverage": 0.9167, "width": 2.4},
+        "vision": {"samples": 0, "coverage": None, "width": None},
+    }
+    config.trained_on = {**TRAINED_ON, "confidence": {"test": measured}}
+    _, text = card_of(config, tmp_path)
+    assert "90 % of the intervals contain the label" in text
+    assert "| text | 24 | 1.250 | 48 | 91.7 | 2.400 |" in text
+    assert "| vision | 12 |  | 0 |  |  |" in text
+    assert "There are no intervals or calibrated probabilities for vision (12)" in text
 
 
 # --- on the Hub ---

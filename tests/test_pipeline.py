@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from feature_extractors import Clip, ClipError, FaceExtractor, FeatureCache, decode, face
 from msa_online import MSAConfig, MSAModel, MSAPipeline, MSAProcessor, Prediction
 from msa_online.commands.predict import prediction_lines
+from msa_online.confidence import Confidence
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.hub import CheckpointError
 from msa_online.methods import HEADS
@@ -102,6 +103,43 @@ def test_a_model_that_has_diverged_gives_no_score(pipeline):
         next(pipeline.model.encoders["text"].parameters()).fill_(float("nan"))
     with pytest.raises(UndefinedScoreError, match="not finite; training has diverged"):
         pipeline(text="a good film")
+
+
+def test_a_score_has_the_interval_of_the_modalities_that_it_uses(tiny_model, tiny_processor):
+    fitted = Confidence("valid", {}, half_widths={"text": 0.5, "nothing": 9.0})
+    tiny_model.config.confidence = fitted.to_dict()
+    pipeline = MSAPipeline(tiny_model, tiny_processor)
+    for attribute in (False, True):
+        seen = pipeline(text="a good film", attribute=attribute)
+        assert (seen.interval.low, seen.interval.high) == (seen.score - 0.5, seen.score + 0.5)
+    nothing, sound = (pipeline(audio=gain * voice(), sampling_rate=16_000) for gain in (0, 1))
+    assert (nothing.interval.low, nothing.interval.high) == (-3, 3)
+    assert sound.modalities == ("audio",) and sound.interval is None and sound.confidence is None
+    plain = json.loads(json.dumps(seen.to_dict()))
+    assert plain["interval"] == {"low": seen.interval.low, "high": seen.interval.high, "level": 0.9}
+    lines = prediction_lines([seen, sound])
+    assert lines[1] == f"  90% interval {seen.interval.low:+.3f} to {seen.interval.high:+.3f}"
+    assert sum("interval" in line for line in lines) == 1
+
+
+def test_a_class_has_a_confidence_where_its_probability_is_calibrated(tiny_config, tiny_processor):
+    classes = {"label_range": None, "id2label": {0: "calm", 1: "happy"}}
+    model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), **classes}))
+    before = MSAPipeline(model, tiny_processor)(text="a good film")
+    model.config.confidence = Confidence("valid", {}, temperatures={"text": 0.05}).to_dict()
+    pipeline = MSAPipeline(model, tiny_processor)
+    after, silent = pipeline(text="a good film"), pipeline(audio=voice(), sampling_rate=16_000)
+    assert before.confidence is None and silent.confidence is None and after.interval is None
+    assert after.label == before.label and after.confidence == after.probabilities[after.label]
+    odds = [one.probabilities["calm"] / one.probabilities["happy"] for one in (before, after)]
+    assert np.log(odds[1]) == pytest.approx(np.log(odds[0]) * 20, rel=1e-3)
+    first, *_ = prediction_lines([after])
+    assert first == f"(text only): {after.label} ({after.confidence:.1%}, calibrated)"
+
+
+def voice() -> np.ndarray:
+    """A second of a tone at 16 kHz."""
+    return (0.3 * np.sin(np.arange(16_000) / 20)).astype(np.float32)
 
 
 def test_sound_alone_is_legal(pipeline, make_clip, tmp_path):

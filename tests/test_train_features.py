@@ -138,6 +138,7 @@ def test_a_run_at_missing_rates_is_judged_and_scored_on_incomplete_splits(docume
     printed = capsys.readouterr().out
     assert all(f"{100 * rate:.1f}" in printed for rate in (0.4, *realised.values()))
     assert set(record["results"]["test"]) == {*CONDITIONS, "imr"}
+    assert "calibrated probabilities: valid has 8 samples for them; at least 20 are needed" in printed
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     chosen = min(history, key=lambda epoch: epoch["valid"]["mae"])
     assert chosen["epoch"] == record["epoch"]

@@ -11,7 +11,7 @@ from rich.text import Text
 from feature_extractors.clip import printable
 from msa_online.commands.json_output import write_json
 from msa_online.describe import describe, description_tables, record_lines
-from msa_online.evaluation.tables import conditions_table, shares_table, show
+from msa_online.evaluation.tables import conditions_table, confidence_table, shares_table, show
 from msa_online.shipped_configs import shipped
 from msa_online.training.config_reader import import_plugins
 
@@ -34,5 +34,8 @@ def run(options: Namespace, console: Console) -> None:
         show(conditions_table(results, f"scores on {split}"), console)
     for split, shares in description.trained_on.get("shares", {}).items():
         show(shares_table(shares, f"what predictions on {split} come from"), console)
+    for split, measures in description.trained_on.get("confidence", {}).items():
+        title = f"{split}: {description.confidence.kind}"
+        show(confidence_table(description.confidence, measures, title), console)
     for line in description.trained_on.get("comparison", ()):
         console.print(Text(printable(line)), soft_wrap=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`msa-online evaluate`: score a checkpoint."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -8,25 +9,35 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from transformers.utils import CONFIG_NAME
 
 from feature_extractors import FeatureCache
 from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
 from msa_online.commands.json_output import write_json
+from msa_online.confidence import Confidence, too_few_line
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.validation import why_not_writable
-from msa_online.evaluation.conditions import evaluate_conditions, evaluate_frame_rates, undefined_of
+from msa_online.evaluation.conditions import evaluate_frame_rates, predict_conditions, undefined_of
 from msa_online.evaluation.metrics import METRIC_TITLES
-from msa_online.evaluation.tables import conditions_table, frame_rates_table, open_console, show
+from msa_online.evaluation.tables import (
+    conditions_table,
+    confidence_table,
+    frame_rates_table,
+    open_console,
+    show,
+)
 from msa_online.hub import load_checkpoint
 from msa_online.missing.frames import FrameDrop, stand_ins_of
+from msa_online.modalities import VISIBLE_SETS
 from msa_online.precomputed.corpus import FeatureCorpus
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
 from msa_online.processing_msa import MSAProcessor
+from msa_online.training.checkpoint import ADAPTER, write_atomically
 from msa_online.training.config_reader import import_plugins
 from msa_online.training.precision import choose_precision
 
@@ -38,6 +49,8 @@ def run(options: Namespace, console: Console) -> None:
         target = Path(options.json)
         if reason := "it is a folder" if target.is_dir() else why_not_writable(target):
             options.refuse(f"--json {target} cannot be written: {reason}")
+    if options.calibrate:
+        _require_calibration(options)
     try:
         precision = choose_precision(options.mixed_precision, "--mixed-precision")
     except ValueError as error:
@@ -57,6 +70,7 @@ def run(options: Namespace, console: Console) -> None:
     model.to(accelerator.device)
     report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
     report |= {"samples": len(dataset), "mixed_precision": precision.name}
+    notes: list[str] = []
     title = f"{options.checkpoint} on {options.split} ({len(dataset)} samples)"
     if level := options.frame_rates:
         stand_ins = stand_ins_of(model, processor) if level == "input" else {}
@@ -65,11 +79,23 @@ def run(options: Namespace, console: Console) -> None:
         drop = FrameDrop(ids, stand_ins, split=options.split, **choices)
         results = evaluate_frame_rates(model, loader, accelerator, drop, level=level)
         report |= {"level": level, **choices, "frame_rates": results}
-        table = frame_rates_table(results, f"{title}, at {level} level")
+        tables = [frame_rates_table(results, f"{title}, at {level} level")]
     else:
-        results = evaluate_conditions(model, loader, accelerator)
-        report["conditions"] = results
-        table = conditions_table(results, title)
+        predictions = predict_conditions(model, loader, accelerator, tuple(VISIBLE_SETS))
+        report["conditions"] = predictions.metrics(model.config)
+        tables = [conditions_table(report["conditions"], title)]
+        confidence = Confidence.of(model.config.confidence)
+        if options.calibrate:
+            confidence = predictions.fit_confidence(options.split)
+            notes += filter(None, [too_few_line(confidence)])
+            if confidence.fitted and accelerator.is_main_process:
+                notes.append(_store(confidence, Path(options.checkpoint)))
+        if confidence is not None and confidence.fitted:
+            measured = {}
+            if options.split != confidence.split:  # there, coverage is the level by construction
+                measured = predictions.measure_confidence(confidence, model.config)
+            report["confidence"] = {**confidence.to_dict(), "measured": measured}
+            tables.append(confidence_table(confidence, measured, confidence.kind))
     report["undefined"] = undefined = undefined_of(dataset.labels, model.config)
     if options.json:
         if prepared:
@@ -78,9 +104,39 @@ def run(options: Namespace, console: Console) -> None:
     if options.json != "-":
         if prepared:
             show(findings_table(prepared, processor.limits), console)
-        show(table, console)
+        for table in tables:
+            show(table, console)
         for name, reason in undefined.items():
             console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+
+
+def _require_calibration(options: Namespace) -> None:
+    """Check that a fit can be made and stored."""
+    if options.split != "valid" or options.frame_rates:
+        options.refuse("--calibrate needs --split valid, and no --frame-rates")
+    config = Path(options.checkpoint) / CONFIG_NAME
+    if not config.is_file():
+        options.refuse(
+            f"--calibrate stores what it fits in {config}, which does not exist: give a local folder"
+        )
+    if reason := why_not_writable(config):
+        options.refuse(f"--calibrate cannot write {config}: {reason}")
+
+
+def _store(confidence: Confidence, folder: Path) -> str:
+    """Write a fit into the configuration of a checkpoint and of its adapter; returns a line about it.
+
+    Measures of an earlier fit are removed.
+    """
+    configs = [file for file in (folder / CONFIG_NAME, folder / ADAPTER / CONFIG_NAME) if file.is_file()]
+    for file in configs:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        (content.get("trained_on") or {}).pop("confidence", None)
+        text = json.dumps({**content, "confidence": confidence.to_dict()}, indent=2, sort_keys=True)
+        write_atomically(file, text + "\n")
+    return f"{confidence.kind}: stored in {', '.join(map(str, configs))}"
 
 
 def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcessor) -> PreparedCorpus:

@@ -97,14 +97,17 @@ def prediction_lines(results: Sequence[Prediction | ClipError]) -> list[str]:
 
 def _lines_of(one: Prediction, largest: float) -> list[str]:
     of_scores = one.label is None
+    calibrated = "" if one.confidence is None else ", calibrated"
     answer = (
         f"{one.score:+.3f}"
         if of_scores
-        else f"{printable(one.label)} ({one.probabilities[one.label]:{PERCENT}})"
+        else f"{printable(one.label)} ({one.probabilities[one.label]:{PERCENT}}{calibrated})"
     )
+    certain = one.interval
     unit = ".3f" if of_scores else PERCENT
     lines = [
         f"{printable(one.clip or '(text only)')}: {answer}",
+        *([f"  {certain.level:.0%} interval {certain.low:+.3f} to {certain.high:+.3f}"] if certain else []),
         f"  {'nothing seen':<12} {one.baseline:>+8{unit}}",
     ]
     for name, value in one.contributions.items():

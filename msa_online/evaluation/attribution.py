@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from msa_online.confidence import Confidence
 from msa_online.evaluation.conditions import Batches, decide_under, over_split
 from msa_online.layers.shapley import SUBSETS, shapley_values
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -112,7 +113,16 @@ def predict(model: MSAModel, batch: Mapping[str, Tensor]) -> Attribution:
 
 
 def _outputs(model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: frozenset[str]) -> Tensor:
-    """Scores or probabilities with only some modalities visible, `(batch, outputs)`, in fp32 or wider."""
+    """Scores or probabilities with only some modalities visible, `(batch, outputs)`, in fp32 or wider.
+
+    Probabilities are calibrated if the checkpoint has temperatures.
+    """
     logits = decide_under(model, sequences, visible).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if model.config.is_regression else logits.softmax(dim=-1)
+    if model.config.is_regression:
+        return logits
+    if confidence := Confidence.of(model.config.confidence):
+        seen = [sequences[name].present & (name in visible) for name in MODALITIES]
+        code = sum(present * 2**number for number, present in enumerate(seen))
+        logits = logits / logits.new_tensor(confidence.temperature_by_code())[code].unsqueeze(-1)
+    return logits.softmax(dim=-1)

@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from msa_online.confidence import Confidence, fit_confidence, measure_confidence
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics, undefined_metrics
 from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
-from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, ModalitySequence
+from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, NOTHING, VISIBLE_SETS, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
 
 DIVERGED = (
@@ -35,11 +36,32 @@ class ConditionPredictions:
 
     Attributes:
         logits: `(samples, outputs)` float64, by condition.
+        seen: Which of `MODALITIES` each sample shows, `(samples, 3)` bool, by condition.
         labels: `(samples,)`.
     """
 
     logits: dict[str, np.ndarray]
+    seen: dict[str, np.ndarray]
     labels: np.ndarray
+
+    def metrics(self, config: MSAConfig) -> dict[str, dict[str, float]]:
+        """Metrics of `metrics_of` by condition; `NOTHING` is not one."""
+        return {
+            condition: metrics_of(logits, self.labels, config)
+            for condition, logits in self.logits.items()
+            if condition != NOTHING
+        }
+
+    def fit_confidence(self, split: str) -> Confidence:
+        """Intervals or temperatures of these predictions, by set of modalities."""
+        return fit_confidence(self.logits, self.seen, self.labels, split)
+
+    def measure_confidence(self, confidence: Confidence, config: MSAConfig) -> dict[str, dict[str, float]]:
+        """Measures of `measure_confidence` by condition."""
+        return {
+            name: measure_confidence(confidence, logits, self.seen[name], self.labels, config.label_range)
+            for name, logits in self.logits.items()
+        }
 
 
 def evaluate_conditions(
@@ -59,27 +81,27 @@ def evaluate_conditions(
     Returns:
         The metrics of `metrics_of`, by condition.
     """
-    predictions = predict_conditions(model, batches, accelerator, tuple(conditions))
-    return {
-        condition: metrics_of(logits, predictions.labels, model.config)
-        for condition, logits in predictions.logits.items()
-    }
+    return predict_conditions(model, batches, accelerator, tuple(conditions)).metrics(model.config)
 
 
 def predict_conditions(
     model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: tuple[str, ...]
 ) -> ConditionPredictions:
-    """Run the encoders once over a split, and the head once for each condition."""
+    """Run the encoders once over a split, and the head once for each condition; `NOTHING` may be one."""
 
-    def logits_under_each(batch: Mapping[str, Tensor]) -> Tensor:
+    def logits_and_presence(batch: Mapping[str, Tensor]) -> Tensor:
         sequences = model.encode(**batch)
-        return torch.stack(
-            [decide_under(model, sequences, CONDITIONS[condition]).logits for condition in conditions], dim=1
-        )
+        present = torch.stack([sequences[name].present for name in MODALITIES], dim=1)
+        under_each = [decide_under(model, sequences, VISIBLE_SETS[name]).logits for name in conditions]
+        return torch.stack([torch.cat([logits, present], dim=1) for logits in under_each], dim=1)
 
-    logits, labels = over_split(model, batches, accelerator, logits_under_each)
+    outputs, labels = over_split(model, batches, accelerator, logits_and_presence)
+    logits, present = outputs[..., : -len(MODALITIES)], outputs[:, 0, -len(MODALITIES) :] > 0
+    visible = {name: np.isin(MODALITIES, VISIBLE_SETS[name]) for name in conditions}
     return ConditionPredictions(
-        {condition: logits[:, column] for column, condition in enumerate(conditions)}, labels
+        {name: logits[:, column] for column, name in enumerate(conditions)},
+        {name: present & visible[name] for name in conditions},
+        labels,
     )
 
 

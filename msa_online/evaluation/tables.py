@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of results, for the terminal and for Markdown."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from feature_extractors.clip import printable
-from msa_online.modalities import CONDITIONS, MISSING_RATES, MODALITIES
+from msa_online.confidence import Confidence
+from msa_online.modalities import CONDITIONS, MISSING_RATES, MODALITIES, VISIBLE_SETS
 
 HEADLINES = {
     "mae": "MAE",
@@ -26,6 +28,17 @@ HEADLINES = {
     "f1_macro": "F1 macro",
 }
 """Metrics shown in tables, with their column titles; `metrics.METRIC_TITLES` has the full names."""
+
+CONFIDENCE_TITLES = {
+    "samples": "clips",
+    "coverage": "coverage %",
+    "width": "mean width",
+    "accuracy": "accuracy %",
+    "confidence": "mean confidence %",
+    "ece": "ECE %",
+    "ece_before": "ECE before %",
+}
+"""Measures of `measure_confidence` with their column titles."""
 
 LEGEND = "Has0: negative vs non-negative; Non0: negative vs positive, zero labels left out; F1 by support"
 IN_UNITS_OF_THE_LABEL = ("mae", "corr")
@@ -135,6 +148,57 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def markdown_text(text: object) -> str:
     """A name, label or text of a user in Markdown: one line without links, emphasis, HTML or more cells."""
     return re.sub(r"([\\`*<|]|(?<=\])[(\[:])", r"\\\1", printable(str(text)))
+
+
+def confidence_table(confidence: Confidence, measured: Results, title: str) -> Table:
+    """Table for the terminal: what was fitted for each set of modalities, and how it measured."""
+    table = Table(title=Text(title), title_justify="left")
+    for number, name in enumerate(_confidence_header(confidence, measured)):
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+    for row in _confidence_rows(confidence, measured):
+        table.add_row(*row)
+    return table
+
+
+def confidence_markdown(confidence: Confidence, measured: Results) -> str:
+    """The same as a Markdown table."""
+    return as_markdown(_confidence_header(confidence, measured), _confidence_rows(confidence, measured))
+
+
+def _confidence_header(confidence: Confidence, measured: Results) -> list[str]:
+    fitted = "half-width" if confidence.half_widths else "temperature"
+    return ["modalities", "fitted on", fitted, *(CONFIDENCE_TITLES[name] for name in _measures(measured))]
+
+
+def _confidence_rows(confidence: Confidence, measured: Results) -> list[list[str]]:
+    rows = []
+    for name in (*VISIBLE_SETS, MISSING_RATES):
+        count, value = confidence.samples.get(name), confidence.fitted.get(name)
+        if count is None and name not in measured:
+            continue
+        values = measured.get(name, {})
+        rows.append(
+            [
+                name,
+                "" if count is None else f"{count:,}",
+                "" if value is None else f"{value:.3f}",
+                *(_format_measure(one, values.get(one)) for one in _measures(measured)),
+            ]
+        )
+    return rows
+
+
+def _measures(measured: Results) -> list[str]:
+    known = next(iter(measured.values()), {})
+    return [name for name in CONFIDENCE_TITLES if name in known]
+
+
+def _format_measure(name: str, value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    if name == "samples":
+        return f"{value:,}"
+    return f"{value:.3f}" if name == "width" else format_share(value)
 
 
 def shares_table(shares: Mapping[str, float], title: str) -> Table:

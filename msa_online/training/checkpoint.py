@@ -103,8 +103,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(self._record(arguments), sort_keys=False)
             if data is not None:
-                _write_atomically(self.path / DATA, json.dumps(data, indent=0))
-            _write_atomically(self.path / SETTINGS, settings)
+                write_atomically(self.path / DATA, json.dumps(data, indent=0))
+            write_atomically(self.path / SETTINGS, settings)
         self.accelerator.wait_for_everyone()
 
     def _require_same_data(self, data: Mapping[str, list[str]]) -> None:
@@ -295,7 +295,7 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the record of all epochs to history.json."""
         if self.accelerator.is_main_process:
-            _write_atomically(self.path / "history.json", json_text(history, indent=1))
+            write_atomically(self.path / "history.json", json_text(history, indent=1))
 
 
 def require_space(folder: Path, model: MSAModel) -> None:
@@ -329,7 +329,8 @@ def _published(path: Path) -> Iterator[None]:
         raise ConfigurationError(f"{path}: cannot be read ({reason}); {REMEDY}") from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that it is never incomplete."""
     draft = path.with_name(path.name + ".new")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

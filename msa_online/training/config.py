@@ -13,8 +13,16 @@ from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.training.yaml_reader import ConfigurationError
 
-NOT_SET_IN_YAML = ("text_config", "audio_config", "vision_config", "label_range", "plugins", "trained_on")
-"""Fields of `MSAConfig` that the data, the encoders or the top level of a configuration decide."""
+NOT_SET_IN_YAML = (
+    "text_config",
+    "audio_config",
+    "vision_config",
+    "label_range",
+    "plugins",
+    "confidence",
+    "trained_on",
+)
+"""Fields of `MSAConfig` that data, encoders, training or the top level of a configuration decide."""
 
 
 FORMER_KEYS = {

@@ -188,7 +188,8 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
                 f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}: leave "
                 f"model.{key} out, or train without training.init_from"
             )
-    inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, "trained_on": None}
+    of_old_weights = {"confidence": None, "trained_on": None}
+    inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, **of_old_weights}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
         inherited.pop(outputs, None)
     if inherited["head"] != config.head:

@@ -2,7 +2,7 @@
 """A training run in three steps: build and check, fit epoch by epoch, finish with scores and a card."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,15 +13,29 @@ from torch.utils.data import DataLoader
 
 from feature_extractors.clip import printable
 from msa_online.batching import BucketBatchSampler, in_order
+from msa_online.confidence import too_few_line
 from msa_online.corpora.prepared_corpus import findings_counts
 from msa_online.evaluation.attribution import modality_shares
-from msa_online.evaluation.conditions import evaluate_conditions, selection_score, undefined_of, validate
+from msa_online.evaluation.conditions import (
+    ConditionPredictions,
+    predict_conditions,
+    selection_score,
+    undefined_of,
+    validate,
+)
 from msa_online.evaluation.json_text import without_nan
 from msa_online.evaluation.metrics import METRIC_TITLES
-from msa_online.evaluation.tables import conditions_table, epoch_line, open_console, shares_table, show
+from msa_online.evaluation.tables import (
+    conditions_table,
+    confidence_table,
+    epoch_line,
+    open_console,
+    shares_table,
+    show,
+)
 from msa_online.missing.modalities import FixedCondition, MaskedBatches
 from msa_online.missing.rates import SplitMask, rates_table
-from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES
+from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, NOTHING
 from msa_online.model_card import write_model_card
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.accelerator import device_name, seed_everything, start_accelerator
@@ -248,7 +262,18 @@ def finish(run: Run, command: str) -> None:
 
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
     splits = [split for split in ("valid", "test") if split in loaders]
-    results = {split: _score(run, split, conditions) for split in splits}
+    names = conditions if training.condition else (NOTHING, *conditions)
+    predictions = {split: _predict(run, split, names) for split in splits}
+    results = {split: of_split.metrics(model.config) for split, of_split in predictions.items()}
+    confidence = predictions["valid"].fit_confidence("valid")
+    measured = {}
+    if confidence.fitted:
+        model.config.confidence = confidence.to_dict()
+        measured = {
+            split: of_split.measure_confidence(confidence, model.config)
+            for split, of_split in predictions.items()
+            if split != confidence.split
+        }
     shares = {}
     if set(conditions) == set(CONDITIONS):  # a model of one condition cannot predict without a modality
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in splits}
@@ -269,6 +294,7 @@ def finish(run: Run, command: str) -> None:
             if (reasons := undefined_of(loaders[split].dataset.labels, model.config))
         },
         "shares": shares,
+        **({"confidence": without_nan(measured)} if measured else {}),
         "constant": without_nan(floors),
         "comparison": comparison,
     }
@@ -282,18 +308,23 @@ def finish(run: Run, command: str) -> None:
             run.console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
         if split in shares:
             show(shares_table(shares[split], f"{split}: what the predictions come from"), run.console)
+    for split, measures in measured.items():
+        show(confidence_table(confidence, measures, f"{split}: {confidence.kind}"), run.console)
+    if lacking := too_few_line(confidence):
+        run.console.print(lacking, soft_wrap=True)
     run.console.print(Text("\n".join(map(printable, comparison))), soft_wrap=True)
     run.console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
 
 
-def _score(run: Run, split: str, conditions: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Metrics of a split by modality condition, and with the run's own mask if it has missing rates."""
+def _predict(run: Run, split: str, conditions: tuple[str, ...]) -> ConditionPredictions:
+    """Predictions by modality condition, and with the run's own mask if it has missing rates."""
     model, loader = run.loop.bare_model, run.loaders[split]
-    scores = evaluate_conditions(model, loader, run.accelerator, conditions)
+    predictions = predict_conditions(model, loader, run.accelerator, conditions)
     if run.masks:
-        masked = run.masks[split].over(loader)
-        scores[MISSING_RATES] = evaluate_conditions(model, masked, run.accelerator, (COMPLETE,))[COMPLETE]
-    return scores
+        masked = predict_conditions(model, run.masks[split].over(loader), run.accelerator, (COMPLETE,))
+        predictions.logits[MISSING_RATES] = masked.logits[COMPLETE]
+        predictions.seen[MISSING_RATES] = masked.seen[COMPLETE]
+    return predictions
 
 
 def _record(run: Run, command: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from msa_online import MSAConfig, MSAModel
-from msa_online.evaluation.attribution import attribute, modality_shares
+from msa_online.confidence import Confidence
+from msa_online.evaluation.attribution import attribute, modality_shares, predict
 from msa_online.methods import HEADS
 from msa_online.modalities import MODALITIES
 
@@ -60,6 +61,25 @@ def test_contributions_to_a_class_are_contributions_to_its_probability(classifie
     torch.testing.assert_close(found, mean_over_all_orders(probability, batch), rtol=1e-4, atol=1e-5)
     before, after = (probability(seen(batch, names)) for names in (set(), set(MODALITIES)))
     torch.testing.assert_close(found.sum(dim=-1), after - before, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_calibrated_probabilities_are_those_of_what_each_sample_shows(classifier, make_batch):
+    present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    batch = {**make_batch(3), "labels": torch.tensor([0, 1, 2]), "modality_present": present}
+    temperatures = {"text+audio+vision": 0.5, "text+audio": 4.0, "vision": 0.1, "nothing": 2.0}
+    classifier.config.confidence = Confidence("valid", {}, temperatures=temperatures).to_dict()
+    found = attribute(classifier, batch)
+    logits = classifier(**batch).logits
+    expected = (logits / torch.tensor([[0.5], [4.0], [2.0]])).softmax(dim=-1)
+    torch.testing.assert_close(found.outputs, expected)
+    torch.testing.assert_close(predict(classifier, batch).outputs, expected)
+    nothing = (classifier(**seen(batch, set())).logits / 2).softmax(dim=-1)
+    baseline = nothing.gather(-1, found.predicted.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.baseline, baseline)
+    chosen = expected.max(dim=-1).values
+    torch.testing.assert_close(found.contributions.sum(dim=-1), chosen - baseline, rtol=0, atol=1e-5)
+    assert torch.equal(found.contributions != 0, present)
 
 
 @pytest.fixture(params=HEADS)

@@ -67,6 +67,17 @@ def test_what_a_sample_lacks_stays_absent_under_every_condition(model, make_batc
     np.testing.assert_array_equal(predictions.logits["text+audio+vision"], predictions.logits["text+audio"])
 
 
+def test_predictions_say_which_modalities_each_sample_shows(model, make_batch, accelerator):
+    lacking = make_batch(present=(True, True, False))
+    predictions = predict_conditions(model, [lacking], accelerator, ("nothing", "text+vision"))
+    assert not predictions.seen["nothing"].any()
+    assert (predictions.seen["text+vision"] == [True, False, False]).all()
+    assert predictions.metrics(model.config).keys() == {"text+vision"}
+    with torch.no_grad():
+        baseline = model(**{**lacking, "modality_present": torch.zeros_like(lacking["modality_present"])})
+    np.testing.assert_allclose(predictions.logits["nothing"], baseline.logits.numpy(), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("condition", SEVEN)
 def test_the_content_of_hidden_modalities_cannot_change_a_result(condition, model, make_batch, accelerator):
     batch, other = make_batch(), make_batch(seed=1)
