@@ -163,9 +163,25 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser("predict", help="predict from raw clips, audio files, or text only")
-    predict.add_argument("clips", nargs="*", metavar="CLIP", help="media files")
+    predict.add_argument(
+        "clips", nargs="*", metavar="CLIP", help="media files, and folders with all media files in them"
+    )
     predict.add_argument("--model", required=True, help="folder of a run, or Hub repository")
     predict.add_argument("--text", action="append", help="transcript; once for each clip, in their order")
+    predict.add_argument(
+        "--texts",
+        metavar="TABLE",
+        help="csv with the columns file_name and text (default: metadata.csv in a folder of clips, if any)",
+    )
+    predict.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write one row a clip to FILE (.csv, .jsonl or .parquet), broken clips with an error; the same "
+        "command continues a run that was stopped",
+    )
+    predict.add_argument(
+        "--workers", type=_at_least(1), help="with --out: processes that decode (default: all cores)"
+    )
     predict.add_argument("--json", action="store_true", help="print JSON")
     _add_audio_track(predict, "of all clips")
     predict.add_argument(

@@ -68,6 +68,7 @@ REMEDIES = {
     "too slow": "convert it to a lower resolution with ffmpeg, or cut it into shorter clips",
     "metadata too large": "convert it with ffmpeg, without its metadata (-map_metadata -1)",
     "too much memory": "convert it to a lower resolution with ffmpeg, or leave it out",
+    "bad row": "correct this row of the table",
     "crashed": "convert it with ffmpeg, or leave it out",
 }
 

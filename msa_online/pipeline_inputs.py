@@ -8,11 +8,22 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from feature_extractors import Clip, ExtractionSettings, RawClip, Upload, clip_of_arrays
+from feature_extractors import Clip, ClipError, ExtractionSettings, RawClip, Upload, clip_of_arrays
+from msa_online.corpora.corpus import Corpus, CorpusError
+from msa_online.corpora.layouts import VIDEO_SUFFIXES, find_layout
+from msa_online.corpora.reading import read_corpus
 from msa_online.processing_msa import clean_text
 
 KEYS = ("clip", "text", "audio", "sampling_rate", "frames", "start", "end")
 """What can be given for one clip."""
+
+# fmt: off
+MEDIA_SUFFIXES = {
+    *VIDEO_SUFFIXES, ".m4v", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".wmv",
+    ".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aiff",
+}
+# fmt: on
+"""Suffixes of the files in a folder that are taken for clips, in lower case."""
 
 _MISSING = object()
 
@@ -142,3 +153,55 @@ def _source(clip: Any, number: int, start: float | None, end: float | None) -> C
     raise ValueError(
         f"clip {number} is {clip!r}: give a path, a Clip, bytes, an open file, a dict of parts, or None"
     )
+
+
+def files_in(paths: Iterable[Path], texts: Path | None = None) -> list[Sample | ClipError]:
+    """The clips that paths name: files as they are, of folders all media files in them and below.
+
+    Transcripts and windows come from a table: metadata.csv in a folder (or another layout that `read_corpus`
+    knows), or `texts`. Each row that names a file is one clip, with its window, region and audio track. Files
+    without a row have no transcript.
+
+    Args:
+        paths: Files and folders.
+        texts: Table with the columns file_name (relative to its folder) and text.
+
+    Returns:
+        The clips, folders in the order of their names; a `ClipError` for each row that cannot be used.
+
+    Raises:
+        CorpusError: A table cannot be used, or a folder has no clips.
+    """
+    files: list[Path] = []
+    tables = [texts] if texts else []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if _is_media(each, path))
+            if not texts and find_layout(path):
+                tables.append(path)
+            elif not found:
+                raise CorpusError(f"{path} has no media files: give a folder of clips")
+            files += found
+        else:
+            files.append(path)
+    rows: dict[Path, list[Sample]] = {}
+    broken: list[ClipError] = []
+    for table in tables:
+        corpus = read_corpus(table, label_column=None, skip_broken=True)
+        broken += _broken_rows(corpus)
+        for row in corpus.samples:
+            rows.setdefault(row.clip.path.resolve(), []).append(Sample(row.clip, row.text or None))
+    files = list(dict.fromkeys(files))
+    listed = [rows.get(file.resolve(), [Sample(Clip(file), None)]) for file in files]
+    return [*(sample for samples in listed for sample in samples), *broken]
+
+
+def _is_media(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in MEDIA_SUFFIXES and not hidden and path.is_file()
+
+
+def _broken_rows(corpus: Corpus) -> list[ClipError]:
+    return [
+        ClipError(Path(f"{row.source}, line {row.line}"), "bad row", row.problem) for row in corpus.broken
+    ]

@@ -76,7 +76,7 @@ def prepare(
     if missing:
         _require_space(missing.values(), cache, settings)
         get_asset("face_landmarker")  # download it once, before many processes need it
-        extracted, failures = _extract_all(missing, cache, settings, workers or _usable_cores())
+        extracted, failures = _extract_all(missing, cache, settings, workers or usable_cores())
         for key, (found, extent) in extracted.items():
             findings[key], extents[key] = found, extent
     usable = [sample for sample in corpus.samples if keys[sample.id] in findings]
@@ -122,7 +122,7 @@ def _extract_all(
     failures: dict[str, ClipError] = {}
     with (
         closing(extract_in_processes(clips, cache, settings, workers)) as results,
-        _progress_bar() as progress,
+        progress_bar() as progress,
     ):
         for key, result in progress.track(results, len(clips), description="extracting features"):
             if isinstance(result, ClipError):
@@ -155,7 +155,7 @@ def _estimated_bytes(clip: Clip, settings: ExtractionSettings) -> int:
     return round(settings.num_frames * frame + seconds * SAMPLE_RATE * 2)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use; in a container, fewer than the machine has."""
     import joblib
 
@@ -196,6 +196,7 @@ class _Speed(ProgressColumn):
         return Text(f"{task.speed:.1f} clips/s" if task.speed else "", style="progress.data.speed")
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on stderr with the number of clips, their rate and the remaining time."""
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
