@@ -51,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="msa-online", description="Multimodal sentiment analysis from raw video."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_import(commands)
+    init = commands.add_parser(
+        "init-data",
+        help="start a metadata.csv for a folder of clips",
+        description="Write a metadata.csv with a row for every clip below FOLDER. Texts are taken from .txt "
+        "files of the same name; labels and speakers are yours to fill in.",
+    )
+    init.add_argument("folder", metavar="FOLDER")
     _add_prepare(commands)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -65,6 +73,38 @@ def build_parser() -> argparse.ArgumentParser:
     configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
     configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
     return parser
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    importing = commands.add_parser(
+        "import",
+        help="write the metadata.csv of a data set as it is downloaded",
+        description="Write OUT/metadata.csv for an unpacked data set. Clips stay where they are. What cannot "
+        "be used is reported with reasons. docs/datasets.md has a section on each data set.",
+        epilog="example: msa-online import auto /data/CREMA-D data/crema-d",
+    )
+    layouts = _Source("corpora/downloads/__init__.py").constant("LAYOUTS")
+    importing.add_argument(
+        "layout",
+        metavar="LAYOUT",
+        choices=("auto", *layouts),
+        help=f"auto, or one of {', '.join(layouts)}",
+    )
+    importing.add_argument("path", metavar="PATH", help="the folder of the unpacked data set")
+    importing.add_argument("out", metavar="OUT", help="the folder for metadata.csv; it may be PATH")
+    importing.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="how classes and splits are made; a wrong name lists all of the layout",
+    )
+    importing.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels of mosi and mosei, if they are not in PATH: .csd, or label.csv",
+    )
+    importing.add_argument(
+        "--splits", metavar="FILE", help="folds of mosei, if they are not in PATH: cmu_mosei_std_folds.py"
+    )
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:

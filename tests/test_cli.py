@@ -18,7 +18,7 @@ from msa_online_cli import build_parser, main
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = (
-    *("prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
+    *("import", "init-data", "prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
     *("convert-features", "extract-features", "train", "study", "configs"),
 )
 
@@ -604,3 +604,38 @@ def test_a_reader_that_ends_early_is_no_error(words):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
+
+
+# importing data sets, starting a table
+
+
+def test_a_data_set_is_imported_with_one_command(capsys, tmp_path):
+    videos = tmp_path / "CREMA D" / "VideoFlash"
+    videos.mkdir(parents=True)
+    (videos / "1001_DFA_ANG_XX.flv").write_bytes(b"media")
+    (videos / "1002_DFA_SAD_XX.flv").touch()
+    (videos / "readme.txt").write_text("x")
+    assert main(["import", "auto", str(videos.parent), str(tmp_path / "my data")]) == 0
+    printed = capsys.readouterr().out
+    assert "CREMA D was recognised as CREMA-D (crema-d)" in printed
+    assert "the clip has zero bytes" in printed and "VideoFlash/1002_DFA_SAD_XX.flv" in printed
+    assert "metadata.csv: 1 clips of 1 speakers" in printed and "1 of the 7,442 clips" in printed
+    assert f"next: msa-online prepare '{tmp_path}/my data' --label-column emotion" in printed
+    assert "exists already" in refusal(capsys, "import", "auto", str(videos), str(tmp_path / "my data"))
+    assert "There are speakers: " in refusal(
+        capsys, "import", "crema-d", str(videos.parent), str(tmp_path / "new"), "--protocol", "x"
+    )
+    assert "invalid choice: 'imdb' (choose from auto, ch-sims" in usage_error(
+        capsys, "import", "imdb", "x", "y"
+    ).replace("'auto', 'ch-sims'", "auto, ch-sims")
+
+
+def test_the_table_of_ones_own_clips_is_started(capsys, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"media")
+    (tmp_path / "a.txt").write_text("hello")
+    assert main(["init-data", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"wrote {tmp_path}/metadata.csv: 1 clips" in printed and f"msa-online prepare {tmp_path}" in printed
+    )
+    assert (tmp_path / "metadata.csv").read_text("utf-8") == "file_name,text,label,speaker\na.mp4,hello,,\n"

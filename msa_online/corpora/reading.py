@@ -12,7 +12,15 @@ from feature_extractors.clip import printable
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.corpora.arrow_tables import is_arrow, read_arrow
 from msa_online.corpora.corpus import TEXT_SUFFIXES, Corpus, CorpusError, Sample
-from msa_online.corpora.layouts import MMSA_METADATA, RowTable, find_layout, read_metadata, read_mmsa
+from msa_online.corpora.downloads import LAYOUTS, recognise
+from msa_online.corpora.layouts import (
+    IMPORTED,
+    MMSA_METADATA,
+    RowTable,
+    find_layout,
+    read_metadata,
+    read_mmsa,
+)
 from msa_online.corpora.splits import SPLITS, seeded_split
 from msa_online.corpora.validation import check_label_column, check_rows
 
@@ -85,7 +93,7 @@ def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
         raise CorpusError(f"{path} does not exist: give a folder with metadata.csv, or owner/name on the Hub")
     local = local.absolute()
     if local.is_file() and local.suffix.lower() in TEXT_SUFFIXES:
-        return (read_mmsa if local.name == MMSA_METADATA else read_metadata)(local, label_column)
+        return (read_mmsa if local.name in MMSA_METADATA else read_metadata)(local, label_column)
     if local.suffix.lower() in FEATURE_SUFFIXES or (local / FEATURES).is_file():
         raise CorpusError(
             f"{path} holds precomputed features, not clips. They need no `prepare`: train on them with "
@@ -115,6 +123,11 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
             f"{name!r} is neither a local folder nor a data set that the Hub returned ({reason}). Check the "
             "name and the network, log in with `hf auth login` if it is private, or give a folder."
         ) from error
+    if (snapshot / IMPORTED).is_file():
+        raise CorpusError(
+            f"{name!r} names clips on the machine where it was imported ({IMPORTED}): publish the clips "
+            "beside their metadata.csv"
+        )
     # a snapshot consists of links into blobs/, two folders up
     return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])
 
@@ -127,12 +140,22 @@ def _no_metadata(path: Path) -> str:
     if path.is_file():
         return f"{path} is not a .csv, .parquet or .arrow file: give the folder that contains metadata.csv"
     names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    if found := recognise(path):
+        known = " and like ".join(LAYOUTS[name].title for name in found)
+        commands = [f"msa-online import {name} {shlex.quote(str(path))} OUT" for name in found]
+        remedy = f"It looks like {known}. Write a metadata.csv with: {' or: '.join(commands)}"
+    else:
+        remedy = (
+            "Write a metadata.csv with the header file_name,text,label and a row for every clip: "
+            f"`msa-online init-data {shlex.quote(str(path))}` starts one; `msa-online import auto PATH OUT` "
+            "writes that of a public data set"
+        )
     held = ", ".join(names[:SHOWN_NAMES])
     if len(names) > SHOWN_NAMES:
         held += f" and {len(names) - SHOWN_NAMES} more"
     return (
         f"{path} has no metadata.csv. Looked for: {looked_for}. The folder contains: {held or 'nothing'}. "
-        "Write a metadata.csv with the header file_name,text,label and a row for every clip."
+        f"{remedy}."
     )
 
 

@@ -3,7 +3,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 SPLITS = ("train", "valid", "test")
 SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}
@@ -45,3 +45,9 @@ def seeded_split(groups: Sequence[str], seed: int) -> list[str]:
         filled[chosen] += sizes[group]
         split_of_group[group] = chosen
     return [split_of_group[group] for group in groups]
+
+
+def tenth_of(groups: Iterable[str], seed: int = 1111) -> set[str]:
+    """A seeded tenth of the distinct groups, at least one: validation data where a protocol names none."""
+    ordered = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    return set(ordered[: max(1, round(len(ordered) / 10))])

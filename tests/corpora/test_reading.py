@@ -417,6 +417,17 @@ def test_links_of_a_repository_to_files_outside_it_are_refused(hub_cache):
     assert message.count("leads out of the corpus to") == 2
 
 
+def test_a_repository_whose_clips_stayed_on_the_machine_of_its_import_is_refused(hub_cache, folder):
+    repository = hub_cache / "datasets--owner--clips"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    write_csv(snapshot / "metadata.csv", "file_name,text,label", f"{folder}/a.mp4,x,1")
+    write_csv(snapshot / "imported.json", f'{{"clips": "{folder}"}}')
+    assert_names(complaint("owner/clips"), "'owner/clips' names clips on the machine", "publish the clips")
+
+
 def test_repository_without_network_is_one_clear_message(hub_cache):
     error = complaint("owner/clips")
     assert_names(
@@ -540,6 +551,8 @@ def test_folder_without_metadata_says_what_it_holds_and_what_was_looked_for(fold
         "label.csv with Raw/",
         "a.mp4, b.mp4",
         "Write a metadata.csv",
+        "msa-online init-data",
+        "msa-online import auto",
     )
     assert_names(complaint(folder / "nowhere"), "nowhere does not exist")
     assert_names(complaint(folder / "a.mp4"), "is not a .csv")
