@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_describe(commands)
+    _add_publish(commands)
     models = commands.add_parser("get-models", help="download or convert pretrained files")
     models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
     _add_synthesize(commands)
@@ -247,6 +248,27 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
     )
     describe.add_argument("--json", action="store_true", help="print JSON")
     _add_plugin(describe)
+
+
+def _add_publish(commands: argparse._SubParsersAction) -> None:
+    publish = commands.add_parser("publish", help="upload the checkpoint of a run to the Hugging Face Hub")
+    publish.add_argument("run", metavar="RUN", help="folder of a finished run")
+    publish.add_argument("repository", metavar="ORG/NAME", help="repository, created if it does not exist")
+    publish.add_argument("--private", action="store_true", help="create a private repository")
+    publish.add_argument(
+        "--license", metavar="ID", help="licence of the weights as the Hub names it, like cc-by-nc-4.0"
+    )
+    publish.add_argument(
+        "--language",
+        metavar="CODE",
+        action="append",
+        default=[],
+        help="language of the data for the card, like en; repeatable",
+    )
+    publish.add_argument(
+        "--revision", metavar="BRANCH", help="publish to this branch, created if it does not exist"
+    )
+    _add_plugin(publish)
 
 
 def _add_synthesize(commands: argparse._SubParsersAction) -> None:

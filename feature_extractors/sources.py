@@ -7,6 +7,7 @@ moves them into place. A source that cannot be reached must fail within seconds.
 
 import functools
 import gzip
+import http.client
 import os
 import shutil
 import subprocess
@@ -107,6 +108,10 @@ def _probe(address: str) -> str:
         return ""  # it responds; the client reports the error
     except urllib.error.URLError as error:
         return _reason(error)
+    except ValueError:
+        return f"HF_ENDPOINT={address} is no address: it must begin with https:// or http://"
+    except (OSError, http.client.HTTPException) as error:  # it accepts the connection and does not answer
+        return f"no answer from {address} ({error or type(error).__name__})"
     return ""
 
 

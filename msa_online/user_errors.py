@@ -20,6 +20,7 @@ from msa_online.encoders.pretrained import EncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.evaluation.tables import printable_lines
 from msa_online.hub import CheckpointError
+from msa_online.publishing import PublishError
 from msa_online.results_file import ResultsError
 from msa_online.training.divergence import DivergedError
 from msa_online.training.yaml_reader import ConfigurationError
@@ -40,6 +41,7 @@ INPUT_ERRORS = (  # errors of the user's input
     CorpusError,
     DivergedError,
     EncoderError,
+    PublishError,
     ResultsError,
     UndefinedScoreError,
     UnfinishedError,

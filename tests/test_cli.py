@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = (
     *("import", "init-data", "prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
-    *("convert-features", "extract-features", "train", "study", "configs"),
+    *("convert-features", "extract-features", "train", "study", "configs", "publish"),
 )
 
 

@@ -35,6 +35,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.hub": 4.0,
     "msa_online.training": 4.0,
     "msa_online.pipeline": 4.0,
+    "msa_online.publishing": 4.0,
     "msa_online.pipeline_inputs": 4.0,
     "msa_online.pipeline_workers": 4.0,
     "msa_online.results_file": 4.0,

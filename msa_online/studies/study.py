@@ -74,6 +74,11 @@ class Study:
         changes = as_options({**plugins, **self.changes, **self.combinations[variant], **own})
         try:
             arguments = read_arguments(find_configuration(self.config), changes)
+            if arguments.training.push_to_hub:
+                raise ConfigurationError(
+                    "training.push_to_hub would publish all runs of a study to one repository: leave it out, "
+                    "and publish the best run with `msa-online publish`"
+                )
             if head := arguments.model.get("head"):
                 make_schedule(arguments.training, HEADS[head].stages)
         except ConfigurationError as error:

@@ -34,6 +34,7 @@ ADAPTER = "adapter"
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
     *("training.resume", "training.overwrite", "training.log_with", "training.cache_states"),
+    *("training.push_to_hub", "training.hub_private"),
     *("data.prepare_workers", "data.loader_workers", "data.strict"),
 }
 

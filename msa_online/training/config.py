@@ -180,6 +180,8 @@ class TrainingArguments:
         overwrite: Replace an earlier run in `output_dir`.
         log_with: A tracker that Accelerate supports: tensorboard, wandb, trackio, ...
         measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
+        push_to_hub: Repository on the Hub, like ORG/NAME, that the finished checkpoint is published to.
+        hub_private: Create that repository as a private one.
     """
 
     output_dir: str = "runs/run"
@@ -211,6 +213,8 @@ class TrainingArguments:
     overwrite: bool = False
     log_with: str | None = "tensorboard"
     measure_gradients: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
 
     @property
     def frozen_layers(self) -> dict[str, int | str]:

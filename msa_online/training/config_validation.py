@@ -9,6 +9,7 @@ from accelerate.utils import LoggerType
 
 from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.model_card import REPOSITORY
 from msa_online.training.config import ALL, MissingArguments, RunArguments, TrainingArguments
 from msa_online.training.precision import PRECISIONS
 
@@ -71,6 +72,8 @@ def problems(arguments: RunArguments) -> Iterator[str]:
         yield f"data.label_range is {list(data.label_range)}: the lower end comes first"
     if not 0 <= training.warmup <= 1:
         yield f"training.warmup is {training.warmup}: a share of all steps, between 0 and 1"
+    if training.push_to_hub is not None and not REPOSITORY.fullmatch(training.push_to_hub):
+        yield f"training.push_to_hub is {training.push_to_hub!r}: a repository like ORG/NAME"
     if training.resume and training.overwrite:
         yield "training.resume and training.overwrite exclude each other"
     hiding = [key for key in ("condition", "modality_dropout", "frame_dropout") if getattr(training, key)]

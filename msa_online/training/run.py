@@ -4,6 +4,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ from msa_online.missing.rates import SplitMask, rates_table
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, NOTHING
 from msa_online.model_card import write_model_card
 from msa_online.processing_msa import MSAProcessor
+from msa_online.publishing import check_destination, publish
 from msa_online.training.accelerator import device_name, seed_everything, start_accelerator
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.config import RunArguments, TrainingArguments
@@ -113,12 +115,24 @@ class Run:
 
 
 def train(arguments: RunArguments, command: str) -> None:
-    """Carry out the run that `arguments` describe; `command` is the command line, for the record."""
-    accelerator = start_accelerator(arguments.training)
+    """Carry out the run that `arguments` describe, and publish it if they say so.
+
+    Args:
+        arguments: The run.
+        command: The command line, for the record.
+    """
+    training = arguments.training
+    accelerator = start_accelerator(training)
+    main_process = accelerator.is_main_process
+    if training.push_to_hub and main_process:
+        check_destination(training.push_to_hub, private=training.hub_private)
     carry_out(arguments, command, accelerator)
     # free the wrapped model first: if it is freed after the process group, it may wait for threads forever
     accelerator.free_memory()
     accelerator.end_training()
+    if training.push_to_hub and main_process:  # last, because other processes do not wait for a slow upload
+        address = publish(Path(training.output_dir), training.push_to_hub, private=training.hub_private)
+        open_console().print(f"published: {address}", soft_wrap=True)
 
 
 def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -> None:

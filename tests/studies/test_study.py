@@ -166,6 +166,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
     [
         ({"model.loss_weights.unimodul": 0}, "variant 'mine': .*'model.loss_weights.unimodul'"),
         ({"training.epochs": 0}, "variant 'mine': .*training.epochs is 0"),
+        ({"training.push_to_hub": "lab/mine"}, "variant 'mine': training.push_to_hub .*msa-online publish"),
         ({"training.stages": [{"name": "balance", "epochs": 1}]}, "variant 'mine': .*balance"),
     ],
 )

@@ -224,6 +224,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ("training: {modality_dropout: {audio: 1}}", "modality_dropout of audio is 1"),
         ("training: {modality_dropout: {audio: -0.1}}", "modality_dropout of audio is -0.1"),
         ("training: {output_dir: ''}", "training.output_dir"),
+        ("training: {push_to_hub: sentiment}", "training.push_to_hub is 'sentiment': .* like ORG/NAME"),
         ("data: {task: sorting}", "data.task is 'sorting'"),
         ("data: {label_range: [3, -3]}", r"data.label_range is \[3.0, -3.0\]"),
         ("data: {label_range: [.nan, 3]}", "data.label_range"),
