@@ -223,6 +223,22 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict.add_argument(
         "--workers", type=_at_least(1), help="with --out: processes that decode (default: all cores)"
     )
+    predict.add_argument(
+        "--window",
+        type=_positive,
+        metavar="SECONDS",
+        help="predict for windows of clips without a transcript (default: 5, only for clips that are longer "
+        "than the model reads)",
+    )
+    predict.add_argument(
+        "--step", type=_positive, metavar="SECONDS", help="from window to window (default: half a window)"
+    )
+    predict.add_argument(
+        "--timeline", metavar="FILE", help="write one row a window to FILE (.csv, .jsonl or .parquet)"
+    )
+    predict.add_argument(
+        "--plot", metavar="FILE", help="draw score and contributions of one clip over time (.png, .svg, .pdf)"
+    )
     predict.add_argument("--json", action="store_true", help="print JSON")
     _add_audio_track(predict, "of all clips")
     predict.add_argument(

@@ -8,6 +8,7 @@ show whether the file is truncated or a seek missed its target.
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -280,6 +281,75 @@ class WaveformCollector:
                 self._pieces.append((begin, samples[begin - self._at : end - self._at]))
                 self._filled = end
             self._at += len(samples)
+
+
+class OverlappingWindows:
+    """Passes the frames of one stream on to a collector for each of many windows, which may overlap.
+
+    A collector exists from shortly before its window until `take`, so memory does not grow with the length of
+    the recording. A window starts with the picture that is displayed then.
+
+    Attributes:
+        time: Time of the latest frame, -1 before the first; seconds from the start of the file.
+        last: End of the latest frame that a collector has received, -1 before the first.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[tuple[float, float]],
+        make: Callable[[float, float], FrameSampler | WaveformCollector],
+        lead: float,
+    ):
+        """Create the collectors of no window yet.
+
+        Args:
+            windows: Start and end of each window in seconds from the start of the file, in order.
+            make: Makes the collector of a window.
+            lead: Seconds before its start from which on the frames of a window are collected.
+        """
+        self.time = self.last = -1.0
+        self._waiting = deque(windows)
+        self._open: deque[FrameSampler | WaveformCollector] = deque()
+        self._make, self._lead = make, lead
+        self._latest: av.VideoFrame | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no later frame is needed."""
+        return not self._waiting and all(collector.done for collector in self._open)
+
+    @property
+    def is_first_done(self) -> bool:
+        """Whether the earliest window that was not taken needs no later frame."""
+        return bool(self._open) and self._open[0].done
+
+    def may_skip(self, time: float) -> bool:
+        """Whether no window needs the frame of a packet; see `FrameSampler.may_skip`."""
+        answers = [sampler.may_skip(time) for sampler in self._open]  # each has to know the packet
+        return all(answers)
+
+    def add(self, frame: "av.VideoFrame | av.AudioFrame", origin: float) -> None:
+        """Receive the next frame."""
+        self.time = self.time if frame.time is None else frame.time - origin
+        while self._waiting and self._waiting[0][0] - self._lead <= self.time:
+            self._begin(origin)
+        for collector in self._open:
+            if not collector.done:
+                collector.add(frame, origin)
+                self.last = max(self.last, collector.last)
+        self._latest = frame
+
+    def take(self, origin: float) -> FrameSampler | WaveformCollector:
+        """The collector of the earliest window that was not taken; the caller finishes it."""
+        if not self._open:
+            self._begin(origin)
+        return self._open.popleft()
+
+    def _begin(self, origin: float) -> None:
+        collector = self._make(*self._waiting.popleft())
+        if self._latest is not None and isinstance(collector, FrameSampler):
+            collector.add(self._latest, origin)
+        self._open.append(collector)
 
 
 def _channels(frame: "av.AudioFrame") -> np.ndarray:

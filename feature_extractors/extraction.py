@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extract all features of a clip: decoding, sound and faces."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from feature_extractors.audio import as_int16, audible_from, is_silent
@@ -17,7 +19,7 @@ from feature_extractors.clip import (
     RawClip,
     Region,
 )
-from feature_extractors.decoding import decode
+from feature_extractors.decoding import decode, decode_windows
 from feature_extractors.face import FaceExtractor
 from feature_extractors.limits import Deadline
 
@@ -48,6 +50,22 @@ def extract(
         ValueError: `face_extractor` has another crop size than `settings`.
     """
     return measure(decode_for(clip, settings, deadline), settings, face_extractor, clip.region)
+
+
+def extract_windows(
+    clip: Clip, settings: ExtractionSettings, face_extractor: FaceExtractor, seconds: float, step: float
+) -> Iterator[tuple[Clip, ClipFeatures]]:
+    """Extract overlapping windows of a recording of any length, in one pass, as `decode_windows`.
+
+    Yields:
+        Each window as a `Clip` of its own, and its features.
+
+    Raises:
+        ClipError: The clip cannot be used.
+    """
+    frames = frames_to_decode(settings)
+    for window, raw in decode_windows(clip, seconds, step, frames, settings.max_height):
+        yield window, measure(raw, settings, face_extractor, clip.region)
 
 
 def decode_for(clip: Clip, settings: ExtractionSettings, deadline: Deadline | None = None) -> RawClip:

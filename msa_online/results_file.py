@@ -202,10 +202,11 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _as_csv(rows: Sequence[Row]) -> bytes:
+    rows = [flat(row) for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(flat, rows))
+    writer.writerows(rows)
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

@@ -39,6 +39,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.pipeline_inputs": 4.0,
     "msa_online.pipeline_workers": 4.0,
     "msa_online.results_file": 4.0,
+    "msa_online.timeline": 4.0,
     "msa_online.transformers_pipeline": 4.0,
     "msa_online.shipped_configs": 4.2,
     "msa_online.studies": 4.5,

@@ -89,7 +89,7 @@ def test_msa_online_commands_run(
         "clip.mp4": str(tiny_corpus / "clip_00.mp4"),
         "sentence-transformers/all-MiniLM-L6-v2": str(tiny_text_encoder),
         "unaligned_50.pkl": str(mmsa_pickle),
-        "results.csv": str(tmp_path / "results.csv"),
+        **{name: str(tmp_path / name) for name in ("results.csv", "timeline.csv", "curve.png")},
         "features/mosi": str(tmp_path / "mosi"),
         "features/mine": str(tmp_path / "mine"),
     }

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions along a recording of any length: one for each of many overlapping windows."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from feature_extractors import Clip
+from feature_extractors.decoding import media_seconds
+from feature_extractors.extraction import extract_windows
+from feature_extractors.face import face_extractor_of
+from msa_online.modalities import MODALITIES
+from msa_online.pipeline import BATCH_SIZE, FROM_NOTHING, MSAPipeline, Prediction
+from msa_online.pipeline_inputs import Sample
+from msa_online.processing_msa import FRAME_GAP, LOST_SOUND
+
+WINDOW = 5.0
+"""Seconds of a window; the clips of most corpora are as long."""
+
+STEP = 2.5
+"""Seconds from the start of a window to that of the next."""
+
+Word = tuple[float, float, str]
+"""Start and end of a word in seconds from the start of the file, and the word."""
+
+
+@dataclass(frozen=True)
+class WindowPrediction:
+    """The prediction for one window.
+
+    Attributes:
+        start: Start in seconds from the start of the file.
+        end: End of the window.
+        text: Words spoken in it; None if no words were given.
+        prediction: The prediction.
+    """
+
+    start: float
+    end: float
+    text: str | None
+    prediction: Prediction
+
+    def to_row(self) -> dict[str, Any]:
+        """The window as plain data: clip, start, end, text, and the fields of the prediction."""
+        fields = self.prediction.to_dict()
+        return {"clip": fields.pop("clip"), "start": self.start, "end": self.end, "text": self.text, **fields}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Predictions along a recording.
+
+    Attributes:
+        windows: The windows in order.
+        overall: Mean over the windows that show anything, weighted by their length; see `mean_of_windows`.
+    """
+
+    windows: tuple[WindowPrediction, ...]
+    overall: Prediction
+
+    def to_dict(self) -> dict[str, Any]:
+        """The overall prediction as plain data, with a list of the windows."""
+        windows = [window.to_row() for window in self.windows]
+        return {**self.overall.to_dict(), "windows": windows}
+
+
+def exceeds_reach(pipeline: MSAPipeline, clip: Clip) -> bool:
+    """Whether a model would read only a part of a clip, because it is too long.
+
+    Raises:
+        ClipError: The clip cannot be used.
+    """
+    processor = pipeline.processor
+    sound, frames = processor.max_audio_seconds + LOST_SOUND, processor.settings.num_frames
+    return media_seconds(clip) > min(sound, FRAME_GAP * frames)
+
+
+def predict_timeline(
+    pipeline: MSAPipeline,
+    clip: Clip,
+    *,
+    seconds: float = WINDOW,
+    step: float = STEP,
+    words: Sequence[Word] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Timeline:
+    """Predict along a recording; it is decoded once, and memory does not grow with its length.
+
+    Args:
+        pipeline: The model.
+        clip: The recording, of any length.
+        seconds: Length of a window.
+        step: Seconds from the start of a window to that of the next.
+        words: Spoken words with their times; a window has those whose middle lies in it.
+        batch_size: Windows in one forward pass.
+
+    Raises:
+        ClipError: The clip cannot be used.
+        UndefinedScoreError: The model's predictions are not finite.
+        ValueError: `seconds` or `step` is not positive, or `step` is longer than a window.
+    """
+    if not 0 < step <= seconds:
+        raise ValueError(f"a step of {step:g} s with windows of {seconds:g} s: give 0 < step <= window")
+    windows = tuple(_windows(pipeline, clip, seconds, step, words, batch_size))
+    return Timeline(windows, mean_of_windows(windows, str(clip.path)))
+
+
+def _windows(
+    pipeline: MSAPipeline,
+    clip: Clip,
+    seconds: float,
+    step: float,
+    words: Sequence[Word] | None,
+    batch_size: int,
+) -> Iterator[WindowPrediction]:
+    settings = pipeline.processor.settings
+    faces = face_extractor_of(pipeline.processor, settings)
+    with closing(extract_windows(clip, settings, faces, seconds, step)) as extracted:
+        while batch := list(islice(extracted, batch_size)):
+            samples = [(Sample(part, _text(words, part)), features) for part, features in batch]
+            for (sample, _), prediction in zip(samples, pipeline.predict(samples), strict=True):
+                yield WindowPrediction(sample.source.start, sample.source.end, sample.text, prediction)
+
+
+def _text(words: Sequence[Word] | None, window: Clip) -> str | None:
+    if words is None:
+        return None
+    return " ".join(word for start, end, word in words if window.start <= (start + end) / 2 < window.end)
+
+
+def mean_of_windows(windows: Sequence[WindowPrediction], clip: str) -> Prediction:
+    """One prediction for a recording: the mean of its windows, weighted by their length.
+
+    Windows without text, sound and face say nothing about the recording and are left out, unless there are no
+    others. Scores, probabilities, baselines and contributions are averaged alike, so baseline and
+    contributions still add up to the score. In classification the label is the most probable class on
+    average; baseline and contributions, which belong to the class of their window, are then left out.
+    """
+    telling = [window for window in windows if window.prediction.modalities]
+    counted = telling or list(windows)
+    weights = [window.end - window.start for window in counted]
+    total = sum(weights)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
+
+    each = [window.prediction for window in counted]
+    first = each[0]
+    probabilities = {name: mean(one.probabilities[name] for one in each) for name in first.probabilities}
+    is_score = first.label is None
+    used = tuple(name for name in MODALITIES if any(name in one.modalities for one in each))
+    lost = len(windows) - len(telling)
+    about = f"mean of {len(counted):,} windows" + (
+        f"; {lost:,} with nothing in them left out" if lost else ""
+    )
+    return Prediction(
+        clip=clip,
+        score=mean(one.score for one in each) if is_score else None,
+        label=None if is_score else max(probabilities, key=probabilities.get),
+        probabilities=probabilities,
+        modalities=used,
+        missing={name: _most_frequent(each, name) for name in MODALITIES if name not in used},
+        baseline=mean(one.baseline for one in each) if is_score else None,
+        contributions={name: mean(one.contributions[name] for one in each) for name in MODALITIES}
+        if is_score
+        else {},
+        warning=None if telling else FROM_NOTHING,
+        findings=(about, *_counted_findings(windows)),
+    )
+
+
+def _most_frequent(predictions: Sequence[Prediction], name: str) -> str:
+    return Counter(one.missing[name] for one in predictions).most_common(1)[0][0]
+
+
+def _counted_findings(windows: Sequence[WindowPrediction]) -> list[str]:
+    counts = Counter(finding for window in windows for finding in window.prediction.findings)
+    return [f"{finding} (in {count:,} windows)" for finding, count in counts.items()]
+
+
+def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] | None = None) -> None:
+    """Draw score and contributions over time; the format follows from the suffix.
+
+    Args:
+        timeline: What is drawn.
+        path: The picture.
+        label_range: Smallest and largest label, which the axis of scores shows; None fits it to the scores.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    windows = timeline.windows
+    middles = [(window.start + window.end) / 2 for window in windows]
+    series: Mapping[str, list[float]]
+    if timeline.overall.label is None:
+        title, series = "score", {"score": [window.prediction.score for window in windows]}
+    else:
+        names = list(timeline.overall.probabilities)
+        title = "probability"
+        series = {name: [window.prediction.probabilities[name] for window in windows] for name in names}
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+    for name, values in series.items():
+        upper.plot(middles, values, label=name, color="black" if len(series) == 1 else None, linewidth=1.6)
+    if timeline.overall.score is not None:
+        upper.axhline(timeline.overall.score, color="grey", linestyle="--", linewidth=1, label="overall")
+    upper.set_ylabel(title)
+    values = [value for line in series.values() for value in line]
+    low, high = (
+        (0.0, 1.0) if timeline.overall.label is not None else label_range or (min(values), max(values))
+    )
+    margin = 0.05 * (high - low) or 0.1
+    upper.set_ylim(min(low, *values) - margin, max(high, *values) + margin)
+    upper.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    for name, color in zip(MODALITIES, ("#2a6fbb", "#d9822b", "#3a923a"), strict=True):
+        if name not in timeline.overall.modalities:
+            continue
+        values = [window.prediction.contributions[name] for window in windows]
+        lower.plot(middles, values, label=name, color=color, linewidth=1.4)
+    lower.axhline(0, color="grey", linewidth=0.8)
+    lower.set_ylabel("contribution")
+    lower.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    long = middles[-1] > 180
+    lower.set_xlabel("time in minutes:seconds" if long else "time in seconds")
+    if long:
+        lower.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
+    empty = [window for window in windows if not window.prediction.modalities]
+    for window in empty:
+        upper.axvspan(window.start, window.end, color="0.93", linewidth=0, zorder=0)
+    heading = Path(timeline.overall.clip).name.replace("$", r"\$")
+    upper.set_title(heading + (" (grey: nothing seen or heard)" if empty else ""), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
