@@ -130,7 +130,15 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     )
     prepare.add_argument("--num-frames", type=_at_least(1), default=8, help=NUM_FRAMES)
     prepare.add_argument(
-        "--face-size", type=_at_least(16), default=96, help="pixels of a face crop's side (default 96)"
+        "--face-size",
+        type=_at_least(16),
+        metavar="N",
+        help="pixels of a face crop's side (default: what the vision encoder reads; 96 without one)",
+    )
+    prepare.add_argument(
+        "--vision-encoder",
+        metavar="NAME",
+        help="pretrained vision encoder that training will use; without it, training extracts clips again",
     )
     prepare.add_argument(
         "--face-choice",
@@ -367,13 +375,14 @@ def _add_extract_features(commands: argparse._SubParsersAction) -> None:
         "--audio-layer",
         type=_layer,
         metavar="LAYER",
-        help="layer of the audio encoder: a number, 0 for the embeddings, or last (default last)",
+        help="layer of the audio encoder: a number, 0 for the embeddings, or last (default last; one in "
+        "the upper middle is often better)",
     )
     extract.add_argument(
         "--audio-stride",
         type=_at_least(1),
         metavar="N",
-        help="average so many consecutive states of the audio encoder (default 4)",
+        help="average so many consecutive states of the audio encoder (default: 10 to 12.5 a second remain)",
     )
     extract.add_argument(
         "--vision-encoder",

@@ -39,7 +39,8 @@ class MSAConfig(PretrainedConfig):
         audio_encoder: Name or folder of the pretrained audio encoder; a record, as `text_encoder`.
         audio_layer: Layer of a pretrained audio encoder that is read: "last"; N, the `hidden_states[N]` of
             transformers, 0 for the embeddings; or "weighted", a learned mean of all.
-        audio_stride: How many consecutive states of a pretrained audio encoder are averaged.
+        audio_stride: How many consecutive states of a pretrained audio encoder are averaged; None averages so
+            many that 10 to 12.5 states a second remain.
         vision_config: Configuration of a pretrained vision encoder; None for convolutions that learn from
             scratch.
         vision_encoder: Name or folder of the pretrained vision encoder; a record, as `text_encoder`.
@@ -81,7 +82,7 @@ class MSAConfig(PretrainedConfig):
     audio_config: dict | PretrainedConfig | None = None
     audio_encoder: str | None = None
     audio_layer: str | int = "last"
-    audio_stride: int = 4
+    audio_stride: int | None = None
     vision_config: dict | PretrainedConfig | None = None
     vision_encoder: str | None = None
     feature_widths: dict[str, int] | None = None
@@ -110,7 +111,7 @@ class MSAConfig(PretrainedConfig):
             raise ValueError(
                 f"model.audio_layer is {self.audio_layer!r}: last, weighted, or the number of a layer from 0"
             )
-        if self.audio_stride < 1:
+        if self.audio_stride is not None and self.audio_stride < 1:
             raise ValueError(f"model.audio_stride is {self.audio_stride}: at least 1")
         Confidence.of(self.confidence)
         if self.id2label is None:
@@ -138,8 +139,14 @@ class MSAConfig(PretrainedConfig):
         scratch = {"audio": self.audio_width, "vision": self.face_width}
         configs = {name: self.encoder_config(name) for name in MODALITIES}
         return {
-            name: scratch[name] if config is None else _width_of(config) for name, config in configs.items()
+            name: scratch[name] if config is None else width_of(config) for name, config in configs.items()
         }
+
+    @property
+    def encoder_names(self) -> dict[str, str]:
+        """Name or folder of each pretrained encoder that training starts from, by modality."""
+        names = {"text": self.text_encoder, "audio": self.audio_encoder, "vision": self.vision_encoder}
+        return {modality: name for modality, name in names.items() if name is not None}
 
     def encoder_config(self, modality: str) -> PretrainedConfig | None:
         """Configuration of the pretrained encoder of a modality; None if it has none."""
@@ -171,7 +178,7 @@ class MSAConfig(PretrainedConfig):
         return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
 
 
-def _width_of(config: PretrainedConfig) -> int:
+def width_of(config: PretrainedConfig) -> int:
     """Width of the states of a pretrained encoder; networks of several widths end with the last."""
     return config.hidden_sizes[-1] if "hidden_sizes" in vars(config) else config.hidden_size
 

@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from feature_extractors import ExtractionSettings
-from feature_extractors.audio import HOP_MS, NUM_MELS
-from feature_extractors.clip import SAMPLE_RATE
 from msa_online.confidence import Confidence
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import encoder_class
+from msa_online.front_ends import sound_shape
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
 from msa_online.modeling_msa import PROBES, MSAModel
@@ -154,11 +153,12 @@ def _sound_shape(config: MSAConfig) -> tuple[tuple[int, ...], int]:
     """Shape of the sound of the example as the audio encoder reads it, and how many states it becomes."""
     kind = encoder_class("audio", config.audio_config)
     if config.audio_config is None:
-        shape, encoder = (round(EXAMPLE_SECONDS * 1000 / HOP_MS), NUM_MELS), kind.from_config(config)
+        extractor, encoder = None, kind.from_config(config)
     else:
-        shape = kind.values_shape(config.audio_config, EXAMPLE_SECONDS * SAMPLE_RATE)
+        extractor = kind.default_feature_extractor(config.audio_config)
         with torch.device("cpu"):  # the embeddings alone, as masks need values; layers keep the length
             encoder = kind(config.audio_config, 0, config.audio_stride)
+    shape = sound_shape(EXAMPLE_SECONDS, extractor)
     device = next(encoder.parameters()).device
     inputs = {
         "audio_values": torch.zeros(1, *shape, device=device),

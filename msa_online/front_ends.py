@@ -8,8 +8,9 @@ learned from scratch read our log-mel spectrogram and the crops as they are.
 Here a sound is never padded: a batch is padded with zeros, and masked, after all samples are converted.
 """
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,17 +28,21 @@ from transformers.audio_utils import mel_filter_bank, window_function
 from transformers.image_processing_utils import BaseImageProcessor
 
 from feature_extractors.audio import HOP_MS, WINDOW_MS, log_mel, mel_power
-from feature_extractors.clip import FULL_SCALE, SAMPLE_RATE, ClipFeatures
+from feature_extractors.clip import FULL_SCALE, SAMPLE_RATE, ClipFeatures, ExtractionSettings
 
 AVERAGE_LOG_MEL = -11.0
 """Mean of our log-mel spectrogram in recorded speech, pauses included."""
 
-FACE_SIZE = 96
+FACE_SIZE = ExtractionSettings.face_size
 """Height and width of the crops that the convolutional face encoder reads, in pixels."""
 
-WINDOW, HOP, KALDI_FFT = 400, 160, 512  # samples
+WINDOW, HOP, KALDI_FFT = 400, 160, 512
+"""Samples at 16 kHz of a step of all spectrograms (25 ms), between two steps (10 ms), and of Kaldi's FFT."""
 KALDI_FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
+
+# the lowest of the Audio Spectrogram Transformer's 128 bands are narrower than the FFT; it was trained so
+warnings.filterwarnings("ignore", "At least one mel filter has all zero values", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def _sparse(bands: np.ndarray) -> csr_array:
 
 
 SOUND_FRONT_ENDS: dict[type[FeatureExtractionMixin], SoundFrontEnd] = {
-    Wav2Vec2FeatureExtractor: SoundFrontEnd(_normalised),  # of HuBERT, WavLM, data2vec, UniSpeech and SEW too
+    Wav2Vec2FeatureExtractor: SoundFrontEnd(_normalised),  # of HuBERT, WavLM, data2vec and UniSpeech too
     WhisperFeatureExtractor: SoundFrontEnd(
         _whisper, lambda extractor: extractor.chunk_length, (AVERAGE_LOG_MEL / np.log(10) + 4) / 4
     ),
@@ -156,6 +161,13 @@ def sound_inputs(
     sound = features.sound(seconds)
     values = SOUND_FRONT_ENDS[type(extractor)].convert(extractor, sound if len(sound) else np.zeros(1, "f4"))
     return np.ascontiguousarray(values[: None if len(sound) else 0], np.float32)
+
+
+def sound_shape(seconds: float, extractor: FeatureExtractionMixin | None) -> tuple[int, ...]:
+    """Shape of the input that `sound_inputs` makes of so much sound."""
+    silence = np.zeros(round(seconds * SAMPLE_RATE), np.int16)
+    features = replace(ClipFeatures.absent(ExtractionSettings()), waveform=silence)
+    return sound_inputs(features, seconds, extractor).shape
 
 
 def longest_sound(extractor: FeatureExtractionMixin | None) -> float:

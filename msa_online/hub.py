@@ -20,7 +20,7 @@ from msa_online.encoders import ENCODERS
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.lora import CONFIG as ADAPTER_CONFIG
 from msa_online.lora import WEIGHTS as ADAPTER_WEIGHTS
-from msa_online.lora import AdapterError, encoder_names, open_adapter, read_adapter_config
+from msa_online.lora import AdapterError, open_adapter, read_adapter_config
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 
@@ -341,7 +341,7 @@ def _find_adapter(source: str | Path, of_hub: Mapping[str, Any]) -> _Adapter | N
     adapter = _Adapter(source, folder, base, of_hub.get("token"))
     if adapter.has_config:
         own = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return replace(adapter, base=None) if base in (None, *encoder_names(own).values()) else adapter
+        return replace(adapter, base=None) if base in (None, *own.encoder_names.values()) else adapter
     if base is None:
         raise CheckpointError(
             f"{source}: {ADAPTER_CONFIG} names no base model: set base_model_name_or_path to the checkpoint "

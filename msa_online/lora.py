@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msa_online.configuration_msa import MSAConfig, without_path
+from msa_online.configuration_msa import without_path
 from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.modeling_msa import PROBES, MSAModel
 
@@ -133,11 +133,6 @@ def adapted_modalities(model: MSAModel) -> list[str]:
     return [name for name, encoder in model.encoders.items() if any(_adapted_layers(encoder))]
 
 
-def encoder_names(config: MSAConfig) -> dict[str, str | None]:
-    """Names of the pretrained encoders that training starts from, by modality."""
-    return {"text": config.text_encoder, "audio": config.audio_encoder, "vision": config.vision_encoder}
-
-
 def merged_weights(model: MSAModel) -> dict[str, Tensor]:
     """Weights of the model with the adapters merged, under the names of a model without adapters.
 
@@ -191,7 +186,7 @@ def save_adapter(model: MSAModel, folder: Path) -> None:
     config = LoraConfig(
         # the checkpoint that training started from, or else the encoder
         base_model_name_or_path=without_path(
-            model.name_or_path or encoder_names(model.config)[adapted_modalities(model)[0]]
+            model.name_or_path or model.config.encoder_names.get(adapted_modalities(model)[0])
         ),
         inference_mode=True,
         r=rank,

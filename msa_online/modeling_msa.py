@@ -343,14 +343,8 @@ class MSAModel(PreTrainedModel):
             EncoderError: An encoder is unavailable.
         """
         model = cls(config)
-        names = {
-            "text": config.text_encoder,
-            "audio": config.audio_encoder,
-            "vision": config.vision_encoder,
-        }
-        for modality, name in names.items():
-            if name is not None:
-                model.encoders[modality].load_pretrained(name)
+        for modality, name in config.encoder_names.items():
+            model.encoders[modality].load_pretrained(name)
         return model
 
     def _init_weights(self, module: nn.Module) -> None:

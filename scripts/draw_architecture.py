@@ -60,8 +60,8 @@ STYLE = """
 
 LANES = (
     ("text", "transcript", "tokens", "any Hugging Face", "text encoder"),
-    ("audio", "sound", "log-mel spectrogram", "convolutions", "over time"),
-    ("vision", "pictures", "aligned faces", "convolutions and", "blendshapes"),
+    ("audio", "sound", "log-mel or samples", "convolutions or", "HF audio encoder"),
+    ("vision", "pictures", "faces, blendshapes", "convolutions or", "HF image encoder"),
 )
 TOP, LANE, CHIP = 98, 80, 27  # top of the boxes, distance of lanes, height of a name with its margin
 

@@ -364,7 +364,9 @@ def inputs_of(make_batch):
 
 
 def test_pretrained_encoders_take_the_attention_and_the_type_asked_for(with_encoders, inputs_of):
-    expected = AutoModel.from_pretrained(with_encoders, attn_implementation="eager")(**inputs_of(2)).logits
+    plain = AutoModel.from_pretrained(with_encoders, attn_implementation="eager")
+    assert {encoder.model.config._attn_implementation for encoder in plain.encoders.values()} == {"eager"}
+    expected = plain(**inputs_of(2)).logits
     for asked in ({"attn_implementation": "sdpa"}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}):
         model = AutoModel.from_pretrained(with_encoders, **asked)
         used = {encoder.model.config._attn_implementation for encoder in model.encoders.values()}
@@ -373,7 +375,6 @@ def test_pretrained_encoders_take_the_attention_and_the_type_asked_for(with_enco
         tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(asked.get("dtype"), 1e-5)
         logits = model(**inputs_of(2)).logits.float()
         torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
-    assert {encoder.model.config._attn_implementation for encoder in model.encoders.values()} == {"sdpa"}
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from transformers import (
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAProcessor
-from msa_online.encoders.pretrained import load_image_processor
+from msa_online.encoders.pretrained import EncoderError, load_feature_extractor, load_image_processor
 
 EXTRACTORS = (
     Wav2Vec2FeatureExtractor,
@@ -195,6 +195,25 @@ def test_the_image_processor_of_dinov3_needs_no_torchvision(tmp_path):
     fields = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 64, "width": 64}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     assert isinstance(load_image_processor(str(tmp_path)), ViTImageProcessorPil)
+
+
+@pytest.mark.parametrize(
+    ("load", "fields", "message"),
+    [
+        (
+            load_feature_extractor,
+            ClapFeatureExtractor().to_dict(),
+            "feature extractor is ClapFeatureExtractor",
+        ),
+        (load_image_processor, Siglip2ImageProcessorPil().to_dict(), "not pictures of one size"),
+    ],
+)
+def test_a_published_front_end_that_cannot_be_used_is_refused_before_data_are_read(
+    load, fields, message, tmp_path
+):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields, default=list))
+    with pytest.raises(EncoderError, match=message):
+        load(str(tmp_path))
 
 
 def test_arrays_are_read_by_the_front_ends_of_the_encoders(make_processor, face_image):

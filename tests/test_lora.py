@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAPipeline
 from msa_online.describe import describe
+from msa_online.front_ends import sound_shape
 from msa_online.hub import CheckpointError, load_checkpoint, load_config, load_for_fine_tuning
 from msa_online.lora import (
     AdapterError,
@@ -167,7 +168,7 @@ def test_every_adapter_of_an_encoder_gets_a_gradient(kind, tiny_config, make_bat
     if modality == "vision":
         inputs = {"vision_values": torch.randn(4, 4, 3, 32, 32)}
     else:
-        values = torch.randn(4, *encoder.values_shape(network, 8000))
+        values = torch.randn(4, *sound_shape(0.5, encoder.default_feature_extractor(network)))
         inputs = {"audio_values": values, "audio_mask": torch.ones(values.shape[:2], dtype=torch.bool)}
     adapted = add_lora(encoder, LoraSettings(r=2))
     assert sorted({name.rpartition(".")[2] for name in adapted}) == layers.split()

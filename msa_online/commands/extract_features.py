@@ -33,7 +33,7 @@ def run(options: Namespace, console: Console) -> None:
         audio_encoder=options.audio_encoder,
         vision_encoder=options.vision_encoder,
         audio_layer="last" if options.audio_layer is None else options.audio_layer,
-        audio_stride=options.audio_stride or 4,
+        audio_stride=options.audio_stride,
         level=options.level,
         extraction={"num_frames": options.num_frames},
         workers=options.workers,

@@ -14,8 +14,9 @@ from msa_online.corpora.prepared_corpus import findings_table, splits_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import with_scores
-from msa_online.encoders.pretrained import load_tokenizer
+from msa_online.encoders.pretrained import load_image_processor, load_tokenizer
 from msa_online.evaluation.tables import show
+from msa_online.front_ends import face_size
 from msa_online.processing_msa import InputLimits
 
 LABEL_COLUMNS = ("label", "emotion", "Emotion", "Sentiment")
@@ -25,6 +26,8 @@ LABEL_COLUMNS = ("label", "emotion", "Emotion", "Sentiment")
 def run(options: Namespace, console: Console) -> None:
     """Extract every clip of a corpus into the cache, and show what was found in clips, splits and labels."""
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
+    image_processor = load_image_processor(options.vision_encoder) if options.vision_encoder else None
+    pixels = options.face_size or face_size(image_processor)
     corpus = _read(options)
     if options.task != "classification":
         corpus = replace(corpus, samples=tuple(with_scores(corpus.samples)))
@@ -32,7 +35,7 @@ def run(options: Namespace, console: Console) -> None:
     if options.strict:
         refuse_warnings(corpus.source, warnings)
     settings = ExtractionSettings(
-        num_frames=options.num_frames, face_size=options.face_size, face_choice=options.face_choice
+        num_frames=options.num_frames, face_size=pixels, face_choice=options.face_choice
     )
     seconds = options.max_audio_seconds
     prepared = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken, seconds)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from msa_online.configuration_msa import MSAConfig
+from msa_online.configuration_msa import MSAConfig, width_of
 from msa_online.encoders.face import BlendshapeStream
 from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.modalities import ModalitySequence
@@ -90,7 +90,7 @@ class ImageEncoder(PretrainedEncoder):
         accepted = inspect.signature(self.model.forward).parameters
         # positions of a learned grid are resized for pictures of another size than the network's own
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
-        width = config.hidden_sizes[-1] if "hidden_sizes" in vars(config) else config.hidden_size
+        width = width_of(config)
         self.norm = nn.LayerNorm(width)
         self.blendshapes = BlendshapeStream(width) if blendshapes else None
 
@@ -114,7 +114,7 @@ class ImageEncoder(PretrainedEncoder):
         return self.model.get_submodule(self.family.layers)
 
     def states(self, inputs: dict[str, Tensor]) -> ModalitySequence:
-        """Run the network on the crops with a face.
+        """Run the network on the crops with a face; to select them, a GPU waits for the host once.
 
         Args:
             inputs: `vision_values` `(batch, frames, 3, height, width)` as the image processor makes them,

@@ -3,7 +3,8 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME, cached_file, logging
 
 from feature_extractors.assets import asset_path, get_asset
 from feature_extractors.catalogue import ASSETS, asset_of_model
-from feature_extractors.clip import SAMPLE_RATE
 from feature_extractors.sources import why_hub_is_silent
-from msa_online.front_ends import pillow_equivalent, restore_image_processor
+from msa_online.front_ends import pillow_equivalent, restore_extractor, restore_image_processor
 from msa_online.modalities import ModalitySequence
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -163,17 +163,27 @@ class PretrainedEncoder(nn.Module, ABC):
         Parts of it that are not built here (other layers, a decoder, the head of a task) are left out.
 
         Raises:
-            EncoderError: The weights are neither on disk nor available from the Hub, or some are missing.
+            EncoderError: The weights are neither on disk nor available from the Hub, or some are missing or
+                have another shape.
         """
-        pretrained, report = _load(
-            type(self.model).from_pretrained,
-            str(source),
-            find_encoder(str(source), download=True),
-            config=deepcopy(self.model.config),
-            key_mapping=self.key_mapping,
-            output_loading_info=True,
-        )
+        with _quiet():  # of the parts that are left out, and of what is checked below
+            pretrained, report = _load(
+                type(self.model).from_pretrained,
+                str(source),
+                find_encoder(str(source), download=True),
+                config=deepcopy(self.model.config),
+                key_mapping=self.key_mapping,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         own, stored = self.model.state_dict(), pretrained.state_dict()
+        if others := sorted(it for it in report["mismatched_keys"] if it[0] in own):
+            name, found, expected = others[0]
+            raise EncoderError(
+                f"encoder {str(source)!r}: {len(others)} of {len(own)} weights have another shape than "
+                f"config.json says, for example {name}: {list(found)}, not {list(expected)}: give a folder "
+                "whose files belong together"
+            )
         if missing := own.keys() & set(report["missing_keys"]):
             raise EncoderError(
                 f"encoder {str(source)!r}: {len(missing)} of {len(own)} weights are missing, for example "
@@ -276,7 +286,8 @@ def read_encoder_config(name: str) -> PretrainedConfig:
             f"encoder {name!r} is a model of type {kind!r}, which the installed transformers "
             f"{transformers.__version__} does not have: install a newer one, or choose another encoder"
         )
-    return _load(AutoConfig.from_pretrained, name, source)
+    with _quiet():  # of settings of a tower that is not used, such as the special tokens of SigLIP's text
+        return _load(AutoConfig.from_pretrained, name, source)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -292,25 +303,23 @@ def load_feature_extractor(name: str) -> Any | None:
     """Feature extractor published with an audio encoder; None if there is none beside the weights.
 
     Raises:
-        EncoderError: It cannot be read, or wants sound at another rate than 16 kHz.
+        EncoderError: It cannot be read, is of an unknown class, or wants sound at another rate than 16 kHz.
     """
     source = find_encoder(name, download=True)
     if not _has_preprocessor(name, source):
         return None
     extractor = _load(AutoFeatureExtractor.from_pretrained, name, source)
-    if extractor.sampling_rate != SAMPLE_RATE:
-        raise EncoderError(
-            f"audio encoder {name!r} reads sound at {extractor.sampling_rate:,} samples a second; clips are "
-            f"read at {SAMPLE_RATE:,}: choose an encoder for that rate"
-        )
-    return extractor
+    try:
+        return restore_extractor(extractor)
+    except ValueError as error:
+        raise EncoderError(f"encoder {name!r}: {error}") from error
 
 
 def load_image_processor(name: str) -> Any:
     """Image processor published with a vision encoder.
 
     Raises:
-        EncoderError: It cannot be read; or there is none, and families differ too much to assume one.
+        EncoderError: It cannot be read or used; or there is none, and families differ too much to assume one.
     """
     source = find_encoder(name, download=True)
     if not _has_preprocessor(name, source):
@@ -318,10 +327,24 @@ def load_image_processor(name: str) -> Any:
             f"vision encoder {name!r} has no preprocessor_config.json, which says the size and the scale of "
             "its pictures: add the one that it was published with"
         )
-    fields, _ = _load(BaseImageProcessor.get_image_processor_dict, name, source)
-    if pillow_equivalent(fields):  # transformers refuses it without torchvision
-        return restore_image_processor(fields)
-    return _load(AutoImageProcessor.from_pretrained, name, source)
+    processor, _ = _load(BaseImageProcessor.get_image_processor_dict, name, source)
+    if not pillow_equivalent(processor):  # else transformers refuses it without torchvision
+        processor = _load(AutoImageProcessor.from_pretrained, name, source)
+    try:
+        return restore_image_processor(processor)
+    except ValueError as error:
+        raise EncoderError(f"encoder {name!r}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _has_preprocessor(name: str, source: str) -> bool:

@@ -40,15 +40,21 @@ class PretrainedAudioEncoder(PretrainedEncoder):
         layer: "last": the network's own output. N: `hidden_states[N]` of transformers, 0 for the embeddings;
             layers above are not built, and N equal to the number of layers is the same as "last".
             "weighted": a learned mean of the embeddings and all layers.
-        stride: How many consecutive states are averaged; 4 makes 12.5 a second of 50.
+        stride: How many consecutive states are averaged; None means `usual_stride`.
+
+    Attributes:
+        usual_stride: Makes 10 to 12.5 states a second.
 
     Raises:
         ValueError: The network has fewer layers.
     """
 
     input_names = ("audio_values", "audio_mask")
+    usual_stride = 4  # of 50 states a second
 
-    def __init__(self, config: PretrainedConfig, layer: str | int = "last", stride: int = 4) -> None:
+    def __init__(
+        self, config: PretrainedConfig, layer: str | int = "last", stride: int | None = None
+    ) -> None:
         highest = config.num_hidden_layers
         if isinstance(layer, int) and layer > highest:
             raise ValueError(
@@ -63,7 +69,7 @@ class PretrainedAudioEncoder(PretrainedEncoder):
         if self.is_cut:
             config.num_hidden_layers = layer
         super().__init__(config)
-        self.stride = stride
+        self.stride = self.usual_stride if stride is None else stride
         width = config.hidden_size
         self.layer_weights = LayerWeights(highest + 1) if self.is_weighted else None
         # the scale of hidden states differs between layers; the last state has the network's own norm
@@ -86,11 +92,6 @@ class PretrainedAudioEncoder(PretrainedEncoder):
             States `(batch, time, width)`: at least the last, and if `is_weighted` those of all layers, from
             the embeddings upwards; and their mask `(batch, time)` bool.
         """
-
-    @staticmethod
-    @abstractmethod
-    def values_shape(config: PretrainedConfig, samples: int) -> tuple[int, ...]:
-        """Shape of the `audio_values` of one sound of so many samples at 16 kHz."""
 
     @staticmethod
     @abstractmethod

@@ -7,12 +7,8 @@ from torch.nn import functional as F
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 from transformers.masking_utils import create_bidirectional_mask
 
-from feature_extractors.clip import SAMPLE_RATE
 from msa_online.encoders.pretrained_audio import PretrainedAudioEncoder
 from msa_online.layers.precision import no_wider
-
-WINDOW, HOP = 400, 160
-"""Samples at 16 kHz of a filter-bank step, and between two steps."""
 
 
 class SpectrogramTransformer(PretrainedAudioEncoder):
@@ -23,8 +19,10 @@ class SpectrogramTransformer(PretrainedAudioEncoder):
     to padding. A sound shorter than one patch (16 steps) is filled with zeros. The class and distillation
     tokens are attended to, but are no states.
 
-    100 filter-bank steps a second become 10 states: `audio_stride` 1 keeps them.
+    100 filter-bank steps a second become 10 states.
     """
+
+    usual_stride = 1
 
     def build(self, config: ASTConfig) -> ASTModel:
         """The network; if cut, without its last norm, and without trained tokens that no layer reads."""
@@ -81,16 +79,6 @@ class SpectrogramTransformer(PretrainedAudioEncoder):
         return embeddings.dropout(states)
 
     @staticmethod
-    def values_shape(config: ASTConfig, samples: int) -> tuple[int, ...]:
-        """Steps and bands of the filter bank."""
-        return 1 + max(0, samples - WINDOW) // HOP, config.num_mel_bins
-
-    @staticmethod
     def default_feature_extractor(config: ASTConfig) -> ASTFeatureExtractor:
         """Filter banks normalised as for AudioSet, with the configuration's bands and length."""
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
-
-    @staticmethod
-    def longest_seconds(config: ASTConfig) -> float:
-        """A filter-bank step every 10 ms."""
-        return config.max_length * HOP / SAMPLE_RATE

@@ -8,9 +8,6 @@ from transformers import PretrainedConfig, SeamlessM4TFeatureExtractor, Wav2Vec2
 from msa_online.encoders.pretrained_audio import PretrainedAudioEncoder, attendable
 from msa_online.layers.precision import no_wider
 
-WINDOW, HOP = 400, 160
-"""Samples at 16 kHz of a filter-bank step, and between two steps."""
-
 
 class Wav2Vec2BertEncoder(PretrainedAudioEncoder):
     """Wav2Vec2-BERT; 100 filter-bank steps a second, joined in pairs, become 50 states."""
@@ -32,11 +29,6 @@ class Wav2Vec2BertEncoder(PretrainedAudioEncoder):
             output_hidden_states=self.is_weighted,
         )
         return list(output.hidden_states or [output.last_hidden_state]), mask
-
-    @staticmethod
-    def values_shape(config: PretrainedConfig, samples: int) -> tuple[int, ...]:
-        """Pairs of steps, and the features of a pair."""
-        return (1 + max(0, samples - WINDOW) // HOP) // 2, config.feature_projection_input_dim
 
     @staticmethod
     def default_feature_extractor(config: PretrainedConfig) -> SeamlessM4TFeatureExtractor:

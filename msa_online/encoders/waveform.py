@@ -115,11 +115,6 @@ class WaveformEncoder(PretrainedAudioEncoder):
         return positional.activation(positional.padding(positional.conv(states))).mT
 
     @staticmethod
-    def values_shape(config: PretrainedConfig, samples: int) -> tuple[int, ...]:
-        """The samples themselves."""
-        return (samples,)
-
-    @staticmethod
     def default_feature_extractor(config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
         """Sound of zero mean and unit variance, as most of these networks were trained with."""
         return Wav2Vec2FeatureExtractor()

@@ -10,10 +10,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Whisp
 
 from feature_extractors.clip import SAMPLE_RATE
 from msa_online.encoders.pretrained_audio import PretrainedAudioEncoder, attendable
+from msa_online.front_ends import HOP
 from msa_online.layers.precision import no_wider
-
-HOP = 160
-"""Samples at 16 kHz between two steps of the log-mel."""
 
 
 class WhisperEncoder(PretrainedAudioEncoder):
@@ -61,12 +59,7 @@ class WhisperEncoder(PretrainedAudioEncoder):
         return hidden, mask
 
     @staticmethod
-    def values_shape(config: PretrainedConfig, samples: int) -> tuple[int, ...]:
-        """Steps and bands of the log-mel."""
-        return samples // HOP, config.num_mel_bins
-
-    @staticmethod
     def default_feature_extractor(config: PretrainedConfig) -> WhisperFeatureExtractor:
-        """Whisper's own, with the configuration's bands and length."""
+        """Whisper's own, with the configuration's bands and length, in whole seconds."""
         seconds = 2 * config.max_source_positions * HOP // SAMPLE_RATE
         return WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 
 from feature_extractors import FeatureCache, log_mel
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
@@ -55,7 +56,7 @@ def extract_features(
     audio_encoder: str | None = None,
     vision_encoder: str | None = None,
     audio_layer: str | int = "last",
-    audio_stride: int = 4,
+    audio_stride: int | None = None,
     level: str = "sequence",
     extraction: Mapping[str, Any] | None = None,
     workers: int | None = None,
@@ -77,7 +78,7 @@ def extract_features(
         audio_encoder: Folder or name of an audio encoder.
         vision_encoder: Folder or name of a vision encoder.
         audio_layer: "last", or the number of a layer of the audio encoder, as in `MSAConfig`.
-        audio_stride: How many consecutive states of the audio encoder are averaged.
+        audio_stride: How many consecutive states of the audio encoder are averaged, as in `MSAConfig`.
         level: "sequence" keeps the steps; "utterance" pools them with `pool`.
         extraction: What to extract from clips: fields of `ExtractionSettings`.
         workers: Number of processes that extract clips.
@@ -140,7 +141,7 @@ def extract_features(
         "made by": "msa-online extract-features",
         "clips": str(corpus.source),
         "level": level,
-        **_origin_of_states(names, audio_layer, audio_stride, processor.max_audio_seconds),
+        **_origin_of_states(names, encoders, audio_layer, processor.max_audio_seconds),
         "extraction": asdict(processor.settings),
         "widths": {name: each.width for name, each in steps.items()},
         "cpu_seconds": {name: round(seconds, 1) for name, seconds in cpu_seconds.items()},
@@ -190,17 +191,18 @@ DESCRIPTIONS = {
 
 
 def _origin_of_states(
-    names: Mapping[str, str], audio_layer: str | int, audio_stride: int, max_audio_seconds: float
+    names: Mapping[str, str], encoders: nn.ModuleDict, audio_layer: str | int, max_audio_seconds: float
 ) -> dict[str, dict[str, Any]]:
     """What each modality's features are, for the record."""
     text = {"encoder": names["text"], "states": "last hidden layer, special tokens included"}
     audio: dict[str, Any] = {"descriptors": DESCRIPTORS}
     if "audio" in names:
+        stride = encoders["audio"].stride
         audio = {
             "encoder": names["audio"],
             "layer": audio_layer,
-            "stride": audio_stride,
-            "states": f"means of {audio_stride} consecutive states, of the first {max_audio_seconds:g} s",
+            "stride": stride,
+            "states": f"means of {stride} consecutive states, of the first {max_audio_seconds:g} s",
         }
     blendshapes = "MediaPipe blendshapes of frames with a face"
     vision = {"scores": blendshapes}

@@ -32,8 +32,8 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     for run in runs:
         if run.record and run.difference:
             raise ConfigurationError(
-                f"{run.folder} holds a finished run with other settings ({run.difference}): restore "
-                "them, or give another output_dir"
+                f"{run.folder} holds a finished run with other settings ({run.difference}): give "
+                "another output_dir, or restore the settings"
             )
         tidy(run, study)
     todo = [run for run in runs if not run.record]

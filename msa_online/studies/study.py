@@ -15,7 +15,7 @@ import yaml
 from msa_online.methods import HEADS
 from msa_online.shipped_configs import find_configuration
 from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
-from msa_online.training.config import RunArguments, first_difference
+from msa_online.training.config import FORMER_KEYS, RunArguments, first_difference, former_key
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
 from msa_online.training.yaml_reader import ConfigurationError, read_change, read_document, structure
@@ -125,6 +125,8 @@ class StudyRun:
         """A setting in which the run in the folder differs from this one, with both values; None if equal."""
         before = read_document(self.folder / SETTINGS, "configuration of the run")
         before.pop("launch", None)
+        if former := former_key(before):
+            return f"{former} of an earlier version, now {FORMER_KEYS[former]}"
         changed = first_difference(before, self.arguments.to_dict(), FREE_TO_CHANGE_ON_RESUME)
         return changed and f"{changed[0]}={changed[1]!r}, now {changed[2]!r}"
 

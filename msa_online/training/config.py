@@ -282,10 +282,14 @@ def refuse_former_keys(document: Mapping[str, Any], origin: str) -> None:
     Raises:
         ConfigurationError: It has such a key; names what replaces it.
     """
+    if key := former_key(document):
+        raise ConfigurationError(f"{origin}: {key} is a key of an earlier version: use {FORMER_KEYS[key]}")
+
+
+def former_key(document: Mapping[str, Any]) -> str | None:
+    """A key of `FORMER_KEYS` that a configuration as plain data has; None if it has none."""
     given = _by_key(document)
-    for key, replacement in FORMER_KEYS.items():
-        if key in given:
-            raise ConfigurationError(f"{origin}: {key} is a key of an earlier version: use {replacement}")
+    return next((key for key in FORMER_KEYS if key in given), None)
 
 
 def first_difference(

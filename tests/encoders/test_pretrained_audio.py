@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrained audio encoders: the states of transformers, whatever a sample is padded or batched with."""
 
+import logging
+
 import pytest
 import torch
 from transformers import (
@@ -223,6 +225,23 @@ def test_a_checkpoint_without_the_weights_is_refused_and_named(tmp_path):
     make_encoder("whisper", 2).load_pretrained(tmp_path)  # does not need them
 
 
+def test_weights_of_another_shape_than_the_configuration_are_refused_and_named(tmp_path):
+    wider = AutoConfig.for_model("whisper", **TINY["whisper"] | {"encoder_ffn_dim": 48})
+    AutoModel.from_config(wider).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match=r"9 of \d+ weights .*layers\.0\.fc1\.bias: \[48\], not \[32\]"):
+        make_encoder("whisper").load_pretrained(tmp_path)
+
+
+def test_loading_a_part_of_a_checkpoint_warns_of_nothing(tmp_path, caplog, monkeypatch):
+    AutoModel.from_config(tiny_config("whisper")).save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        make_encoder("whisper", 1).load_pretrained(tmp_path)
+        assert not caplog.records
+        AutoModel.from_pretrained(tmp_path, num_hidden_layers=1, encoder_layers=1)
+    assert "UNEXPECTED" in caplog.text, "transformers still reports, to whoever calls it"
+
+
 def test_a_layer_that_the_encoder_lacks_is_refused():
     with pytest.raises(ValueError, match=r"audio_layer is 4, and the 'whisper' encoder has 3 layers.*0 to 3"):
         make_encoder("whisper", 4)
@@ -249,6 +268,15 @@ def test_the_published_whisper_is_loaded_by_name_and_has_its_own_states():
 
 
 # --- pooling and weighing ---
+
+
+@pytest.mark.parametrize(
+    ("family", "stride"), [("whisper", 4), ("wav2vec2-bert", 4), ("audio-spectrogram-transformer", 1)]
+)
+def test_ten_to_twelve_states_a_second_remain_by_default(family, stride):
+    config = AutoConfig.for_model(family)
+    with torch.device("meta"):
+        assert encoder_class("audio", config).from_config(MSAConfig(audio_config=config)).stride == stride
 
 
 def test_states_are_averaged_over_the_valid_steps_of_each_group():

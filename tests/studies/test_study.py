@@ -194,6 +194,13 @@ def test_an_interrupted_run_is_resumed_and_one_with_other_settings_is_started_an
     assert other.difference == "training.epochs=30, now 3"
 
 
+def test_a_run_of_an_earlier_version_is_recognised_by_its_keys(write):
+    run = read_study(write()).runs()[0]
+    leave(run, freeze_text_encoder=False)
+    expected = "training.freeze_text_encoder of an earlier version, now training.freeze=[text]"
+    assert run.difference == expected and run.to_train().training.overwrite
+
+
 def test_a_run_is_finished_only_once_its_results_are_there_and_its_state_is_gone(write):
     run = read_study(write()).runs()[0]
     assert run.record is None
