@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import BertModel
+from transformers import BertModel, ViTImageProcessorPil
 
+from feature_extractors import Clip, ExtractionSettings, FeatureCache
 from msa_online import MSAConfig, MSAModel, Prediction
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.shipped_configs import description, shipped
@@ -404,6 +405,21 @@ def test_a_cache_that_cannot_be_written_is_a_message_and_no_traceback(
     monkeypatch.setenv("MSA_CACHE", str(tmp_path / "cache"))
     assert main(["prepare", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_prepare_makes_crops_for_the_vision_encoder_that_it_is_given(capsys, tmp_path, make_clip, cache_dir):
+    """Clips prepared with another size are extracted again when training starts."""
+    clip = make_clip(tmp_path / "clip.wav", video=False)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,label\n{clip.name},good,1\n")
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "encoder")
+    cache = FeatureCache()
+
+    def prepared(size: int) -> bool:
+        return cache.load(cache.key(Clip(clip), ExtractionSettings(face_size=size))) is not None
+
+    words = ("--vision-encoder", str(tmp_path / "encoder"), "--workers", "1")
+    assert main(["prepare", str(tmp_path), *words]) == 0
+    assert prepared(48) and not prepared(96)
 
 
 # --- features ---

@@ -70,7 +70,7 @@ def test_the_blendshape_stream_is_counted_with_the_face(write_config):
 
 def test_a_description_is_json_with_the_total_where_scripts_look_for_it(write_config):
     document = json.loads(json.dumps(asdict(describe(write_config(text_encoder="bert-base-uncased")))))
-    assert set(document) == {"parameters", "frozen", "shapes", "trained_on"}
+    assert set(document) == {"parameters", "frozen", "shapes", "confidence", "trained_on"}
     assert isinstance(document["parameters"]["total"], int) and document["trained_on"] == {}
 
 
