@@ -77,7 +77,10 @@ def publish(
             something else.
     """
     config = _finished(folder)
-    again = f"msa-online publish {shlex.quote(str(folder))} {repository}"
+    given = {"--license": [license], "--language": languages, "--revision": [revision]}
+    options = [word for name, values in given.items() for value in values if value for word in (name, value)]
+    words = ["msa-online", "publish", str(folder), repository, *options, *["--private"] * private]
+    again = shlex.join(words)
     with TemporaryDirectory(prefix="msa_online_") as temporary, _explained(repository, again):
         staging = Path(temporary)
         config.save_pretrained(staging)

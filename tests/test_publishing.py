@@ -237,15 +237,21 @@ def test_a_network_that_is_gone_half_way_leaves_nothing_half_published(client, s
         model.head.classifier.bias.add_(1)
     model.save_pretrained(run)
     server.broken = "/commit/"
-    message = client.refusal(run, "lab/sentiment")
+    message = client.refusal(run, "lab/sentiment", "--license", "mit", "--language", "en")
     assert "the connection to the Hub failed" in message and "Nothing is half-published" in message
-    assert f"msa-online publish {run} lab/sentiment" in message
+    assert f"msa-online publish {run} lab/sentiment --license mit --language en (" in message
     shutil.rmtree(client.cache)
     assert client.call("logits", "lab/sentiment", str(batch)) == before
     server.broken, sent = None, len(server.requests)
     client.publish(run, "lab/sentiment")
     assert not any(request.startswith("PUT /lfs/") for request in server.requests[sent:])  # it was there
     assert len(server.model("lab/sentiment").messages) == 3
+
+
+def test_the_command_to_go_on_keeps_a_private_repository_private(client, server, run):
+    server.broken = "/api/repos/create"
+    assert "lab/secret --private (" in client.refusal(run, "lab/secret", "--private")
+    assert not server.repositories
 
 
 def test_an_unfinished_run_or_something_else_is_refused_without_asking_the_hub(client, server, run, tmp_path):
