@@ -295,6 +295,35 @@ def too_few_line(confidence: Confidence) -> str | None:
     return f"{unfitted} for {counts}: fewer than {MIN_SAMPLES} samples of {confidence.split}"
 
 
+def shortfall_line(
+    confidence: Confidence, measured: Mapping[str, Mapping[str, float]], split: str
+) -> str | None:
+    """One line about intervals that cover far fewer labels of a split than promised; None if there are none.
+
+    Far means four standard deviations of the coverage, of which both numbers of samples are a source.
+
+    Args:
+        confidence: The fit.
+        measured: `measure_confidence` by condition.
+        split: Name of the measured split.
+    """
+    fewest = min((confidence.samples[name] for name in confidence.half_widths), default=MIN_SAMPLES)
+    short = []
+    for name, values in measured.items():
+        if not confidence.half_widths or not values["samples"]:
+            continue
+        counts = 1 / values["samples"] + 1 / confidence.samples.get(name, fewest)
+        spread = math.sqrt(confidence.level * (1 - confidence.level) * counts)
+        if values["coverage"] < confidence.level - 4 * spread:
+            short.append(f"{name} ({values['coverage']:.1%})")
+    if not short:
+        return None
+    return (
+        f"warning: {split}: intervals at {confidence.level:.0%} contain fewer labels than they should with "
+        f"{', '.join(short)}: {confidence.split} and {split} differ, do not rely on these intervals"
+    )
+
+
 def _ends(
     scores: np.ndarray, half_widths: np.ndarray, label_range: Iterable[float] | None
 ) -> tuple[np.ndarray, np.ndarray]:

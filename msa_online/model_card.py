@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from feature_extractors.clip import printable
-from msa_online.confidence import Confidence, too_few_line
+from msa_online.confidence import Confidence, shortfall_line, too_few_line
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.tables import (
     HEADLINES,
@@ -237,6 +237,8 @@ def _confidence(confidence: Confidence | None, measured: Mapping[str, Any]) -> s
     parts = ["", "## Confidence", text.format(level=f"{100 * confidence.level:g} %", split=confidence.split)]
     for split, measures in measured.items():
         parts += [f"**{split}**", confidence_markdown(confidence, measures)]
+        if short := shortfall_line(confidence, measures, split):
+            parts.append(f"**{short}**")
     if not measured:
         parts.append(confidence_markdown(confidence, {}))
     if lacking := too_few_line(confidence):

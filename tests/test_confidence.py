@@ -14,6 +14,7 @@ from msa_online.confidence import (
     fit_confidence,
     fit_temperature,
     measure_confidence,
+    shortfall_line,
     too_few_line,
 )
 from msa_online.modalities import MODALITIES, VISIBLE_SETS
@@ -100,6 +101,21 @@ def test_an_interval_stays_within_the_range_of_the_labels_and_loses_none():
     interval = confidence.interval(2.9, (), [-3, 3])
     assert interval.high == 3 and interval.low == 2.9 - confidence.half_widths["nothing"]
     assert interval.level == 0.9
+
+
+def test_a_test_split_that_is_unlike_validation_gives_a_warning_and_a_like_one_none():
+    scores, seen, labels = regression(200, seed=10)
+    confidence = fit_confidence(scores, seen, labels, "valid")
+    others, seen, labels = regression(600, seed=11)
+    measured = {
+        name: measure_confidence(confidence, others[name], seen[name], labels, None) for name in VISIBLE_SETS
+    }
+    assert shortfall_line(confidence, measured, "test") is None
+    worse = {**measured, "text": {**measured["text"], "coverage": 0.78}, "imr": measured["text"]}
+    line = shortfall_line(confidence, worse, "test")
+    assert line.startswith("warning: test: ") and "with text (78.0%): valid and test differ" in line
+    empty = {"text": {"samples": 0, "coverage": None, "width": None}}
+    assert shortfall_line(confidence, empty, "test") is None
 
 
 def test_small_splits_promise_nothing_and_say_so_in_one_line():

@@ -204,10 +204,14 @@ def test_the_card_shows_what_intervals_were_fitted_and_measured(config, tmp_path
     }
     config.trained_on = {**TRAINED_ON, "confidence": {"test": measured}}
     _, text = card_of(config, tmp_path)
+    assert "warning: test" not in text
     assert "90 % of the intervals contain the label" in text
     assert "| text | 24 | 1.250 | 48 | 91.7 | 2.400 |" in text
     assert "| vision | 12 |  | 0 |  |  |" in text
     assert "There are no intervals or calibrated probabilities for vision (12)" in text
+    measured["text"]["coverage"] = 0.5
+    _, text = card_of(config, tmp_path)
+    assert "**warning: test: intervals at 90% contain fewer labels than they should with text (50.0%)" in text
 
 
 # --- on the Hub ---

@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 from feature_extractors import FeatureCache
 from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
 from msa_online.commands.json_output import write_json
-from msa_online.confidence import Confidence, too_few_line
+from msa_online.confidence import Confidence, shortfall_line, too_few_line
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
@@ -94,6 +94,7 @@ def run(options: Namespace, console: Console) -> None:
             measured = {}
             if options.split != confidence.split:  # there, coverage is the level by construction
                 measured = predictions.measure_confidence(confidence, model.config)
+            notes += filter(None, [shortfall_line(confidence, measured, options.split)])
             report["confidence"] = {**confidence.to_dict(), "measured": measured}
             tables.append(confidence_table(confidence, measured, confidence.kind))
     report["undefined"] = undefined = undefined_of(dataset.labels, model.config)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from feature_extractors.clip import printable
 from msa_online.batching import BucketBatchSampler, in_order
-from msa_online.confidence import too_few_line
+from msa_online.confidence import shortfall_line, too_few_line
 from msa_online.corpora.prepared_corpus import findings_counts
 from msa_online.evaluation.attribution import modality_shares
 from msa_online.evaluation.conditions import (
@@ -324,6 +324,8 @@ def finish(run: Run, command: str) -> None:
             show(shares_table(shares[split], f"{split}: what the predictions come from"), run.console)
     for split, measures in measured.items():
         show(confidence_table(confidence, measures, f"{split}: {confidence.kind}"), run.console)
+        if short := shortfall_line(confidence, measures, split):
+            run.console.print(short, soft_wrap=True)
     if lacking := too_few_line(confidence):
         run.console.print(lacking, soft_wrap=True)
     run.console.print(Text("\n".join(map(printable, comparison))), soft_wrap=True)
