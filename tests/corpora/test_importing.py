@@ -382,6 +382,13 @@ def test_mosei_takes_labels_and_splits_from_the_table_of_mmsa(tree, tmp_path):
         import_dataset(root, tmp_path / "none")
 
 
+def test_a_table_of_mmsa_beside_the_raw_videos_of_mosei_is_no_second_layout(tree):
+    root = tree("mosei")
+    write(root / "label.csv", "video_id,clip_id,text,label,mode\naa_b,0,x,1.5,train\n")
+    (root / "Raw").mkdir()
+    assert recognise(root) == {"mosei": root}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -19,6 +19,11 @@ def _kind(folder: Path) -> str | None:
         return "ch-sims-v2" if source.name == "meta.csv" else "mmsa"
     if table is None or not {"video_id", "clip_id"} <= set(table.columns):
         return None
+    videos = {cells["video_id"] for _, cells in table.rows}
+    if not any(
+        (folder / "Raw" / video).is_dir() for video in videos if video
+    ):  # the labels of another layout
+        return None
     if "label_T" not in table.columns:
         return "ch-sims-v2" if source.name == "meta.csv" else "mmsa"
     first = table.rows[0][1]["video_id"] if table.rows else ""
