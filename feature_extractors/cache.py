@@ -24,7 +24,7 @@ from feature_extractors.decoding import check_file
 from feature_extractors.extraction import extract
 from feature_extractors.face import FaceExtractor
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of every key; increase it when equal settings give other features, or when the file format changes."""
 
 SETTLED = 2.0

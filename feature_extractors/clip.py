@@ -46,6 +46,22 @@ def cancelled_channels_finding(channel: int) -> str:
     return f"opposite channels, only channel {channel} is used"
 
 
+SCENE_CUT = "scene cut"
+SHOWN_CUTS = 5
+
+
+def scene_cuts_finding(times: Sequence[float]) -> str:
+    """The finding that names scene cuts, in seconds from the start of the file."""
+    shown = ", ".join(f"{time:.1f}" for time in times[:SHOWN_CUTS])
+    more = f" s and {len(times) - SHOWN_CUTS:,} more" if len(times) > SHOWN_CUTS else " s"
+    return f"{SCENE_CUT}{'s' * (len(times) > 1)} at {shown}{more}"
+
+
+def kind_of(finding: str) -> str:
+    """A finding without what differs from clip to clip, to count clips by it."""
+    return f"{SCENE_CUT}s" if finding.startswith(SCENE_CUT) else finding
+
+
 REMEDIES = {
     "missing": "check the path",
     "not a file": "give the path of one media file",
@@ -137,8 +153,9 @@ class RawClip:
         duration: Length of the window in seconds.
         has_video: Whether there is a decodable video stream.
         has_audio: Whether there is a decodable audio stream.
-        findings: What decoding found out: a still picture, the audio track in use if there are several, or
-            the only channel.
+        findings: What decoding found out: a still picture, scene cuts, the audio track in use if there are
+            several, or the only channel.
+        cuts: Times of scene cuts, in seconds from the window's start: of the first picture after each.
     """
 
     frames: np.ndarray
@@ -148,6 +165,7 @@ class RawClip:
     has_video: bool
     has_audio: bool
     findings: tuple[str, ...] = ()
+    cuts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from feature_extractors.clip import SAMPLE_RATE
+from feature_extractors.cuts import CutDetector
 from feature_extractors.pictures import DecodedFrame, PictureConverter, together
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ class FrameSampler:
         self._held: tuple[float, DecodedFrame] | None = None
         self._before_held: DecodedFrame | None = None
         self._kept: list[tuple[float, np.ndarray]] = []
+        self._detector = CutDetector()
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """Times of the scene cuts within the window, in seconds from its start."""
+        return tuple(time - self.start for time in self._detector.times if self.start < time < self.end)
 
     def may_skip(self, time: float) -> bool:
         """Whether the frame of a packet is certainly not needed.
@@ -96,6 +103,7 @@ class FrameSampler:
         if self.first is None:
             self.first = time
         decoded = self._converter.receive(frame)
+        self._detector.add(frame, time)
         self._interlaced |= decoded.fields is not None
         self._settle(time, decoded)
         self._before_held = self._held and self._held[1]

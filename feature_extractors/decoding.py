@@ -28,6 +28,7 @@ from feature_extractors.clip import (
     audio_track_finding,
     cancelled_channels_finding,
     is_region,
+    scene_cuts_finding,
 )
 from feature_extractors.collecting import FrameSampler, OverlappingWindows, WaveformCollector
 from feature_extractors.limits import Deadline
@@ -107,6 +108,7 @@ def decode(
         has_video=media.has_video,
         has_audio=media.has_audio,
         findings=media.findings + findings,
+        cuts=media.cuts,
     )
 
 
@@ -166,10 +168,16 @@ def decode_windows(
                 return part, decode(part, num_frames, max_height)
             _check_samples(clip, waveform, start)
             frames, timestamps = sampler.finish()
-            still = (STILL_PICTURE,) if sampler.count == 1 else ()
-            has_video, has_audio = sampler.first is not None, collector.first is not None
-            raw = RawClip(frames, timestamps, waveform, end - start, has_video, has_audio, still + findings)
-            return part, raw
+            return part, RawClip(
+                frames=frames,
+                timestamps=timestamps,
+                waveform=waveform,
+                duration=end - start,
+                has_video=sampler.first is not None,
+                has_audio=collector.first is not None,
+                findings=_picture_findings(sampler) + findings,
+                cuts=sampler.cuts,
+            )
 
         for stream, frame in _decoded_frames(container, collectors, origin, to_end=False):
             deadline.check()
@@ -351,6 +359,7 @@ class _Media:
     cancelled: int | None
     sound_end: float
     findings: tuple[str, ...]
+    cuts: tuple[float, ...]
 
 
 def _with_best_sound(whole: _Reading, media: _Media) -> tuple[_Media, tuple[str, ...]]:
@@ -431,8 +440,16 @@ def _read(reading: _Reading) -> _Media:
         tracks=numbers,
         cancelled=sound.cancelled(),
         sound_end=sound.last,
-        findings=(STILL_PICTURE,) if sampler.count == 1 else (),
+        findings=_picture_findings(sampler),
+        cuts=sampler.cuts,
     )
+
+
+def _picture_findings(sampler: FrameSampler) -> tuple[str, ...]:
+    """What the pictures of a window show before any face is found."""
+    still = (STILL_PICTURE,) if sampler.count == 1 else ()
+    cuts = [sampler.start + time for time in sampler.cuts]
+    return (*still, scene_cuts_finding(cuts)) if cuts else still
 
 
 def _streams(

@@ -87,11 +87,12 @@ def measure(
             f"face_extractor makes crops of {face_extractor.size} pixels but settings.face_size is"
             f" {settings.face_size}; make it with FaceExtractor(settings)"
         )
+    scenes = np.searchsorted(raw.cuts, raw.timestamps, side="right")
     if settings.face_choice == "most_speaking":
-        faces = face_extractor.extract(raw.frames, region, _loudness(raw))
+        faces = face_extractor.extract(raw.frames, region, _loudness(raw), scenes)
         chosen = _shown_at_midpoints(raw, settings.num_frames)
     else:
-        faces = face_extractor.extract(raw.frames, region)
+        faces = face_extractor.extract(raw.frames, region, scenes=scenes)
         chosen = np.arange(len(raw.frames))
     waveform, full_scale = as_int16(raw.waveform)
     return ClipFeatures(

@@ -148,17 +148,20 @@ class FaceExtractor:
         frames: np.ndarray,
         region: Region | None = None,
         loudness: np.ndarray | None = None,
+        scenes: np.ndarray | None = None,
     ) -> Faces:
         """Track one face through a clip.
 
         It starts with the largest face of the first frame that has one. In later frames the nearest face
         continues the track if it is close enough. Otherwise the track is lost, and the largest face starts a
-        new one. If `loudness` is given, only the face that speaks is tracked (see `most_speaking`).
+        new one. If `loudness` is given, only the face that speaks is tracked (see `most_speaking`). A track
+        ends with its scene: a face at the same place after a cut is another person's.
 
         Args:
             frames: RGB frames (frames, height, width, 3), uint8, in order; may be empty.
             region: Part of the frame to search, as in `Clip`; None for the whole frame.
             loudness: Sound level around each frame (frames,); needed to choose the face that speaks.
+            scenes: Number of each frame's scene (frames,), rising; None if there is one scene.
 
         Returns:
             Crops, scores and found mask, one row per frame.
@@ -167,18 +170,25 @@ class FaceExtractor:
         blendshapes = np.zeros((len(frames), NUM_BLENDSHAPES), np.float32)
         found = np.zeros(len(frames), bool)
         area = _area(frames.shape[2], frames.shape[1], region)
+        scenes = np.zeros(len(frames), int) if scenes is None else scenes
         if loudness is None:
-            complete, followed = self._follow(frames, area)
+            complete, followed = self._follow(frames, area, scenes)
         else:
             complete = [self._detect_all(frame, area) for frame in frames]
-            followed = most_speaking(complete, loudness)
+            followed = {}
+            for scene in np.unique(scenes):
+                indices = np.flatnonzero(scenes == scene)
+                chosen = most_speaking([complete[index] for index in indices], loudness[indices])
+                followed |= {int(indices[place]): face for place, face in chosen.items()}
         for index, face in followed.items():
             crops[index] = align(frames[index], anchor_points(face.landmarks), self.size)
             blendshapes[index] = face.blendshapes
             found[index] = True
         return Faces(crops, blendshapes, found, shows_several(complete, followed))
 
-    def _follow(self, frames: np.ndarray, area: View) -> tuple[list[list[Face]], dict[int, Face]]:
+    def _follow(
+        self, frames: np.ndarray, area: View, scenes: np.ndarray
+    ) -> tuple[list[list[Face]], dict[int, Face]]:
         """All faces of the completely searched frames, and the tracked face by frame.
 
         If the only face was found in a square, the next frame is first searched in this square: a complete
@@ -191,6 +201,8 @@ class FaceExtractor:
         tracked: Face | None = None
         alone = False
         for index, frame in enumerate(frames):
+            if index and scenes[index] != scenes[index - 1]:
+                tracked, alone = None, False
             again = self._found_again(frame, tracked, tracked.square) if tracked and alone else None
             faces = [again] if again else self._detect(frame, area)
             if not faces:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_extractors import Clip
+from feature_extractors.clip import kind_of
 from feature_extractors.decoding import media_seconds
 from feature_extractors.extraction import extract_windows
 from feature_extractors.face import face_extractor_of
@@ -178,7 +179,7 @@ def _most_frequent(predictions: Sequence[Prediction], name: str) -> str:
 
 
 def _counted_findings(windows: Sequence[WindowPrediction]) -> list[str]:
-    counts = Counter(finding for window in windows for finding in window.prediction.findings)
+    counts = Counter(kind_of(finding) for window in windows for finding in window.prediction.findings)
     return [f"{finding} (in {count:,} windows)" for finding, count in counts.items()]
 
 

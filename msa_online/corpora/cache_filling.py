@@ -30,6 +30,7 @@ from feature_extractors.clip import (
     ClipError,
     ClipExtent,
     ExtractionSettings,
+    kind_of,
 )
 from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
@@ -176,9 +177,10 @@ def _by_finding(
     extents: Mapping[str, ClipExtent],
     max_audio_seconds: float,
 ) -> dict[str, tuple[Sample, ...]]:
-    others = sorted({name for key in keys.values() for name in findings.get(key, ())} - set(FINDINGS))
+    kinds = {key: {kind_of(name) for name in names} for key, names in findings.items()}
+    others = sorted({name for key in keys.values() for name in kinds.get(key, ())} - set(FINDINGS))
     found = {
-        name: tuple(sample for sample in samples if name in findings[keys[sample.id]])
+        name: tuple(sample for sample in samples if name in kinds[keys[sample.id]])
         for name in (*FINDINGS, *others)
     }
     late = [sample for sample in samples if extents[keys[sample.id]].audible_from >= max_audio_seconds]
