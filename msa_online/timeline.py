@@ -25,6 +25,9 @@ WINDOW = 5.0
 STEP = 2.5
 """Seconds from the start of a window to that of the next."""
 
+TICKS = (30, 60, 120, 300, 600, 1200, 3600)
+"""Seconds between the marks on the axis of long recordings."""
+
 Word = tuple[float, float, str]
 """Start and end of a word in seconds from the start of the file, and the word."""
 
@@ -139,7 +142,8 @@ def mean_of_windows(windows: Sequence[WindowPrediction], clip: str) -> Predictio
     Windows without text, sound and face say nothing about the recording and are left out, unless there are no
     others. Scores, probabilities, baselines and contributions are averaged alike, so baseline and
     contributions still add up to the score. In classification the label is the most probable class on
-    average; baseline and contributions, which belong to the class of their window, are then left out.
+    average; baseline and contributions, which belong to the class of their window, are then left out. The
+    mean has no interval and no confidence, because overlapping windows are no independent samples.
     """
     telling = [window for window in windows if window.prediction.modalities]
     counted = telling or list(windows)
@@ -180,7 +184,7 @@ def _most_frequent(predictions: Sequence[Prediction], name: str) -> str:
 
 def _counted_findings(windows: Sequence[WindowPrediction]) -> list[str]:
     counts = Counter(kind_of(finding) for window in windows for finding in window.prediction.findings)
-    return [f"{finding} (in {count:,} windows)" for finding, count in counts.items()]
+    return [f"{finding} (in {count:,} window{'s' * (count > 1)})" for finding, count in counts.items()]
 
 
 def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] | None = None) -> None:
@@ -196,6 +200,7 @@ def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] |
         OSError: The file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
     windows = timeline.windows
     middles = [(window.start + window.end) / 2 for window in windows]
@@ -231,6 +236,8 @@ def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] |
     long = middles[-1] > 180
     lower.set_xlabel("time in minutes:seconds" if long else "time in seconds")
     if long:
+        spacing = next((each for each in TICKS if middles[-1] <= 12 * each), TICKS[-1])
+        lower.xaxis.set_major_locator(MultipleLocator(spacing))
         lower.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
     empty = [window for window in windows if not window.prediction.modalities]
     for window in empty:

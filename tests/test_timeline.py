@@ -3,6 +3,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,12 @@ def window(start: float, end: float, score: float, used: tuple[str, ...] = ("aud
 
 
 def test_windows_in_which_nothing_is_seen_or_heard_do_not_dilute_the_mean():
-    overall = mean_of_windows([window(0, 4, 1.0), window(4, 6, -2.0), window(6, 10, 9.0, ())], "a.mp4")
+    cut = replace(window(4, 6, -2.0).prediction, findings=("scene cut at 5.1 s",))
+    middle = replace(window(4, 6, -2.0), prediction=cut)
+    overall = mean_of_windows([window(0, 4, 1.0), middle, window(6, 10, 9.0, ())], "a.mp4")
     assert overall.score == pytest.approx((4 * 1.0 + 2 * -2.0) / 6) and overall.warning is None
-    assert overall.findings == ("mean of 2 windows; 1 with nothing in them left out",)
+    about = "mean of 2 windows; 1 with nothing in them left out"
+    assert overall.findings == (about, "scene cuts (in 1 window)")
     silent = mean_of_windows([window(0, 4, 0.25, ()), window(4, 6, 0.25, ())], "a.mp4")
     assert silent.score == 0.25 and "baseline" in silent.warning
 
