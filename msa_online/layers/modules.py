@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that several methods share, and the mean over valid steps."""
+"""Layers that several methods share, and the mean and deviation over valid steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msa_online.modalities import MODALITIES, ModalitySequence
+
+LEAST_DEVIATION = 1e-3
 
 
 class MissingTokens(nn.Module):
@@ -242,3 +244,17 @@ def masked_mean(sequence: ModalitySequence) -> Tensor:
     """
     count = sequence.mask.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(sequence.mask.unsqueeze(-1), sequence.values, 0.0).sum(dim=1) / count
+
+
+def masked_deviation(sequence: ModalitySequence) -> Tensor:
+    """Standard deviation over the observed steps, `(batch, time, width)` to `(batch, width)`.
+
+    It is computed in fp32 or wider. Where at most one step is observed it is `LEAST_DEVIATION`, which keeps
+    the gradient finite.
+    """
+    mean = masked_mean(sequence).unsqueeze(1)
+    values = torch.where(sequence.mask.unsqueeze(-1), sequence.values, mean)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    count = sequence.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    variance = (values - mean).square().sum(dim=1) / count
+    return (variance + LEAST_DEVIATION**2).sqrt()

@@ -4,7 +4,7 @@
 Equation numbers are those of docs/methods/late_fusion.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, task_loss
-from msa_online.layers.modules import MissingTokens, masked_mean
+from msa_online.layers.modules import MissingTokens, masked_deviation, masked_mean
 from msa_online.methods.base import BalancingHead, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
 
@@ -22,9 +22,11 @@ class LateFusionHead(BalancingHead):
 
     It is the baseline: compare a balancing method with it at equal encoders, budget and tuning.
 
-        h_m = GELU(W_m LayerNorm(mean_t X_m))        (5.1); a learned token where m is absent
+        h_m = GELU(W_m LayerNorm(p_m))               (5.1); a learned token where m is absent
         s_m = U_m h_m                                (5.2); prediction of m alone
         s   = V GELU(W [h_text; h_audio; h_vision])  (5.2); fused prediction
+
+    p_m is mean_t X_m, for modalities in `deviation` followed by the standard deviation over t.
 
     Losses, unweighted (5.3): `task` on s; `unimodal`, the sum over modalities of the task loss of s_m on the
     samples that have m. `unimodal` keeps a weak modality learning once the strong one explains the label; a
@@ -36,9 +38,11 @@ class LateFusionHead(BalancingHead):
         hidden_size: Width of h_m and of the predictor's hidden layer.
         dropout: Share of h_m and of the hidden layer dropped in training.
         regression_loss: "mse" or "l1".
+        deviation: Modalities whose standard deviation over time is pooled beside the mean; it helps with
+            the states of a pretrained audio encoder.
 
     Raises:
-        ValueError: `regression_loss` is neither.
+        ValueError: `regression_loss` is neither, or `deviation` names no modality.
     """
 
     loss_names = ("task", "unimodal")
@@ -51,16 +55,21 @@ class LateFusionHead(BalancingHead):
         hidden_size: int = 128,
         dropout: float = 0.2,
         regression_loss: str = "mse",
+        deviation: Sequence[str] = (),
     ) -> None:
         super().__init__()
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
+        for name in deviation:
+            check_choice("deviation", name, MODALITIES)
         self.regression_loss = regression_loss
+        self.deviation = tuple(deviation)
+        pooled = {name: width * (1 + (name in deviation)) for name, width in widths.items()}
         self.projections = nn.ModuleDict(
             {
                 name: nn.Sequential(
                     nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)
                 )
-                for name, width in widths.items()
+                for name, width in pooled.items()
             }
         )
         self.missing = MissingTokens(hidden_size)
@@ -79,7 +88,7 @@ class LateFusionHead(BalancingHead):
     ) -> HeadOutput:
         """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
         features = {
-            name: self.missing(name, self.projections[name](masked_mean(sequence)), sequence.present)
+            name: self.missing(name, self.projections[name](self._pool(name, sequence)), sequence.present)
             for name, sequence in sequences.items()
         }  # (batch, hidden) each
         fused = self.fusion(torch.cat([features[name] for name in MODALITIES], dim=-1))  # (batch, hidden)
@@ -96,6 +105,13 @@ class LateFusionHead(BalancingHead):
                 "unimodal": loss_alone(output.modality_logits, labels, present, self.regression_loss),
             }
         return output
+
+    def _pool(self, name: str, sequence: ModalitySequence) -> Tensor:
+        """Moments over time that the projection of a modality reads, p_m of (5.1)."""
+        mean = masked_mean(sequence)
+        if name not in self.deviation:
+            return mean
+        return torch.cat([mean, masked_deviation(sequence).to(mean.dtype)], dim=-1)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Projection of each modality."""

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -47,3 +48,31 @@ def test_unimodal_loss_counts_only_samples_that_have_the_modality():
     errors = {name: (logits.squeeze(-1) - labels) ** 2 for name, logits in output.modality_logits.items()}
     expected = errors["text"][0] + errors["audio"].mean() + errors["vision"].mean()
     assert_equation("5.3", "loss unimodal", output.losses["unimodal"], expected, rtol=1e-7, atol=1e-7)
+
+
+def test_the_deviation_over_time_is_pooled_beside_the_mean_where_asked():
+    torch.manual_seed(0)
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8, deviation=["audio"]).double().eval()
+    values = {name: torch.randn(1, 4, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    mask = torch.tensor([[True, True, True, False]])
+    sequences = {name: ModalitySequence.of(value, mask) for name, value in values.items()}
+    seen = values["audio"][0, :3]
+    moments = torch.cat([seen.mean(0), seen.std(0, correction=0)])
+    for name, pooled in {"audio": moments, "text": values["text"][0, :3].mean(0)}.items():
+        expected = head.projections[name](pooled)
+        found = head(sequences).features[name][0]
+        assert_equation("5.1", f"h of {name}", found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_step_has_no_deviation_and_a_finite_gradient():
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8, deviation=MODALITIES)
+    values = {name: torch.randn(2, 1, width, requires_grad=True) for name, width in WIDTHS.items()}
+    mask = torch.tensor([[True], [False]])
+    sequences = {name: ModalitySequence.of(value, mask) for name, value in values.items()}
+    head(sequences).logits.sum().backward()
+    assert all(value.grad.isfinite().all() for value in values.values())
+
+
+def test_a_deviation_of_no_modality_is_refused():
+    with pytest.raises(ValueError, match="deviation='sound' must be one of text, audio, vision"):
+        LateFusionHead(WIDTHS, 1, deviation=["sound"])
