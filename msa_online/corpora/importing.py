@@ -225,10 +225,10 @@ def _count_notes(layout: Layout, protocol: str, rows: Sequence[Row]) -> list[str
     splits = Counter(split_of(row.split) for row in rows if row.split)
     found = {"all": len(rows), "train+valid": splits["train"] + splits["valid"], **splits}
     return [
-        f"{part}: {found.get(part, 0):,} of the {official:,} clips of the complete {layout.title}; others "
-        "are not in this download, or were left out"
+        f"{part}: {here:,} clips, and the complete {layout.title} has {official:,}: "
+        + ("the others are not in this download, or were left out" if here < official else "some are extra")
         for part, official in layout.counts.get(protocol, {}).items()
-        if found.get(part, 0) != official and (splits or part == "all")
+        if (here := found.get(part, 0)) != official and (splits or part == "all")
     ]
 
 

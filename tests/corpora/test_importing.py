@@ -228,7 +228,7 @@ def test_ch_sims_keeps_its_labels_of_each_modality_and_finds_clips_whose_zeros_w
     ]
     assert rows[1]["file_name"].endswith("Raw/video_0001/0002.mp4") and rows[0]["text"] == "我不想嫁给李茶"
     assert left_out == {"the clip is not in the download": 1}
-    assert "train: 1 of the 1,368 clips of the complete CH-SIMS" in notes
+    assert "train: 1 clips, and the complete CH-SIMS has 1,368" in notes
     assert "2,722" in brought(tree("ch-sims-v2"), tmp_path / "v2")[2]
 
 
