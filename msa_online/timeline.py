@@ -158,7 +158,7 @@ def mean_of_windows(windows: Sequence[WindowPrediction], clip: str) -> Predictio
     probabilities = {name: mean(one.probabilities[name] for one in each) for name in first.probabilities}
     is_score = first.label is None
     used = tuple(name for name in MODALITIES if any(name in one.modalities for one in each))
-    lost = len(windows) - len(telling)
+    lost = len(windows) - len(counted)
     about = f"mean of {len(counted):,} windows" + (
         f"; {lost:,} with nothing in them left out" if lost else ""
     )

@@ -118,6 +118,7 @@ def test_windows_in_which_nothing_is_seen_or_heard_do_not_dilute_the_mean():
     assert overall.findings == (about, "scene cuts (in 1 window)")
     silent = mean_of_windows([window(0, 4, 0.25, ()), window(4, 6, 0.25, ())], "a.mp4")
     assert silent.score == 0.25 and "baseline" in silent.warning
+    assert silent.findings == ("mean of 2 windows",)
 
 
 def test_the_overall_class_is_the_most_probable_on_average():
