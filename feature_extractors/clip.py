@@ -17,6 +17,9 @@ SAMPLE_RATE = 16_000
 FULL_SCALE = 32_768
 """The sample that has amplitude 1, as in 16-bit recordings; the largest that int16 holds is one less."""
 
+LARGEST_FACE = 2_048
+"""Largest height and width of a face crop, in pixels: more than any vision encoder reads."""
+
 NUM_BLENDSHAPES = 52
 """Expression scores per face."""
 
@@ -175,7 +178,7 @@ class ExtractionSettings:
     Attributes:
         num_frames: Number of frames sampled from a clip, at the midpoints of as many equal intervals.
         max_height: Pixels to which the shorter side of larger frames is scaled before face detection.
-        face_size: Height and width of a face crop in pixels.
+        face_size: Height and width of a face crop in pixels, at most 2,048.
         face_choice: Which face is tracked if there are several: the "largest", or the "most_speaking", whose
             mouth moves most and in time with the sound (three times as many frames are decoded).
     """
@@ -195,6 +198,8 @@ class ExtractionSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        if self.face_size > LARGEST_FACE:
+            raise ValueError(f"face_size is {self.face_size!r}; it must be at most {LARGEST_FACE}")
         if self.face_choice not in FACE_CHOICES:
             choices = " or ".join(map(repr, FACE_CHOICES))
             raise ValueError(f"face_choice is {self.face_choice!r}; it must be {choices}")

@@ -233,9 +233,12 @@ def restore_extractor(extractor: FeatureExtractionMixin | dict[str, Any] | None)
         name = extractor if isinstance(extractor, str) else type(extractor).__name__
         raise ValueError(f"the audio encoder's feature extractor is {name}: known are {', '.join(known)}")
     if extractor is not None and extractor.sampling_rate != SAMPLE_RATE:
+        rate = extractor.sampling_rate
         raise ValueError(
-            f"the audio encoder reads sound at {extractor.sampling_rate:,} samples a second; clips are read "
-            f"at {SAMPLE_RATE:,}: choose an encoder for that rate"
+            f"the feature extractor reads sound at {rate:,} samples a second; clips are read at "
+            f"{SAMPLE_RATE:,}: choose an encoder for that rate"
+            if isinstance(rate, int)
+            else f"the feature extractor has sampling_rate {rate!r}: clips are read at {SAMPLE_RATE}"
         )
     return extractor
 

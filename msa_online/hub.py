@@ -16,8 +16,8 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
-from msa_online.encoders import ENCODERS
-from msa_online.encoders.pretrained import EncoderError
+from msa_online.encoders import ENCODERS, require_fitting_sound
+from msa_online.encoders.pretrained import NO_CODE, EncoderError
 from msa_online.lora import CONFIG as ADAPTER_CONFIG
 from msa_online.lora import WEIGHTS as ADAPTER_WEIGHTS
 from msa_online.lora import AdapterError, open_adapter, read_adapter_config
@@ -57,7 +57,9 @@ def load_config(source: str | Path, **options: Any) -> MSAConfig:
             f"{folder}: not a checkpoint, config.json is missing (the folder contains {present})"
         )
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=_only_local(source), **options)
+        config = AutoConfig.from_pretrained(
+            source, local_files_only=_only_local(source), **NO_CODE, **options
+        )
     except UNREADABLE as error:
         raise CheckpointError(
             f"{source}: neither a checkpoint folder nor a readable repository ({_first_line(error)})"
@@ -252,8 +254,9 @@ def _load(
         )
         if config.feature_widths is None:
             processor = MSAProcessor.from_pretrained(
-                of_processor, local_files_only=_only_local(of_processor), **of_hub
+                of_processor, local_files_only=_only_local(of_processor), **NO_CODE, **of_hub
             )
+            require_fitting_sound(config, processor.audio_feature_extractor)
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error
     model.name_or_path = str(source)
@@ -340,7 +343,7 @@ def _find_adapter(source: str | Path, of_hub: Mapping[str, Any]) -> _Adapter | N
         raise CheckpointError(f"{source}: {_first_line(error)}") from error
     adapter = _Adapter(source, folder, base, of_hub.get("token"))
     if adapter.has_config:
-        own = AutoConfig.from_pretrained(folder, local_files_only=True)
+        own = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
         return replace(adapter, base=None) if base in (None, *own.encoder_names.values()) else adapter
     if base is None:
         raise CheckpointError(

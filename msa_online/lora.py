@@ -6,6 +6,7 @@ trained, in peft's format: the adapters, and every other trained part.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msa_online.configuration_msa import without_path
+from msa_online.configuration_msa import width_of, without_path
 from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.modeling_msa import PROBES, MSAModel
 
@@ -69,9 +70,12 @@ def add_lora(encoder: PretrainedEncoder, settings: LoraSettings) -> list[str]:
         AdapterError: No layer matches, or peft cannot adapt one that does.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes a while to import
+    from peft.tuners.lora.layer import _ConvNd
 
     network = encoder.model
-    targets = settings.target_modules or _default_targets(network)
+    if settings.r > (width := width_of(network.config)):
+        raise AdapterError(f"r is {settings.r:,}: at most the width of the encoder, {width:,}")
+    targets = _default_targets(network) if settings.target_modules is None else settings.target_modules
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha or 2 * settings.r,
@@ -81,13 +85,18 @@ def add_lora(encoder: PretrainedEncoder, settings: LoraSettings) -> list[str]:
     network.requires_grad_(False)
     try:
         inject_adapter_in_model(config, network, NAME)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         linear = sorted({name.rpartition(".")[2] for name, _ in _linear_layers(network)})
         raise AdapterError(
             f"no adapters for {targets!r} ({_first_line(error)}): name linear layers of the encoder in "
             f"target_modules: {', '.join(linear)}"
         ) from error
     adapted = [name for name, _ in _adapted_layers(network)]
+    if odd := [name for name, layer in _adapted_layers(network) if isinstance(layer, _ConvNd)]:
+        raise AdapterError(
+            f"target_modules names {odd[0]}, a convolution, whose adapter cannot always be merged: name "
+            "linear layers"
+        )
     if network.config.model_type == "wavlm" and any(".attention." in name for name in adapted):
         raise AdapterError(
             "WavLM's attention reads the weights of its layers without calling them, so adapters there have "

@@ -214,6 +214,22 @@ def test_adapters_that_would_have_no_effect_are_refused(tiny_config):
         add_lora(model.encoders["audio"], LoraSettings(target_modules=["q_proj"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": "["}, "unterminated character set.*name linear layers"),
+        ({"target_modules": []}, "name linear layers"),
+        ({"r": 10**9}, "r is 1,000,000,000: at most the width of the encoder, 16"),
+        ({"target_modules": ["conv"]}, "a convolution, whose adapter cannot always be merged"),
+    ],
+)
+def test_settings_that_no_layer_fits_are_refused(settings, message, tiny_config):
+    config = AutoConfig.for_model("hubert", **SIZES, **WAVEFORM)
+    model = MSAModel(MSAConfig(**{**tiny_config.to_dict(), "audio_config": config}))
+    with pytest.raises(AdapterError, match=message):
+        add_lora(model.encoders["audio"], LoraSettings(**settings))
+
+
 # --- merging and publishing ---
 
 

@@ -12,16 +12,19 @@ from msa_online.encoders.face import FaceEncoder
 from msa_online.encoders.features import FeatureEncoder
 from msa_online.encoders.image import FAMILIES, ImageEncoder
 from msa_online.encoders.pretrained import (
+    UNREADABLE,
     EncoderError,
+    first_line_of,
     load_feature_extractor,
     load_image_processor,
     read_encoder_config,
 )
 from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
-from msa_online.encoders.text import TextEncoder
+from msa_online.encoders.text import TextEncoder, reads_text_alone
 from msa_online.encoders.wav2vec2_bert import Wav2Vec2BertEncoder
 from msa_online.encoders.waveform import WAVEFORM_TYPES, WaveformEncoder
 from msa_online.encoders.whisper import WhisperEncoder
+from msa_online.front_ends import longest_sound, sound_shape
 from msa_online.modalities import MODALITIES
 
 __all__ = ["ENCODERS", "encoder_class", "load_encoder_config", "load_preprocessors", "make_encoders"]
@@ -50,13 +53,28 @@ def make_encoders(config: MSAConfig) -> nn.ModuleDict:
     """The encoder of each modality, for raw clips or for precomputed features (`feature_widths`).
 
     Raises:
-        EncoderError: An encoder is of a type that its modality does not have.
-        ValueError: The audio encoder has fewer layers than `audio_layer`.
+        EncoderError: An encoder is of a type that its modality does not have, its configuration is
+            impossible, or the audio encoder has fewer layers than `audio_layer`.
     """
     if config.feature_widths is not None:
         return nn.ModuleDict({name: FeatureEncoder(name, config.feature_widths[name]) for name in MODALITIES})
     kinds = {name: encoder_class(name, config.encoder_config(name)) for name in MODALITIES}
-    return nn.ModuleDict({name: kind.from_config(config) for name, kind in kinds.items()})
+    return nn.ModuleDict({name: _make(name, kind, config) for name, kind in kinds.items()})
+
+
+def _make(modality: str, kind: type[nn.Module], config: MSAConfig) -> nn.Module:
+    try:
+        return kind.from_config(config)
+    except EncoderError:
+        raise
+    except UNREADABLE as error:
+        network = config.encoder_config(modality)
+        if network is None:
+            raise
+        raise EncoderError(
+            f"the configuration of the {modality} encoder makes no {network.model_type!r} network "
+            f"({first_line_of(error)}): give one as it was published"
+        ) from error
 
 
 def encoder_class(modality: str, config: PretrainedConfig | None) -> type[nn.Module]:
@@ -80,6 +98,11 @@ def encoder_class(modality: str, config: PretrainedConfig | None) -> type[nn.Mod
             else f"types for {modality} are {known}; null learns one from scratch"
         )
         raise EncoderError(f"a {kind!r} model is no {modality} encoder: {remedy}")
+    if kind not in table and not reads_text_alone(config):
+        raise EncoderError(
+            f"a {kind!r} model is no {modality} encoder: give one of token ids alone, without a decoder and "
+            "without other towers, like bert, roberta or deberta-v2"
+        )
     return table[kind if kind in table else ANY]
 
 
@@ -110,8 +133,8 @@ def load_preprocessors(config: MSAConfig) -> dict[str, Any]:
         learns from scratch. An audio encoder published without one gets that of its family.
 
     Raises:
-        EncoderError: One cannot be read, or an image processor is missing, or sound at another rate than 16
-            kHz is wanted.
+        EncoderError: One cannot be read or does not fit its encoder, or an image processor is missing, or
+            sound at another rate than 16 kHz is wanted.
     """
     extractor = processor = None
     if (name := config.audio_encoder) is not None:
@@ -119,4 +142,37 @@ def load_preprocessors(config: MSAConfig) -> dict[str, Any]:
         extractor = load_feature_extractor(name) or kind.default_feature_extractor(config.audio_config)
     if (name := config.vision_encoder) is not None:
         processor = load_image_processor(name)
+    require_fitting_sound(config, extractor)
     return {"audio_feature_extractor": extractor, "image_processor": processor}
+
+
+def require_fitting_sound(config: MSAConfig, extractor: Any | None) -> None:
+    """Check that a feature extractor makes what the audio encoder of a model reads.
+
+    Args:
+        config: Configuration of the model.
+        extractor: A feature extractor of `SOUND_FRONT_ENDS`; None for our log-mel spectrogram.
+
+    Raises:
+        EncoderError: It makes inputs of another shape, or of longer sounds than the encoder reads.
+    """
+    network = config.audio_config
+    usual = None
+    if network is not None:
+        usual = encoder_class("audio", network).default_feature_extractor(network)
+    try:
+        needed, made = sound_shape(1.0, usual), sound_shape(1.0, extractor)
+    except UNREADABLE as error:
+        raise EncoderError(f"the audio encoder's feature extractor cannot be used ({error})") from error
+    remedy = "put the preprocessor_config.json beside it that it was published with"
+    if made != needed:
+        raise EncoderError(
+            f"the audio encoder reads a second of sound as values of shape {needed}, and its feature "
+            f"extractor makes {made}: {remedy}"
+        )
+    seconds, longest = longest_sound(extractor), longest_sound(usual)
+    if seconds > longest:
+        raise EncoderError(
+            f"the audio encoder reads at most {longest:g} s of sound, and its feature extractor makes "
+            f"{seconds:g} s: {remedy}"
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -102,6 +103,16 @@ READ_BY_ALL_LAYERS = re.compile(r"relative_attention_bias|rel_embeddings|encoder
 """Embeddings of distances between tokens, which MPNet and DeBERTa register after their layers."""
 
 
+NO_CODE = {"trust_remote_code": False}
+"""Without this, transformers offers in a terminal to run the code that a configuration names."""
+
+UNREADABLE = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, SafetensorError, StrictDataclassError),
+)
+"""Errors that transformers raises on files that are missing, damaged, or of other content."""
+
+
 class EncoderError(OSError):
     """A pretrained encoder is unavailable or unsuitable; the message says what was tried, and the remedy."""
 
@@ -173,6 +184,7 @@ class PretrainedEncoder(nn.Module, ABC):
                 find_encoder(str(source), download=True),
                 config=deepcopy(self.model.config),
                 key_mapping=self.key_mapping,
+                use_safetensors=True,  # never a pickle, which could execute code
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -279,15 +291,19 @@ def read_encoder_config(name: str) -> PretrainedConfig:
     known = {key.rsplit("/", 1)[-1]: value for key, value in KNOWN_CONFIGS.items()}
     if not Path(source).is_dir() and (shape := known.get(name.rsplit("/", 1)[-1])):
         return AutoConfig.for_model(**shape)
-    plain, _ = _load(PretrainedConfig.get_config_dict, name, source)
-    kind = plain.get("model_type")
+    kind = _load(_model_type, name, source)
     if kind is not None and kind not in CONFIG_MAPPING:
         raise EncoderError(
             f"encoder {name!r} is a model of type {kind!r}, which the installed transformers "
             f"{transformers.__version__} does not have: install a newer one, or choose another encoder"
         )
     with _quiet():  # of settings of a tower that is not used, such as the special tokens of SigLIP's text
-        return _load(AutoConfig.from_pretrained, name, source)
+        return _load(AutoConfig.from_pretrained, name, source, **NO_CODE)
+
+
+def _model_type(source: str, **options: Any) -> str | None:
+    fields, _ = PretrainedConfig.get_config_dict(source, **options)
+    return fields.get("model_type")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -296,7 +312,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         EncoderError: The tokenizer is neither on disk nor available from the Hub.
     """
-    return _load(AutoTokenizer.from_pretrained, name, find_encoder(name, download=True))
+    return _load(AutoTokenizer.from_pretrained, name, find_encoder(name, download=True), **NO_CODE)
 
 
 def load_feature_extractor(name: str) -> Any | None:
@@ -308,7 +324,7 @@ def load_feature_extractor(name: str) -> Any | None:
     source = find_encoder(name, download=True)
     if not _has_preprocessor(name, source):
         return None
-    extractor = _load(AutoFeatureExtractor.from_pretrained, name, source)
+    extractor = _load(AutoFeatureExtractor.from_pretrained, name, source, **NO_CODE)
     try:
         return restore_extractor(extractor)
     except ValueError as error:
@@ -327,13 +343,18 @@ def load_image_processor(name: str) -> Any:
             f"vision encoder {name!r} has no preprocessor_config.json, which says the size and the scale of "
             "its pictures: add the one that it was published with"
         )
-    processor, _ = _load(BaseImageProcessor.get_image_processor_dict, name, source)
+    processor = _load(_saved_image_processor, name, source)
     if not pillow_equivalent(processor):  # else transformers refuses it without torchvision
-        processor = _load(AutoImageProcessor.from_pretrained, name, source)
+        processor = _load(AutoImageProcessor.from_pretrained, name, source, **NO_CODE)
     try:
         return restore_image_processor(processor)
-    except ValueError as error:
-        raise EncoderError(f"encoder {name!r}: {error}") from error
+    except UNREADABLE as error:
+        raise EncoderError(f"encoder {name!r}: {first_line_of(error)}") from error
+
+
+def _saved_image_processor(source: str, **options: Any) -> dict[str, Any]:
+    fields, _ = BaseImageProcessor.get_image_processor_dict(source, **options)
+    return dict(fields)
 
 
 @contextmanager
@@ -358,9 +379,9 @@ def _load(function: Callable, name: str, source: str, **kwargs: Any) -> Any:
     local = Path(source).is_dir() or bool(why_hub_is_silent())
     try:
         return function(source, local_files_only=local, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         carried = {asset.hub_id or name for name, asset in ASSETS.items()}
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        first_line = first_line_of(error)
         if Path(source).is_dir():
             raise EncoderError(
                 f"encoder {name!r}: the files in {source} cannot be read ({first_line})"
@@ -370,3 +391,10 @@ def _load(function: Callable, name: str, source: str, **kwargs: Any) -> Any:
             f"return it ({first_line}). Give a folder with the encoder, go online, or "
             f"download {', '.join(sorted(KNOWN_CONFIGS.keys() & carried))} with `msa-online get-models`."
         ) from error
+
+
+def first_line_of(error: Exception) -> str:
+    """The first line of a message; of one about the type of a field all, because the second says more."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    return next(iter(str(error).splitlines()), type(error).__name__)

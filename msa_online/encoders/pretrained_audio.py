@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from msa_online.configuration_msa import MSAConfig
-from msa_online.encoders.pretrained import PretrainedEncoder
+from msa_online.encoders.pretrained import EncoderError, PretrainedEncoder
 from msa_online.modalities import ModalitySequence
 
 SWITCHED_OFF = {
@@ -46,7 +46,7 @@ class PretrainedAudioEncoder(PretrainedEncoder):
         usual_stride: Makes 10 to 12.5 states a second.
 
     Raises:
-        ValueError: The network has fewer layers.
+        EncoderError: The network has fewer layers.
     """
 
     input_names = ("audio_values", "audio_mask")
@@ -57,7 +57,7 @@ class PretrainedAudioEncoder(PretrainedEncoder):
     ) -> None:
         highest = config.num_hidden_layers
         if isinstance(layer, int) and layer > highest:
-            raise ValueError(
+            raise EncoderError(
                 f"model.audio_layer is {layer}, and the {config.model_type!r} encoder has {highest} layers: "
                 f"give 0 to {highest}, last or weighted"
             )

@@ -36,3 +36,12 @@ class TextEncoder(PretrainedEncoder):
         """Encode `text_input_ids` `(batch, tokens)` int64 with `text_mask` `(batch, tokens)` bool."""
         states = self.model(input_ids=inputs["text_input_ids"], attention_mask=inputs["text_mask"].long())
         return ModalitySequence.of(states.last_hidden_state, inputs["text_mask"])  # (batch, tokens, width)
+
+
+def reads_text_alone(config: PretrainedConfig) -> bool:
+    """Whether the network of a configuration maps token ids to states, without a decoder or other towers."""
+    if type(config) not in MODEL_MAPPING or config.is_encoder_decoder or config.sub_configs:
+        return False
+    network = MODEL_MAPPING[type(config)]
+    network = network[0] if isinstance(network, tuple) else network
+    return network.main_input_name == "input_ids"

@@ -87,8 +87,8 @@ def extract_features(
     Raises:
         CorpusError: The folder exists or cannot be written, or clips cannot be decoded.
         CacheError: The disk is too small or not writable.
-        EncoderError: An encoder is unavailable, is for another modality, or `audio_layer` is "weighted".
-        ValueError: The audio encoder lacks the layer.
+        EncoderError: An encoder is unavailable, is for another modality or lacks the layer, or `audio_layer`
+            is "weighted".
     """
     if audio_layer == "weighted":
         raise EncoderError(

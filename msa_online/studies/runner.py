@@ -3,8 +3,8 @@
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from msa_online.evaluation.json_text import json_text
 from msa_online.evaluation.tables import HEADLINES, show
 from msa_online.studies.comparison import RunScore, compare, comparison_page, comparison_table
 from msa_online.studies.study import Study, StudyRun, name_in
+from msa_online.training.model import require_encoders
 from msa_online.training.run import train
 from msa_online.training.yaml_reader import ConfigurationError
 from msa_online.user_errors import INPUT_ERRORS
@@ -26,7 +27,8 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     """Train all runs that are not finished; prints one line per run.
 
     Raises:
-        ConfigurationError: A folder contains a finished run of other settings; or a run stopped with an error
+        ConfigurationError: A folder contains a finished run of other settings; or an encoder of a variant is
+            unavailable or unsuitable, which is checked before the first run; or a run stopped with an error
             of its input. Finished runs are kept.
     """
     for run in runs:
@@ -39,6 +41,10 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     todo = [run for run in runs if not run.record]
     if len(todo) < len(runs):
         console.print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
+    for run in {run.variant: run for run in todo}.values():
+        if not run.arguments.training.init_from:  # an earlier variant may still have to make it
+            with _named(run):
+                require_encoders(run.arguments)
     started = time.monotonic()
     for number, run in enumerate(todo, start=1):
         console.print(f"[{number}/{len(todo)}] {run.variant}, seed {run.seed}: ", end="")
@@ -65,9 +71,15 @@ def train_quietly(run: StudyRun, study: Study) -> None:
     command = shlex.join(["msa-online", "train", study.config, *run.changes])
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
+    with _named(run), open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        train(run.to_train(), command)
+
+
+@contextmanager
+def _named(run: StudyRun) -> Iterator[None]:
+    """Report errors of the input with the run that has them."""
     try:
-        with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-            train(run.to_train(), command)
+        yield
     except INPUT_ERRORS as error:
         raise ConfigurationError(f"variant {run.variant!r}, seed {run.seed}: {error}") from error
 

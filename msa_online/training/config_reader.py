@@ -55,6 +55,8 @@ def parse_arguments(document: Mapping[str, Any], origin: str = "configuration") 
     refuse_unknown(arguments.model, known, origin, "model")
     if problem := next(problems(arguments), None):
         raise ConfigurationError(f"{origin}: {problem}")
+    for name, value in arguments.model.items():
+        typed(value, MSAConfig.__annotations__[name], origin, "model", name)
     import_plugins(arguments.plugins, f"{origin}: plugins")
     return _with_checked_parts(arguments, origin)
 

@@ -99,6 +99,8 @@ def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -
             f"model.feature_widths, like {EXAMPLE_WIDTHS}, to train on precomputed features"
         )
     named = [name for name in MODALITIES if model.get(f"{name}_encoder")]
+    if empty := [name for name in MODALITIES if model.get(f"{name}_encoder") == ""]:
+        yield f"model.{empty[0]}_encoder is empty: give a name or a folder, or null"
     if widths is None:
         yield from _problems_of_kinds(model, named, training)
         return

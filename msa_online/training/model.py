@@ -73,9 +73,10 @@ def require_encoders(arguments: RunArguments) -> None:
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint.
-        ConfigurationError: `init_from` has other encoders or widths than the configuration, an encoder
-            lacks the layer that is read, or as in `limit_training`.
-        EncoderError: An encoder or its preprocessor is unavailable, or the encoder is none for its modality.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration, or as in
+            `limit_training`.
+        EncoderError: An encoder or its preprocessor is unavailable or unsuitable, or the encoder is none for
+            its modality.
     """
     classes = ("no", "yes")  # those of the data do not matter here
     if arguments.training.init_from:
@@ -83,11 +84,8 @@ def require_encoders(arguments: RunArguments) -> None:
     else:
         config = arguments.model_config(classes)
         load_preprocessors(config)
-    try:
-        with torch.device("meta"):
-            limit_training(make_encoders(config), arguments.training)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+    with torch.device("meta"):
+        limit_training(make_encoders(config), arguments.training)
 
 
 def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArguments) -> None:
@@ -129,7 +127,9 @@ def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArgument
         try:
             network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
-            raise ConfigurationError(f"training.gradient_checkpointing names {name}: {error}") from error
+            raise ConfigurationError(
+                f"training.gradient_checkpointing names {name}: {error} Leave it out"
+            ) from error
         # for reentrant checkpointing only; it would send gradients through frozen layers
         network.disable_input_require_grads()
     for name, settings in training.lora.items():

@@ -134,3 +134,10 @@ def test_a_faulty_variant_is_named_and_what_was_finished_before_is_kept(run, tmp
     assert "2 of 3 runs are finished" in output
     status, output = run(variants, "--only", "bad")
     assert status == 1 and "--only 'bad' is no variant: one of 'good', 'astray', 'later'" in output
+
+
+def test_an_encoder_that_is_unavailable_stops_a_study_before_its_first_run(run, tmp_path):
+    variants = {"good": {}, "typo": {"model.text_encoder": str(tmp_path / "nowhere")}}
+    status, output = run(variants)
+    assert status == 1 and "error: variant 'typo', seed 1: encoder" in output, output
+    assert "finished after" not in output and not (tmp_path / "study" / "good").exists()

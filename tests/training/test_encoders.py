@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, WhisperFeatureExtractor
 
 from msa_online import MSAConfig
-from msa_online.encoders import load_encoder_config, load_preprocessors
+from msa_online.encoders import encoder_class, load_encoder_config, load_preprocessors, make_encoders
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.hub import load_checkpoint
 from msa_online.training.config_reader import parse_arguments
@@ -86,7 +87,7 @@ def test_an_encoder_of_another_modality_is_refused_with_the_right_key(
 
 
 def test_a_layer_that_the_encoder_lacks_is_refused_before_data_are_read(arguments):
-    with pytest.raises(ConfigurationError, match="audio_layer is 4, and the 'whisper' encoder has 3 layers"):
+    with pytest.raises(EncoderError, match="audio_layer is 4, and the 'whisper' encoder has 3 layers"):
         require_encoders(arguments(audio_layer=4))
 
 
@@ -95,6 +96,72 @@ def test_an_encoder_for_another_sampling_rate_is_refused(arguments, tiny_whisper
     folder = changed(tmp_path / "slow", tiny_whisper, name, sampling_rate=8000)
     with pytest.raises(EncoderError, match=r"slow': .* reads sound at 8,000 samples a second.*16,000.*rate"):
         require_encoders(arguments(audio_encoder=folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "config.json",
+            {"num_mel_bins": 128},
+            r"\(100, 128\), and its feature extractor makes \(100, 80\)",
+        ),
+        ("preprocessor_config.json", {"chunk_length": 3}, "reads at most 2 s .* makes 3 s"),
+        ("preprocessor_config.json", {"hop_length": 0}, "odd cannot be read .*division"),
+        ("preprocessor_config.json", {"sampling_rate": "16k"}, "odd cannot be read .*'str' and 'int'"),
+        ("config.json", {"d_model": "big"}, "'d_model' expected int, got str"),
+        ("config.json", {"encoder_attention_heads": 5}, "makes no 'whisper' network .*as it was published"),
+    ],
+)
+def test_files_of_an_encoder_that_do_not_fit_together_are_one_line(
+    file, changes, message, arguments, tiny_whisper, tmp_path
+):
+    folder = changed(tmp_path / "odd", tiny_whisper, file, **changes)
+    with pytest.raises(EncoderError, match=message) as caught:
+        require_encoders(arguments(audio_encoder=folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_list_in_place_of_an_encoders_settings_is_one_line(file, arguments, tiny_whisper, tmp_path):
+    folder = changed(tmp_path / "list", tiny_whisper, file)
+    (tmp_path / "list" / file).write_text("[1]")
+    with pytest.raises(EncoderError, match="list cannot be read"):
+        require_encoders(arguments(audio_encoder=folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "kind"),
+    [
+        ("config.json", "model_type", "AutoConfig"),
+        ("preprocessor_config.json", "feature_extractor_type", "AutoFeatureExtractor"),
+    ],
+)
+def test_code_that_an_encoders_files_name_is_neither_run_nor_offered(
+    file, key, kind, arguments, tiny_whisper, tmp_path, capsys, monkeypatch
+):
+    folder = changed(tmp_path / "evil", tiny_whisper, file, **{key: "Evil", "auto_map": {kind: "evil.Evil"}})
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a hurried user answers
+    with pytest.raises(EncoderError):
+        require_encoders(arguments(audio_encoder=folder))
+    assert not (tmp_path / "ran").exists() and "[y/N]" not in capsys.readouterr().out
+
+
+def test_weights_that_are_a_pickle_are_not_opened(tiny_whisper, tmp_path):
+    folder = changed(tmp_path / "pickled", tiny_whisper, "config.json")
+    weights = tmp_path / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    config = MSAConfig(audio_encoder=folder, audio_config=load_encoder_config("audio", folder))
+    with pytest.raises(EncoderError, match="model.safetensors"):
+        make_encoders(config)["audio"].load_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "whisper", "swin"])
+def test_a_model_that_reads_more_than_text_is_no_text_encoder(kind):
+    with pytest.raises(EncoderError, match=f"a '{kind}' model is no text encoder"):
+        encoder_class("text", AutoConfig.for_model(kind))
 
 
 def test_a_model_type_that_transformers_lacks_is_one_line(arguments, tiny_whisper, tmp_path):
