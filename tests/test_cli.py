@@ -635,7 +635,10 @@ def test_a_data_set_is_imported_with_one_command(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "CREMA D was recognised as CREMA-D (crema-d)" in printed
     assert "the clip has zero bytes" in printed and "VideoFlash/1002_DFA_SAD_XX.flv" in printed
-    assert "metadata.csv: 1 clips of 1 speakers" in printed and "1 of the 7,442 clips" in printed
+    assert (
+        "metadata.csv: 1 clips of 1 speakers" in printed
+        and "all: 1 clips, and the complete CREMA-D has 7,442" in printed
+    )
     assert f"next: msa-online prepare '{tmp_path}/my data' --label-column emotion" in printed
     assert "exists already" in refusal(capsys, "import", "auto", str(videos), str(tmp_path / "my data"))
     assert "There are speakers: " in refusal(

@@ -25,6 +25,7 @@ from transformers import (
 
 from feature_extractors import ClipFeatures
 from msa_online import MSAConfig, MSADataCollator, MSAModel, MSAOutput
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.methods import CALIBRATORS, HEADS
 from msa_online.modalities import MODALITIES
 from msa_online.training.callback import RunningStateCallback
@@ -197,7 +198,7 @@ def test_attention_that_a_text_encoder_lacks_is_refused_in_words(make_model, tmp
     for asked in ({}, {"attn_implementation": "eager"}):
         model = AutoModel.from_pretrained(tmp_path, **asked)
         assert model.encoders["text"].model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="MPNetModel does not support.*eager"):
+    with pytest.raises(EncoderError, match="MPNetModel does not support.*eager"):
         AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
 
 

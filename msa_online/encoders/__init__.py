@@ -73,7 +73,7 @@ def _make(modality: str, kind: type[nn.Module], config: MSAConfig) -> nn.Module:
             raise
         raise EncoderError(
             f"the configuration of the {modality} encoder makes no {network.model_type!r} network "
-            f"({first_line_of(error)}): give one as it was published"
+            f"({first_line_of(error)}): give one as it was published, with an attention that it supports"
         ) from error
 
 

@@ -248,7 +248,10 @@ def test_crema_d_says_the_sentence_and_which_files_are_no_clips(tree, tmp_path):
         "a name that is not ACTOR_SENTENCE_EMOTION_LEVEL": 1,
         "a pointer of Git LFS in place of the clip: run `git lfs pull`": 1,
     }
-    assert "1064_IEO_DIS_MD is known to be faulty" in notes and "3 of the 7,442" in notes
+    assert (
+        "1064_IEO_DIS_MD is known to be faulty" in notes
+        and "3 clips, and the complete CREMA-D has 7,442" in notes
+    )
 
 
 def test_ravdess_uses_each_recording_once(tree, tmp_path):
@@ -277,7 +280,7 @@ def test_iemocap_gives_every_utterance_its_window_speaker_and_side(tree, tmp_pat
         "a line of a transcript without a rating": 5,
     }
     assert {row["split"] for row in rows if row["dialogue"].startswith("Ses05")} == {"test"}
-    assert "10 of the 5,531" in notes
+    assert "10 clips, and the complete IEMOCAP has 5,531" in notes
 
 
 def test_iemocap_protocols_differ_in_classes_and_sessions(tree, tmp_path):
