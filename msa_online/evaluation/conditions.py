@@ -64,30 +64,19 @@ class ConditionPredictions:
         }
 
 
-def evaluate_conditions(
-    model: MSAModel,
-    batches: Batches,
-    accelerator: Accelerator,
-    conditions: Iterable[str] = tuple(CONDITIONS),
-) -> dict[str, dict[str, float]]:
-    """Metrics of one model under each condition (docs/methods/protocols.md, "Seven modality conditions").
+def predict_conditions(
+    model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: tuple[str, ...]
+) -> ConditionPredictions:
+    """Predict a split under each condition (docs/methods/protocols.md, "Seven modality conditions").
+
+    The encoders run once, and the head once for each condition.
 
     Args:
         model: The model, not wrapped.
         batches: Batches of the split.
         accelerator: Provides autocast, and gathers over ranks.
-        conditions: Names in `CONDITIONS`.
-
-    Returns:
-        The metrics of `metrics_of`, by condition.
+        conditions: Names in `VISIBLE_SETS`.
     """
-    return predict_conditions(model, batches, accelerator, tuple(conditions)).metrics(model.config)
-
-
-def predict_conditions(
-    model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: tuple[str, ...]
-) -> ConditionPredictions:
-    """Run the encoders once over a split, and the head once for each condition; `NOTHING` may be one."""
 
     def logits_and_presence(batch: Mapping[str, Tensor]) -> Tensor:
         sequences = model.encode(**batch)

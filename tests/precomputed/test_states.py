@@ -133,6 +133,7 @@ def test_a_worker_of_a_loader_reads_the_same_states(freeze):
     frozen.compute(frozen.missing)
     name = next(iter(frozen.keys))
     mine = frozen.states.of(name)
+    # multiprocessing pickles what a loader gives to a worker that it spawns
     other = pickle.loads(pickle.dumps(frozen.states))
     assert len(pickle.dumps(frozen.states)) < 20_000  # the states themselves are not sent
     assert all(torch.equal(a, b) for a, b in zip(mine, other.of(name), strict=True))
