@@ -82,6 +82,11 @@ class Asset:
         """Environment variable with which users replace the asset by their own file or folder."""
         return "MSA_MODEL_" + re.sub(r"\W", "_", self.name).upper()
 
+    @property
+    def published_name(self) -> str:
+        """Its whole name on the Hub; that of the asset if it is not there."""
+        return self.hub_id or self.name
+
 
 _TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
@@ -164,10 +169,13 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
 
 
 def asset_of_model(model: str) -> str | None:
-    """Name of the asset that has a model, or None, by the model's name on the Hub; its owner is ignored.
+    """Name of the asset that has an encoder for transformers, or None.
 
-    A model that is not on the Hub has the name of its asset.
+    Args:
+        model: The whole name of its repository on the Hub, or the name of the asset. A repository of another
+            owner is another model, whatever it is called.
     """
-    own = {name: name for name, asset in ASSETS.items() if "config.json" in asset.files and not asset.hub_id}
-    names = own | {asset.hub_id.rsplit("/", 1)[-1]: name for name, asset in ASSETS.items() if asset.hub_id}
-    return names.get(model.rsplit("/", 1)[-1])
+    for name, asset in ASSETS.items():
+        if model in (name, asset.published_name) and {"config.json", "model.safetensors"} <= {*asset.files}:
+            return name
+    return None

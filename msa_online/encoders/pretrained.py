@@ -36,6 +36,7 @@ from msa_online.modalities import ModalitySequence
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {"model_type": "bert"},
+    "google-bert/bert-base-uncased": {"model_type": "bert"},  # the same repository
     "microsoft/deberta-v3-base": {
         "model_type": "deberta-v2",
         "vocab_size": 128_100,
@@ -96,7 +97,10 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "google/siglip-base-patch16-224": {"model_type": "siglip_vision_model"},
     "dlib-face-resnet": {"model_type": "face_resnet"},
 }
-"""Shapes of common encoders, so that models can be described and tested without the Hub."""
+"""Shapes of common encoders, so that models can be described and tested without the Hub.
+
+The keys are whole names: a repository of another owner can have another shape under the same last part.
+"""
 
 
 READ_BY_ALL_LAYERS = re.compile(r"relative_attention_bias|rel_embeddings|encoder\.LayerNorm")
@@ -288,8 +292,8 @@ def read_encoder_config(name: str) -> PretrainedConfig:
             installed transformers lacks its model.
     """
     source = find_encoder(name)
-    known = {key.rsplit("/", 1)[-1]: value for key, value in KNOWN_CONFIGS.items()}
-    if not Path(source).is_dir() and (shape := known.get(name.rsplit("/", 1)[-1])):
+    published = ASSETS[asset].published_name if (asset := asset_of_model(name)) else name
+    if not Path(source).is_dir() and (shape := KNOWN_CONFIGS.get(published)):
         return AutoConfig.for_model(**shape)
     kind = _load(_model_type, name, source)
     if kind is not None and kind not in CONFIG_MAPPING:
@@ -380,7 +384,7 @@ def _load(function: Callable, name: str, source: str, **kwargs: Any) -> Any:
     try:
         return function(source, local_files_only=local, **kwargs)
     except UNREADABLE as error:
-        carried = {asset.hub_id or name for name, asset in ASSETS.items()}
+        carried = {asset.published_name for asset in ASSETS.values()}
         first_line = first_line_of(error)
         if Path(source).is_dir():
             raise EncoderError(

@@ -89,6 +89,15 @@ def test_known_shapes_have_their_published_size(modality, name, parameters, monk
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
+def test_a_repository_of_another_owner_does_not_get_a_known_shape_or_our_weights():
+    for name in ("someone/bert-base-uncased", "someone/all-MiniLM-L6-v2"):
+        assert find_encoder(name) == name
+        with pytest.raises(EncoderError, match=name):
+            read_encoder_config(name)
+    assert read_encoder_config("all-MiniLM-L6-v2").hidden_size == 384
+    assert read_encoder_config("google-bert/bert-base-uncased").hidden_size == 768
+
+
 def test_the_shape_in_the_table_is_the_shape_of_the_local_copy():
     for name in ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"):
         if find_encoder(name) == name:

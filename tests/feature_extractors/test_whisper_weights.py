@@ -141,12 +141,24 @@ def test_the_positions_are_the_sinusoids_of_the_paper():
     np.testing.assert_allclose(weights["encoder.embed_positions.weight"], sinusoids, atol=1e-3)
 
 
-def test_the_encoder_is_found_by_its_name_on_the_hub():
-    assert asset_of_model("openai/whisper-tiny.en") == "whisper-tiny.en-encoder"
-    assert asset_of_model("Systran/faster-whisper-tiny.en") == "whisper-tiny.en"
-    assert asset_of_model("all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
-    for name in ("openai/whisper-large", "face_landmarker", ""):
-        assert asset_of_model(name) is None
+def test_an_encoder_is_found_by_its_whole_name_on_the_hub_or_by_that_of_the_asset():
+    for name in ("openai/whisper-tiny.en", "whisper-tiny.en-encoder"):
+        assert asset_of_model(name) == "whisper-tiny.en-encoder"
+    for name in ("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"):
+        assert asset_of_model(name) == "all-MiniLM-L6-v2"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("someone/whisper-tiny.en", "someone/all-MiniLM-L6-v2", "someone/dlib-face-resnet"),
+        *("models/openai/whisper-tiny.en", "OpenAI/whisper-tiny.en", "openai/whisper-tiny.en/"),
+        *("openai/whisper-large", "", "/"),
+        *("whisper-tiny.en", "Systran/faster-whisper-tiny.en", "face_landmarker"),  # not for transformers
+    ],
+)
+def test_a_model_of_another_owner_or_format_does_not_get_our_weights(name):
+    assert asset_of_model(name) is None
 
 
 # --- the format, with a small file ---
