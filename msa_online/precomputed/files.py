@@ -253,6 +253,7 @@ def write_feature_folder(
     rows: Sequence[Mapping[str, str]],
     steps: Mapping[str, FeatureSteps],
     origin: Mapping[str, Any],
+    documents: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a corpus of features; the folder is written completely or not at all.
 
@@ -261,6 +262,7 @@ def write_feature_folder(
         rows: Cells of each sample by column: those of `COLUMNS`, and other columns, the same in every row.
         steps: Features by modality, samples in the order of `rows`.
         origin: Record of how the features were made.
+        documents: More JSON files to write into the folder, by name.
 
     Raises:
         CorpusError: The folder cannot be written.
@@ -285,7 +287,8 @@ def write_feature_folder(
         }
         save_file(tensors, draft / FEATURES)
         shutil.copymode(draft / METADATA, draft / FEATURES)  # safetensors makes it readable by its owner only
-        (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        for name, content in {ORIGIN: origin, **(documents or {})}.items():
+            (draft / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         raise CorpusError(

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import msa_online_cli
+from msa_online.corpora.corpus import CorpusError
+from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.precomputed.reading import read_features
+from msa_online.synthetic.control import (
+    FACTORS,
+    ControlRecipe,
+    ControlSamples,
+    posterior,
+    solve,
+)
+
+SMALL = ControlRecipe(sizes=(40, 10, 20))
+CLEAR = ControlRecipe(noise=dict.fromkeys(MODALITIES, 0.01))
+
+
+def linear_correlation(features: np.ndarray, target: np.ndarray) -> float:
+    """Correlation, on the second half, of a linear reader fit on the first half."""
+    half = len(target) // 2
+    inputs = np.c_[features, np.ones(len(target))]
+    weights = np.linalg.lstsq(inputs[:half], target[:half], rcond=None)[0]
+    return np.corrcoef(inputs[half:] @ weights, target[half:])[0, 1]
+
+
+def test_command_writes_a_corpus_that_training_reads_with_its_truth(tmp_path, capsys):
+    folder = tmp_path / "control"
+    options = ["--kind", "control", "--sizes", "40", "10", "20", "--difficulty", "vision=0.5", "--audio", "2"]
+    assert msa_online_cli.main(["synthesize", str(folder), *options]) == 0
+    corpus = read_features(folder)
+    assert {split: len(corpus.split(split)) for split in ("train", "valid", "test")} == {
+        "train": 40,
+        "valid": 10,
+        "test": 20,
+    }
+    truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    assert set(truth["bayes_mae"]) == {"nothing", *CONDITIONS}
+    assert truth["variance_shares"] == pytest.approx(
+        {"text": 1 / 7, "audio": 4 / 7, "vision": 1 / 7, "shared": 1 / 7}
+    )
+    assert truth["shares"]["audio"] > 0.4 > max(truth["shares"]["text"], truth["shares"]["vision"])
+    shown = capsys.readouterr().out
+    assert "best possible MAE" in shown and "true shares" in shown
+
+
+def test_equal_recipes_give_equal_samples_and_another_seed_others():
+    one, two, other = (ControlSamples.draw(replace(SMALL, seed=seed), 10, 1) for seed in (1, 1, 2))
+    for name in MODALITIES:
+        assert np.array_equal(one.features[name], two.features[name])
+        assert not np.allclose(one.features[name], other.features[name])
+
+
+def test_the_own_factor_is_linear_in_an_easy_modality_and_hidden_from_a_linear_reader_in_a_hard_one():
+    samples = ControlSamples.draw(ControlRecipe(), 6000, 1)
+    seen = {name: linear_correlation(samples.features[name], samples.factors[name]) for name in MODALITIES}
+    assert seen["text"] > 0.95
+    assert abs(seen["audio"]) < 0.06 and abs(seen["vision"]) < 0.06
+    easy = ControlSamples.draw(ControlRecipe(difficulty=dict.fromkeys(MODALITIES, 0.0)), 6000, 1)
+    assert linear_correlation(easy.features["audio"], easy.factors["audio"]) > 0.95
+
+
+def test_each_factor_makes_a_quarter_of_the_label():
+    samples = ControlSamples.draw(ControlRecipe(), 20_000, 1)
+    assert np.abs(samples.labels).max() == 3
+    for name in FACTORS:
+        assert np.corrcoef(samples.factors[name], samples.labels)[0, 1] ** 2 == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("visible", [("text",), ("audio",), ("text", "vision"), MODALITIES])
+def test_without_noise_the_best_prediction_is_made_of_the_factors_that_are_visible(visible):
+    samples = ControlSamples.draw(CLEAR, 300, 1)
+    best = posterior(CLEAR, samples.features, visible).median()
+    known = 0.72 * sum(samples.factors[name] for name in (*visible, "shared"))
+    assert np.abs(best - known.clip(-3, 3)).mean() < 0.02
+
+
+def test_the_stated_error_is_that_of_predicting_and_no_shifted_prediction_is_better():
+    recipe = ControlRecipe(
+        noise={"text": 2.0, "audio": 0.5, "vision": 1.0},
+        difficulty={"text": 0.0, "audio": 1.0, "vision": 0.4},
+    )
+    samples = ControlSamples.draw(recipe, 8000, 1)
+    for visible in ((), ("audio",), ("audio", "vision"), MODALITIES):
+        expected = posterior(recipe, samples.features, visible)
+        best = expected.median()
+        found = np.abs(best - samples.labels)
+        margin = 3 * found.std() / np.sqrt(len(found))
+        assert expected.absolute_error(best).mean() == pytest.approx(found.mean(), abs=margin)
+        for other in (best + 0.1, best - 0.1, 0.9 * best):
+            assert expected.absolute_error(other.clip(-3, 3)).mean() >= expected.absolute_error(best).mean()
+
+
+def test_standard_error_of_the_truth_covers_another_draw():
+    test = ControlSamples.draw(ControlRecipe(), 100, 1)
+    one, other = (solve(ControlRecipe(), test, fresh=fresh)["bayes_mae"]["audio"] for fresh in (2000, 4000))
+    assert abs(one["mean"] - other["mean"]) < 4 * one["standard_error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": (10, 1, 10)}, "at least 2 samples"),
+        ({"seed": -1}, "seed is -1"),
+        ({"strengths": {**dict.fromkeys(FACTORS, 1.0), "text": -1.0}}, "strength of text is -1.0"),
+        ({"strengths": dict.fromkeys(FACTORS, 0.0)}, "all strengths are 0"),
+        ({"difficulty": {"text": 0.0, "audio": 1.5, "vision": 1.0}}, "difficulty of audio is 1.5"),
+        ({"noise": {"text": 0.5, "audio": 0.5, "vision": 0.0}}, "noise of vision is 0.0"),
+        ({"noise": {"text": 0.5}}, "give one for each"),
+    ],
+)
+def test_recipes_that_cannot_be_drawn_are_refused_with_the_value(changes, message):
+    with pytest.raises(CorpusError, match=message):
+        replace(ControlRecipe(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "control", "--clips", "10"], "--clips is for --kind clips"),
+        (["--noise", "text=1"], "--noise is for --kind control"),
+        (["--kind", "control", "--difficulty", "smell=1"], "give text=, audio= or vision="),
+    ],
+)
+def test_options_of_the_other_kind_and_unknown_modalities_are_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        msa_online_cli.main(["synthesize", str(tmp_path / "out"), *options])
+    assert message in capsys.readouterr().err
