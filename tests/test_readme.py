@@ -92,6 +92,7 @@ def test_msa_online_commands_run(
         **{name: str(tmp_path / name) for name in ("results.csv", "timeline.csv", "curve.png")},
         "features/mosi": str(tmp_path / "mosi"),
         "features/mine": str(tmp_path / "mine"),
+        "features/control": str(tmp_path / "control"),
     }
     assert msa_online_cli.main([stand_ins.get(word, word) for word in words[1:]]) == 0
 
