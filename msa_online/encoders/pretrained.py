@@ -179,7 +179,7 @@ class PretrainedEncoder(nn.Module, ABC):
 
         Raises:
             EncoderError: The weights are neither on disk nor available from the Hub, or some are missing or
-                have another shape.
+                have another shape or are not finite.
         """
         with _quiet():  # of the parts that are left out, and of what is checked below
             pretrained, report = _load(
@@ -204,6 +204,11 @@ class PretrainedEncoder(nn.Module, ABC):
             raise EncoderError(
                 f"encoder {str(source)!r}: {len(missing)} of {len(own)} weights are missing, for example "
                 f"{min(missing)}: give a checkpoint of a {self.model.config.model_type!r} encoder"
+            )
+        if broken := [name for name, _ in self.model.named_parameters() if not stored[name].isfinite().all()]:
+            raise EncoderError(
+                f"encoder {str(source)!r}: {len(broken)} of {len(own)} weights are not finite, for example "
+                f"{broken[0]}: give a checkpoint whose training did not diverge"
             )
         self.model.load_state_dict({name: stored[name] for name in own})
 

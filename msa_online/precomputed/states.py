@@ -31,11 +31,11 @@ from feature_extractors import CacheError, ClipFeatures, FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.corpus import Sample
 from msa_online.corpora.prepared_corpus import PreparedCorpus
-from msa_online.encoders.pretrained import PretrainedEncoder
+from msa_online.encoders.pretrained import EncoderError, PretrainedEncoder
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MSAProcessor
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key; increase it when equal encoders return other states, or when the file format changes."""
 
 TOGETHER = {"text": 32, "audio": 8, "vision": 8}
@@ -59,7 +59,7 @@ class StateStore:
 
     Files are written atomically and never changed, so any number of processes can fill one folder. They are
     checked once, when the folder is listed, and then memory-mapped: processes share the memory. Damaged files
-    are deleted, so that their states are computed again.
+    and files of another encoder are deleted, so that their states are computed again.
 
     Args:
         cache: The features of the clips; the states lie in its folder.
@@ -89,13 +89,15 @@ class StateStore:
                 continue
             try:
                 tensors, keys = self._read(path.name)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            except OSError:  # unreadable at the moment, for example with too many open files: not damaged
+                continue
+            except (SafetensorError, KeyError, TypeError, ValueError):
                 with suppress(OSError):
                     path.unlink()
                 continue
             self._known.add(path.name)
             ends = tensors["ends"].tolist()
-            for key, start, stop in zip(keys, [0, *ends], ends, strict=False):
+            for key, start, stop in zip(keys, [0, *ends[:-1]], ends, strict=True):
                 self._places.setdefault(key, (path.name, start, stop))
 
     def of(self, key: str) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ class StateStore:
             "mask": torch.cat(masks),
             "ends": torch.tensor([len(mask) for mask in masks]).cumsum(dim=0),
         }
-        about = {"keys": " ".join(entries), "checksum": str(_checksum(tensors, " ".join(entries)))}
+        about = {"keys": " ".join(entries), "checksum": str(self._checksum(tensors, " ".join(entries)))}
         self.cache.write(self.folder / f"{uuid.uuid4().hex}.safetensors", save(tensors, about))
 
     def require_space(self, needed: int) -> None:
@@ -149,9 +151,20 @@ class StateStore:
         with safe_open(self.folder / name, framework="pt") as file:
             tensors = {part: file.get_tensor(part) for part in ("values", "mask", "ends")}
             about = file.metadata()
-        if check and int(about["checksum"]) != _checksum(tensors, about["keys"]):
-            raise ValueError("wrong checksum")
-        return tensors, about["keys"].split()
+        keys = about["keys"].split()
+        if check:
+            if int(about["checksum"]) != self._checksum(tensors, about["keys"]):
+                raise ValueError("wrong checksum")
+            _require_fitting(keys, **tensors)
+        return tensors, keys
+
+    def _checksum(self, tensors: Mapping[str, Tensor], keys: str) -> int:
+        """CRC over the name of the folder, keys, shapes, types and values."""
+        parts = ((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+        checksum = zlib.crc32(json.dumps([self.folder.name, keys, *parts]).encode())
+        for tensor in tensors.values():
+            checksum = zlib.crc32(_bytes_of(tensor), checksum)
+        return checksum
 
 
 @dataclass(frozen=True)
@@ -238,6 +251,7 @@ class FrozenEncoder:
 
         Raises:
             CacheError: The disk is full, or the features of a clip were deleted.
+            EncoderError: States are not finite; such states are not stored.
         """
         if not keys:
             return
@@ -254,6 +268,12 @@ class FrozenEncoder:
             with autocast():
                 sequence = encoder.states({name: values.to(device) for name, values in inputs.items()})
             for key, values, mask in zip(batch, sequence.values.cpu(), sequence.mask.cpu(), strict=True):
+                if not values.isfinite().all():
+                    raise EncoderError(
+                        f"the {self.name} encoder gives states of {by_key[key].id!r} that are not finite: "
+                        "set training.mixed_precision=no; if it is no, the weights are damaged: choose "
+                        "another encoder"
+                    )
                 stop = int(mask.nonzero().max()) + 1
                 entries[key] = values[:stop].clone(), mask[:stop].clone()
                 held += entries[key][0].nbytes
@@ -327,13 +347,14 @@ def load_features(cache: FeatureCache, key: str, sample: Sample) -> ClipFeatures
     return features
 
 
-def _checksum(tensors: Mapping[str, Tensor], keys: str) -> int:
-    """CRC over keys, shapes, types and values."""
-    header = [keys, *((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())]
-    checksum = zlib.crc32(json.dumps(header).encode())
-    for tensor in tensors.values():
-        checksum = zlib.crc32(_bytes_of(tensor), checksum)
-    return checksum
+def _require_fitting(keys: Sequence[str], values: Tensor, mask: Tensor, ends: Tensor) -> None:
+    """Raise ValueError unless the parts of a file are what `StateStore.write` makes."""
+    types = values.is_floating_point(), mask.dtype == torch.bool, ends.dtype == torch.int64
+    if not all(types) or (values.ndim, mask.ndim, ends.ndim) != (2, 1, 1):
+        raise ValueError("other types or numbers of dimensions")
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    if not len(keys) == len(ends) > 0 or not len(values) == len(mask) == ends[-1] or lengths.min() < 1:
+        raise ValueError("lengths do not fit together")
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

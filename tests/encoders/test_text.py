@@ -115,6 +115,19 @@ def test_pretrained_weights_arrive(tiny_text_config, tiny_text_encoder):
     assert all(torch.equal(encoder.model.state_dict()[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_name(tiny_text_encoder, tmp_path, value):
+    """Else a run learns at the end of its first epoch that it has diverged."""
+    model = AutoModel.from_pretrained(tiny_text_encoder)
+    model.embeddings.word_embeddings.weight.data[7, 3] = value
+    model.save_pretrained(tmp_path)
+    encoder = TextEncoder(load_encoder_config("text", str(tmp_path)))
+    with pytest.raises(
+        EncoderError, match="1 of .* not finite, for example embeddings.word_embeddings.weight"
+    ):
+        encoder.load_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_an_encoder_published_in_half_precision_is_trained_in_fp32(

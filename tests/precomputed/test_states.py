@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from feature_extractors import CacheError, FeatureCache
 from msa_online import MSAConfig
@@ -14,9 +15,10 @@ from msa_online.batching import ClipDataset
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.reading import read_corpus
 from msa_online.encoders import make_encoders
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed import states as states_module
-from msa_online.precomputed.states import FrozenEncoder
+from msa_online.precomputed.states import FrozenEncoder, StateStore
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +86,84 @@ def test_equal_texts_are_computed_once(freeze, prepared):
     assert len(frozen.missing) == len(words)
 
 
-def test_a_damaged_file_is_deleted_and_its_states_are_computed_again(freeze):
-    frozen = freeze()
-    frozen.compute(frozen.missing)
-    (file,) = files_of(frozen)
+def flip_a_bit(file, others):
     content = bytearray(file.read_bytes())
     content[-100] ^= 1  # safetensors itself does not notice
     file.write_bytes(content)
+
+
+def truncate(file, others):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def empty(file, others):
+    file.write_bytes(b"")
+
+
+def swap_with_another_encoder(file, others):
+    shutil.copy(others, file)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty, swap_with_another_encoder])
+def test_a_damaged_or_foreign_file_is_deleted_and_its_states_are_computed_again(freeze, damage):
+    frozen, another = freeze(), freeze(seed=1)
+    for each in (frozen, another):
+        each.compute(each.missing)
+    (file,), (others,) = files_of(frozen), files_of(another)
+    damage(file, others)
     again = freeze()
     assert len(again.missing) == len(set(frozen.keys.values())) and not file.exists()
     again.compute(again.missing)
     assert freeze().missing == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": torch.ones(6, 4, 2)},  # three dimensions
+        {"values": torch.ones(5, 4)},  # shorter than the mask
+        {"values": torch.ones(6, 4, dtype=torch.int32)},
+        {"mask": torch.ones(6)},
+        {"ends": torch.tensor([4, 9])},  # beyond the values
+        {"ends": torch.tensor([7, 6])},  # backwards
+        {"ends": torch.tensor([6, 6])},  # a sample without states
+        {"ends": torch.tensor([6])},  # fewer than keys
+        {"ends": torch.tensor([4.0, 6.0])},
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_whatever_the_checksum_says(tmp_path, wrong):
+    store = StateStore(FeatureCache(tmp_path), "digest")
+    parts = {"values": torch.ones(6, 4), "mask": torch.ones(6).bool(), "ends": torch.tensor([4, 6])}
+    store.folder.mkdir(parents=True)
+    for name, content in (("right", parts), ("wrong", parts | wrong)):
+        keys = f"{name}a {name}b"
+        about = {"keys": keys, "checksum": str(store._checksum(content, keys))}
+        save_file(content, store.folder / f"{name}.safetensors", about)
+    store.refresh()
+    assert "righta" in store and "wronga" not in store
+    assert store.of("rightb")[0].shape == (2, 4)
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_deleted(freeze, tmp_path):
+    """Its disk may be unmounted, or the process may have too many open files."""
+    frozen = freeze()
+    frozen.compute(frozen.missing)
+    (file,) = files_of(frozen)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to(elsewhere)
+    assert freeze().missing and file.is_symlink()
+    elsewhere.write_bytes(content)
+    assert freeze().missing == []
+
+
+def test_states_that_are_not_finite_are_refused_and_not_stored(freeze):
+    frozen = freeze(precision="fp16")
+    next(frozen.encoder.parameters()).data.fill_(float("inf"))
+    with pytest.raises(EncoderError, match="text .*clip_.*not finite: set training.mixed_precision=no"):
+        frozen.compute(frozen.missing)
+    assert files_of(frozen) == []
 
 
 def test_an_interrupted_computation_continues(freeze, monkeypatch):
