@@ -15,6 +15,7 @@ from feature_extractors import ExtractionSettings
 from msa_online.confidence import Confidence
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import encoder_class
+from msa_online.encoders.image import FAMILIES
 from msa_online.front_ends import sound_shape
 from msa_online.hub import load_config, require_own_weights
 from msa_online.modalities import ModalitySequence
@@ -27,8 +28,6 @@ from msa_online.training.yaml_reader import ConfigurationError
 EXAMPLE_SECONDS = 4
 EXAMPLE_TOKENS = 20  # also the number of steps of precomputed features
 EXAMPLE_CLASSES = 2
-EXAMPLE_PICTURE = 224
-"""Usual size of the pictures of a pretrained vision encoder; its image processor says the true one."""
 SHOWN_APART = ("results", "shares", "confidence", "constant", "comparison", "missing")
 """Keys of a training record that `record_lines` leaves out; its protocol contains the rates of `missing`."""
 
@@ -95,7 +94,8 @@ def _read(source: str | Path) -> tuple[MSAConfig, ExtractionSettings, TrainingAr
 
 
 def _settings(config: MSAConfig, extraction: Mapping[str, Any]) -> ExtractionSettings:
-    size = {} if config.vision_config is None else {"face_size": EXAMPLE_PICTURE}
+    network = config.vision_config
+    size = {} if network is None else {"face_size": FAMILIES[network.model_type].picture_size}
     return ExtractionSettings(**{**size, **extraction})
 
 

@@ -9,7 +9,8 @@ Here a sound is never padded: a batch is padded with zeros, and masked, after al
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -41,8 +42,16 @@ WINDOW, HOP, KALDI_FFT = 400, 160, 512
 KALDI_FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
 
-# the lowest of the Audio Spectrogram Transformer's 128 bands are narrower than the FFT; it was trained so
-warnings.filterwarnings("ignore", "At least one mel filter has all zero values", UserWarning)
+
+@contextmanager
+def empty_bands_expected() -> Iterator[None]:
+    """Without the warning of transformers that bands are empty.
+
+    The lowest of the Audio Spectrogram Transformer's 128 bands are narrower than the FFT; it was trained so.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "At least one mel filter has all zero values", UserWarning)
+        yield
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ def _kaldi_filter_bank(sound: np.ndarray, taper: str, num_mels: int, fewest: int
 
 
 @lru_cache(maxsize=4)
+@empty_bands_expected()
 def _kaldi_filters(taper: str, num_mels: int) -> tuple[np.ndarray, csr_array]:
     bands = mel_filter_bank(
         num_frequency_bins=KALDI_FFT // 2 + 1,
@@ -219,6 +229,7 @@ def face_size(image_processor: BaseImageProcessor | None) -> int:
     return max(filter(None, edges), default=FACE_SIZE)
 
 
+@empty_bands_expected()
 def restore_extractor(extractor: FeatureExtractionMixin | dict[str, Any] | None) -> Any:
     """A feature extractor from its saved form, checked.
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from timing import Step, time_in_turns
 from tokenizers import Tokenizer, models
 from transformers import (
-    ASTFeatureExtractor,
+    ASTConfig,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     PreTrainedTokenizerFast,
@@ -41,6 +41,7 @@ from transformers import (
 
 from feature_extractors import ClipFeatures, FeatureCache, log_mel
 from msa_online import MSAProcessor
+from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 from msa_online.user_errors import run_command
 
 EPOCH = 1_000  # clips
@@ -49,7 +50,7 @@ SOUND = {
     "waveform (wav2vec2, HuBERT, WavLM)": Wav2Vec2FeatureExtractor(),
     "Whisper": WhisperFeatureExtractor(),
     "w2v-BERT": SeamlessM4TFeatureExtractor(),
-    "Audio Spectrogram Transformer": ASTFeatureExtractor(),
+    "Audio Spectrogram Transformer": SpectrogramTransformer.default_feature_extractor(ASTConfig()),
 }
 PICTURES = {
     "crops as they are": (None, None),

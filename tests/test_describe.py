@@ -90,6 +90,12 @@ def test_the_shapes_are_those_of_the_extraction_that_is_configured(write_config)
     assert shapes["face crops"] == [4, 64, 64, 3] and shapes["vision states"] == [4, 160]
 
 
+@pytest.mark.parametrize(("encoder", "size"), [("dlib-face-resnet", 150), ("facebook/dinov2-small", 224)])
+def test_face_crops_have_the_size_of_the_pictures_that_the_encoder_reads(encoder, size, write_config):
+    path = write_config(text_encoder="bert-base-uncased", vision_encoder=encoder)
+    assert describe(path).shapes["face crops"] == [8, 3, size, size]
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_is_described_with_every_calibrator(head, write_config):
     """Nothing is computed: the model has shapes and no values."""

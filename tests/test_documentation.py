@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from msa_online.encoders import CONVOLUTIONAL, ENCODERS
 from tests.test_style import QUAINT
 
 REPOSITORY = Path(__file__).parents[1]
@@ -114,3 +115,11 @@ def test_the_citation_names_the_software_and_every_paper_of_the_methods():
             if title in re.sub(r"\W+", " ", entry.replace("{", "").replace("}", ""))
         ]
         assert all(author["family-names"] in entry for author in paper["authors"])
+
+
+@pytest.mark.parametrize("modality", ["audio", "vision"])
+def test_the_page_of_encoders_lists_the_families_of_the_table(modality):
+    page = (REPOSITORY / "docs" / "encoders.md").read_text(encoding="utf-8")
+    table = page[page.index("| modality | model types") :].split("\n\n")[0]
+    rows = [row.split("|")[2] for row in table.splitlines() if row.startswith(f"| {modality} |")]
+    assert set(re.findall("`(.+?)`", " ".join(rows))) == ENCODERS[modality].keys() - {CONVOLUTIONAL}

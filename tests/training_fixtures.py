@@ -33,6 +33,49 @@ REPOSITORY = Path(__file__).parents[1]
 SAMPLES = 24
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
 
+STOPPED_AND_RESUMED = """
+import sys
+from msa_online.methods import MODULATORS
+from msa_online.training.config_reader import read_arguments
+from msa_online.training.accelerator import start_accelerator
+from msa_online.training.run import carry_out
+
+settings, folder, modulator = sys.argv[1:]
+
+class Stopping(MODULATORS[modulator]):
+    stops = False
+    epochs_seen = 0
+
+    def on_validation(self, score):
+        self.epochs_seen += 1
+        if self.stops and self.epochs_seen == 2:
+            raise KeyboardInterrupt
+
+def run_all():
+    MODULATORS["stopping"] = Stopping
+    accelerator = None
+    for name, stops, resume in (("whole", False, False), ("stopped", True, False), ("stopped", False, True)):
+        changes = [f"training.output_dir={folder}/{name}", f"training.resume={resume}"]
+        arguments = read_arguments(settings, changes)
+        accelerator = accelerator or start_accelerator(arguments.training)
+        Stopping.stops = stops
+        try:
+            carry_out(arguments, "a test", accelerator)
+            assert not stops
+        except KeyboardInterrupt:
+            assert stops
+        accelerator.free_memory()
+    accelerator.end_training()
+
+if __name__ == "__main__":  # processes that extract features import this file
+    run_all()
+"""
+"""A program for `on_two_processes`: a whole run, and one that is stopped in epoch 2 and resumed.
+
+Arguments: the configuration, whose modulator is "stopping"; the folder of the runs "whole" and "stopped"; and
+the modulator that "stopping" extends.
+"""
+
 
 class Recording(GradientModulator):
     """A modulator, and what it was shown and did in every step."""

@@ -32,11 +32,13 @@ class Family:
         layers: Path of the list of layers, or of the stages of a convolutional network.
         pooled: State of a picture, `(pictures, width)`, from the network's output.
         pooler: Whether the state passes the network's pooler; one that it does not pass is not built.
+        picture_size: Usual height and width of its pictures in pixels; an image processor has the true one.
     """
 
     layers: str
     pooled: Callable[[Any], Tensor] = lambda output: output.pooler_output.flatten(1)
     pooler: bool = True
+    picture_size: int = 224
 
 
 def _class_token(output: Any) -> Tensor:
@@ -61,7 +63,7 @@ FAMILIES = {
     "convnext": Family("encoder.stages"),  # these three: mean over the picture
     "convnextv2": Family("encoder.stages"),
     "dinov3_convnext": Family("model.stages"),
-    "face_resnet": Family("blocks"),  # means over the quarters of the picture
+    "face_resnet": Family("blocks", picture_size=150),  # means over the quarters of the picture
 }
 """Networks for pictures, by `model_type` of their configuration. The state of a picture passes the network's
 last norm and no projection into a space of pictures and texts."""

@@ -31,7 +31,12 @@ from transformers.utils import PROCESSOR_NAME, cached_file, logging
 from feature_extractors.assets import asset_path, get_asset
 from feature_extractors.catalogue import ASSETS, asset_of_model
 from feature_extractors.sources import why_hub_is_silent
-from msa_online.front_ends import pillow_equivalent, restore_extractor, restore_image_processor
+from msa_online.front_ends import (
+    empty_bands_expected,
+    pillow_equivalent,
+    restore_extractor,
+    restore_image_processor,
+)
 from msa_online.modalities import ModalitySequence
 
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -104,7 +109,11 @@ The keys are whole names: a repository of another owner can have another shape u
 
 
 READ_BY_ALL_LAYERS = re.compile(r"relative_attention_bias|rel_embeddings|encoder\.LayerNorm")
-"""Embeddings of distances between tokens, which MPNet and DeBERTa register after their layers."""
+"""Embeddings of distances between tokens, and their norm, that MPNet and DeBERTa register after their layers.
+
+Every layer reads them, so they count as embeddings. Only their names distinguish them from what follows the
+last layer, such as a final norm. All other parameters are placed by their order.
+"""
 
 
 NO_CODE = {"trust_remote_code": False}
@@ -324,6 +333,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer.from_pretrained, name, find_encoder(name, download=True), **NO_CODE)
 
 
+@empty_bands_expected()
 def load_feature_extractor(name: str) -> Any | None:
     """Feature extractor published with an audio encoder; None if there is none beside the weights.
 

@@ -8,6 +8,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from msa_online.encoders.pretrained_audio import PretrainedAudioEncoder
+from msa_online.front_ends import empty_bands_expected
 from msa_online.layers.precision import no_wider
 
 
@@ -79,6 +80,7 @@ class SpectrogramTransformer(PretrainedAudioEncoder):
         return embeddings.dropout(states)
 
     @staticmethod
+    @empty_bands_expected()
     def default_feature_extractor(config: ASTConfig) -> ASTFeatureExtractor:
         """Filter banks normalised as for AudioSet, with the configuration's bands and length."""
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)

@@ -2,6 +2,8 @@
 """Audio encoders that read the waveform: wav2vec 2.0 and networks of its structure."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,6 @@ from msa_online.layers.precision import no_wider
 
 WAVEFORM_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat")
 """Model types of transformers that share the structure: convolutions, a positional convolution, layers."""
-
-# WavLM gives torch a bool mask of keys and a float bias of positions; torch still accepts both at once
-warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask", UserWarning)
 
 
 class WaveformEncoder(PretrainedAudioEncoder):
@@ -75,7 +74,8 @@ class WaveformEncoder(PretrainedAudioEncoder):
             keys = create_bidirectional_mask(config, states, valid)
         hidden, shared = [states], []
         for layer in self.layers:
-            output = layer(hidden[-1], keys, *shared)
+            with _mixed_masks_expected():
+                output = layer(hidden[-1], keys, *shared)
             # the first layer of WavLM computes a bias of positions for all
             states, *shared = output if isinstance(output, tuple) else (output,)
             hidden.append(states)
@@ -148,6 +148,17 @@ def _normalized_convolution(layer: nn.Module, values: Tensor, lengths: Tensor) -
     states = layer.conv(values)
     valid = torch.arange(states.shape[-1], device=states.device) < lengths.view(-1, 1, 1)
     return layer.activation(group_norm(states, valid, layer.layer_norm))
+
+
+@contextmanager
+def _mixed_masks_expected() -> Iterator[None]:
+    """Without a warning of torch: WavLM gives it a bool mask of keys and a float bias of positions."""
+    if torch.compiler.is_compiling():  # torch cannot trace a change of warning filters
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask", UserWarning)
+        yield
 
 
 def _is_stable(config: PretrainedConfig) -> bool:

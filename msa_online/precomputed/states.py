@@ -320,6 +320,9 @@ class FrozenEncoder:
             if key.startswith(f"{self.name}_") or (self.name, key) == ("vision", "blendshapes")
         }
         del fields[f"{self.name}_encoder"]  # its name; the weights count
+        if self.name == "audio":  # the usual stride and "last" may also be given as numbers
+            layer = "weighted" if self.encoder.is_weighted else len(self.encoder.layers)
+            fields |= {"audio_stride": self.encoder.stride, "audio_layer": layer}
         made_by = self.processor.to_dict()
         return {
             "format": FORMAT,

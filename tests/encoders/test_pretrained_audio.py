@@ -325,25 +325,6 @@ def test_the_embeddings_and_the_lowest_layers_can_be_frozen(family):
 # --- whole models ---
 
 
-@pytest.fixture
-def make_model(tiny_text_config):
-    def make(family: str, layer="last", **settings):
-        torch.manual_seed(0)
-        config = MSAConfig(
-            text_config=tiny_text_config,
-            audio_config=tiny_config(family),
-            audio_layer=layer,
-            face_channels=8,
-            face_width=16,
-            head_kwargs={"hidden_size": 16},
-            label_range=[-3, 3],
-            **settings,
-        )
-        return MSAModel(config).eval()
-
-    return make
-
-
 def batch_for(model: MSAModel, labels: bool = False) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     mask = torch.ones(2, 4, dtype=torch.bool)
@@ -362,7 +343,7 @@ def batch_for(model: MSAModel, labels: bool = False) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layer", ["last", 1, "weighted"])
 @pytest.mark.parametrize("family", TINY)
 def test_a_checkpoint_alone_rebuilds_the_model(family, layer, make_model, tmp_path):
-    model = make_model(family, layer, audio_encoder=str(tmp_path / "home" / "my-encoder"))
+    model = make_model(tiny_config(family), layer, audio_encoder=str(tmp_path / "home" / "my-encoder"))
     model.save_pretrained(tmp_path / "saved")
     again = AutoModel.from_pretrained(tmp_path / "saved")
     assert isinstance(again, MSAModel) and again.config.audio_layer == layer
@@ -375,14 +356,14 @@ def test_a_checkpoint_alone_rebuilds_the_model(family, layer, make_model, tmp_pa
 
 
 def test_the_width_of_the_audio_states_is_that_of_the_encoder(make_model):
-    model = make_model("whisper")
+    model = make_model(tiny_config("whisper"))
     assert model.config.widths == {"text": 32, "audio": WIDTH, "vision": 16}
     assert model.encode(**batch_for(model))["audio"].values.shape[2] == WIDTH
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_requested_attention_is_the_one_of_the_audio_encoder(attention, make_model, tmp_path):
-    model = make_model("whisper")
+    model = make_model(tiny_config("whisper"))
     model.save_pretrained(tmp_path)
     again = MSAModel.from_pretrained(tmp_path, attn_implementation=attention)
     assert again.encoders["audio"].model.config._attn_implementation == attention
@@ -393,7 +374,7 @@ def test_the_requested_attention_is_the_one_of_the_audio_encoder(attention, make
 def test_gradient_checkpointing_changes_no_gradient(make_model):
     gradients = []
     for checkpointing in (False, True):
-        model = make_model("whisper").train()
+        model = make_model(tiny_config("whisper")).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import ASTForAudioClassification, AutoConfig, AutoModel
 
-from msa_online import MSAConfig, MSAModel
+from msa_online import MSAModel
 from msa_online.encoders import encoder_class
 from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 
@@ -139,17 +139,8 @@ def test_the_patches_and_the_lowest_layers_can_be_frozen():
 
 
 @pytest.mark.parametrize("layer", ["last", 0, "weighted"])
-def test_a_checkpoint_alone_rebuilds_the_model(layer, tiny_text_config, tmp_path):
-    config = MSAConfig(
-        text_config=tiny_text_config,
-        audio_config=tiny_config(),
-        audio_layer=layer,
-        face_channels=8,
-        face_width=16,
-        head_kwargs={"hidden_size": 16},
-        label_range=[-3, 3],
-    )
-    model = MSAModel(config).eval()
+def test_a_checkpoint_alone_rebuilds_the_model(layer, make_model, tmp_path):
+    model = make_model(tiny_config(), layer)
     with torch.no_grad():  # so that a tensor that is initialised and not loaded would show
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -4,10 +4,12 @@
 import pickle
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import WhisperConfig
 
 from feature_extractors import CacheError, FeatureCache
 from msa_online import MSAConfig
@@ -78,6 +80,23 @@ def test_other_weights_and_another_precision_find_no_states(freeze):
     all_keys = frozen.missing
     frozen.compute(all_keys)
     assert freeze(seed=1).missing == freeze(precision="bf16").missing == all_keys
+
+
+def test_settings_that_mean_the_same_find_the_same_states(tiny_text_config, tiny_processor, prepared):
+    network = WhisperConfig(
+        d_model=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=16, max_source_positions=40
+    )
+
+    def folder(**settings) -> Path:
+        torch.manual_seed(0)
+        config = MSAConfig(text_config=tiny_text_config, audio_config=network, **settings)
+        encoder = make_encoders(config)["audio"]
+        encoder.freeze()
+        return FrozenEncoder("audio", encoder, config, tiny_processor, prepared).store.folder
+
+    usual = folder()
+    assert folder(audio_stride=4) == folder(audio_layer=2) == usual
+    assert len({usual, folder(audio_stride=2), folder(audio_layer=1), folder(audio_layer="weighted")}) == 4
 
 
 def test_equal_texts_are_computed_once(freeze, prepared):

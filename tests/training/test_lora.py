@@ -13,42 +13,7 @@ from msa_online.training.config_reader import parse_arguments
 from msa_online.training.model import build_model
 from msa_online.training.optimizer import ADAPTER_RATE, make_optimizer
 from msa_online.training.yaml_reader import ConfigurationError
-
-RANK = """
-import sys
-from msa_online.methods import MODULATORS
-from msa_online.training.config_reader import read_arguments
-from msa_online.training.accelerator import start_accelerator
-from msa_online.training.run import carry_out
-
-class Stopping(MODULATORS["ogm"]):
-    stops = False
-    epochs_seen = 0
-
-    def on_validation(self, score):
-        self.epochs_seen += 1
-        if self.stops and self.epochs_seen == 2:
-            raise KeyboardInterrupt
-
-def run_all():
-    MODULATORS["stopping"] = Stopping
-    accelerator = None
-    for folder, stops, resume in (("whole", False, False), ("cut", True, False), ("cut", False, True)):
-        changes = [f"training.output_dir={sys.argv[2]}/{folder}", f"training.resume={resume}"]
-        arguments = read_arguments(sys.argv[1], changes)
-        accelerator = accelerator or start_accelerator(arguments.training)
-        Stopping.stops = stops
-        try:
-            carry_out(arguments, "a test", accelerator)
-            assert not stops
-        except KeyboardInterrupt:
-            assert stops
-        accelerator.free_memory()
-    accelerator.end_training()
-
-if __name__ == "__main__":  # processes that extract features import this file
-    run_all()
-"""
+from tests.training_fixtures import STOPPED_AND_RESUMED
 
 
 def settings(text_encoder, corpus) -> dict:
@@ -93,11 +58,11 @@ def test_two_processes_resume_with_adapters_and_publish_them_merged_and_alone(
         )
     (corpus / "metadata.csv").write_text("\n".join(rows))
     file.write_text(yaml.safe_dump(settings(tiny_text_encoder, corpus)))
-    statuses, printed = on_two_processes(RANK, tmp_path, file, tmp_path)
+    statuses, printed = on_two_processes(STOPPED_AND_RESUMED, tmp_path, file, tmp_path, "ogm")
     assert statuses == [0, 0], "".join(printed)
     assert "frozen: 34,432 of text_encoder" in printed[0]
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        whole, stopped = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+        whole, stopped = (load_file(tmp_path / run / name) for run in ("whole", "stopped"))
         assert whole.keys() == stopped.keys()
         assert all(torch.equal(stopped[tensor], value) for tensor, value in whole.items())
     assert not [name for name in load_file(tmp_path / "whole" / "model.safetensors") if "lora" in name]

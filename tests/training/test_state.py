@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from msa_online.training.loop import Progress
 from msa_online.training.state import MANIFEST, RunState, require_settings, seal, verify
 from msa_online.training.yaml_reader import ConfigurationError
+from tests.training_fixtures import STOPPED_AND_RESUMED
 
 CPU = torch.device("cpu")
 FILES = (
@@ -229,38 +230,6 @@ def test_the_optimizer_of_a_real_model_and_its_schedule_come_back(tiny_model, ma
 
 # --- two processes, each with dropout of its own ---
 
-RANK = """
-import sys
-from msa_online.methods import MODULATORS, GradientModulator
-from msa_online.training.config_reader import read_arguments
-from msa_online.training.accelerator import start_accelerator
-from msa_online.training.run import carry_out
-
-class Stopping(GradientModulator):
-    stops = False
-    epochs_seen = 0
-
-    def on_validation(self, score):
-        self.epochs_seen += 1
-        if self.stops and self.epochs_seen == 2:
-            raise KeyboardInterrupt
-
-MODULATORS["stopping"] = Stopping
-accelerator = None
-for folder, stops, resume in (("whole", False, False), ("stopped", True, False), ("stopped", False, True)):
-    changes = [f"training.output_dir={sys.argv[2]}/{folder}", f"training.resume={resume}"]
-    arguments = read_arguments(sys.argv[1], changes)
-    accelerator = accelerator or start_accelerator(arguments.training)
-    Stopping.stops = stops
-    try:
-        carry_out(arguments, "a test", accelerator)
-        assert not stops
-    except KeyboardInterrupt:
-        assert stops
-    accelerator.free_memory()
-accelerator.end_training()
-"""
-
 
 @pytest.mark.slow
 def test_two_processes_resume_onto_the_same_weights(on_two_processes, tmp_path):
@@ -281,7 +250,7 @@ def test_two_processes_resume_onto_the_same_weights(on_two_processes, tmp_path):
     }
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump(document))
-    statuses, printed = on_two_processes(RANK, tmp_path, settings, tmp_path)
+    statuses, printed = on_two_processes(STOPPED_AND_RESUMED, tmp_path, settings, tmp_path, "identity")
     assert statuses == [0, 0], "".join(printed)
     assert "2 processes on cpu" in printed[0] and "resuming after epoch 1" in printed[0]
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
