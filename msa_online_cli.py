@@ -41,6 +41,37 @@ A study is a YAML file:
 
 key=value changes all variants (data.path=features); without a dot it changes the study itself (seeds=[1111],
 output_dir=runs/mine). A study that was stopped continues where it stopped."""
+EXAMPLES = {  # printed at the end of each command's --help
+    "import": ("import auto /data/CREMA-D data/crema-d",),
+    "init-data": ("init-data my_clips",),
+    "prepare": ("prepare my_clips", "prepare data/crema-d --label-column emotion --workers 4"),
+    "evaluate": (
+        "evaluate runs/mine my_clips --split test",
+        "evaluate runs/mine my_clips --json -",
+    ),
+    "predict": (
+        "predict clip.mp4 --text 'I loved it' --model runs/mine",
+        "predict my_clips --model runs/mine --out results.csv",
+    ),
+    "describe": ("describe recommended", "describe runs/mine --json"),
+    "publish": ("publish runs/mine ORG/NAME --private --license cc-by-nc-4.0 --language en",),
+    "get-models": ("get-models face_landmarker all-MiniLM-L6-v2",),
+    "synthesize": ("synthesize data/synthetic --clips 48", "synthesize features/control --kind control"),
+    "convert-features": ("convert-features unaligned_50.pkl features/mosi",),
+    "extract-features": ("extract-features my_clips features/mine --text-encoder microsoft/deberta-v3-base",),
+    "train": (
+        "train recommended data.path=my_clips training.output_dir=runs/mine",
+        "train recommended data.path=my_clips data.task=classification data.label_column=emotion",
+    ),
+    "study": ("study ablations/ebmc data.path=features/mosi 'seeds=[1111]'",),
+    "configs": ("configs", "configs recommended"),
+}
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+CONFIGURATIONS = {"CONFIG", "CONFIG_OR_CHECKPOINT", "STUDY"}  # arguments that are completed by their names
+PATHS = {  # arguments that are completed as files
+    *("CLIP", "CLIPS", "CSV", "FILE", "FOLDER", "OUT", "PATH", "RUN", "TABLE"),
+    *("data", "folder", "checkpoint", "model"),
+}
 NUM_FRAMES = "frames sampled from each clip (default 8)"
 SKIP_BROKEN = "leave out rows that cannot be used"
 
@@ -48,7 +79,16 @@ SKIP_BROKEN = "leave out rows that cannot be used"
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `msa-online` and its sub-commands."""
     parser = argparse.ArgumentParser(
-        prog="msa-online", description="Multimodal sentiment analysis from raw video."
+        prog="msa-online",
+        description="Multimodal sentiment analysis from raw video.",
+        epilog="msa-online COMMAND --help explains a command and shows examples.",
+    )
+    parser.add_argument("--version", nargs=0, action=_Version, help="print the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        action=_Completion,
+        help="print a script that completes commands, options and files in this shell, and exit",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
@@ -73,7 +113,61 @@ def build_parser() -> argparse.ArgumentParser:
     _add_study(commands)
     configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
     configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
+    for name, command in commands.choices.items():
+        command.formatter_class = _WithExamples
+        command.epilog = examples_of(name)
     return parser
+
+
+def examples_of(command: str) -> str:
+    """Examples of a command as its --help prints them."""
+    return "\n".join(("examples:", *(f"  msa-online {example}" for example in EXAMPLES[command])))
+
+
+class _WithExamples(argparse.HelpFormatter):
+    """Wraps descriptions, but neither examples nor descriptions that are laid out in lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class _Version(argparse.Action):
+    """Print the version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"{parser.prog} {_Source('__init__.py').constant('__version__')}")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Print a completion script for a shell."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: argparse.Namespace, shell: str, *__: Any) -> None:
+        import shtab  # needed here only
+
+        names = " ".join(_shipped_names())
+        configurations = shtab.FILE | {  # elsewhere than in bash, files only
+            "bash": "_msa_online_configurations",
+            "preamble": {
+                "bash": "_msa_online_configurations() {\n"
+                f'  compgen -W "{names}" -- "$1"\n  compgen -f -- "$1"\n}}\n'
+            },
+        }
+        (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
+        for command in commands.choices.values():
+            for action in command._actions:
+                if action.metavar in CONFIGURATIONS:
+                    action.complete = configurations
+                elif action.metavar in PATHS or action.dest in PATHS:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _shipped_names() -> list[str]:
+    """Names of the shipped configurations, of a wheel or a clone."""
+    folder = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.with_name("configs")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _add_import(commands: argparse._SubParsersAction) -> None:
@@ -82,7 +176,6 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         help="write the metadata.csv of a data set as it is downloaded",
         description="Write OUT/metadata.csv for an unpacked data set. Clips stay where they are. What cannot "
         "be used is reported with reasons. docs/datasets.md has a section on each data set.",
-        epilog="example: msa-online import auto /data/CREMA-D data/crema-d",
     )
     layouts = _Source("corpora/downloads/__init__.py").constant("LAYOUTS")
     importing.add_argument(
@@ -368,7 +461,6 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
         "study",
         help="run variants of a configuration with several seeds, and compare them in a table",
         description=STUDY_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     study.add_argument("study", metavar="STUDY", help="a file, or a shipped study like ablations/ebmc")
     study.add_argument("changes", metavar="key=value", nargs="*", default=[])
@@ -545,6 +637,7 @@ def training_help() -> str:
         default = "(needed)" if key.default is None else f"= {key.default}"
         lines.append(f"  {key.name}  {key.kind} {default}")
         lines += textwrap.wrap(key.meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", examples_of("train")]
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 from transformers import BertModel, ViTImageProcessorPil
 
+import msa_online
 from feature_extractors import Clip, ExtractionSettings, FeatureCache
 from msa_online import MSAConfig, MSAModel, Prediction
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MAX_TEXT_TOKENS
 from msa_online.shipped_configs import description, shipped
-from msa_online_cli import build_parser, main
+from msa_online_cli import EXAMPLES, SHELLS, build_parser, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
@@ -79,6 +82,64 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: msa-online") == 1 + len(COMMANDS)
     assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_help_of_every_command_ends_with_examples_that_it_accepts(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    _, heading, examples = capsys.readouterr().out.partition("examples:\n")
+    assert heading
+    for example in examples.splitlines():
+        assert len(example) <= 100 and example.startswith("  msa-online ")
+        options = build_parser().parse_args(shlex.split(example)[1:])
+        assert options.command == command
+        if command in ("train", "study"):
+            assert all("=" in change for change in options.changes)
+
+
+def test_the_version_is_printed_without_loading_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "msa_online_cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == f"msa-online {msa_online.__version__}\n"
+    assert not re.search(r"\| +(torch|transformers|numpy|shtab)$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("pre",), {"prepare", "predict"}),
+        (("train", "recomm"), {"recommended"}),
+        (("train", "mine"), {"mine.yaml"}),
+        (("predict", "cl"), {"clip.mp4"}),
+        (("predict", "--mo"), {"--model"}),
+        (("evaluate", "--split", ""), {"train", "valid", "test"}),
+    ],
+    ids=str,
+)
+def test_bash_completes_commands_options_configurations_and_files(words, expected, capsys, tmp_path):
+    """In a real bash, with the script that the user installs."""
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "clip.mp4").touch()
+    program = f"""
+source ./script
+COMP_WORDS=(msa-online {shlex.join(words)}) COMP_CWORD={len(words)}
+[[ $(complete -p msa-online) =~ -F\\ ([^ ]+) ]]
+${{BASH_REMATCH[1]}}
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_has_a_completion_script(shell, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", shell])
+    assert not end.value.code and "predict" in capsys.readouterr().out
 
 
 def run_train(*words: str) -> tuple[int, str, str, set[str]]:

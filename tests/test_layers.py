@@ -16,6 +16,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "feature_extractors": 0.0,
     "msa_online.modalities": 0.5,
     "msa_online.confidence": 0.5,
+    "msa_online.extras": 0.5,
     "msa_online.layers": 1.0,
     "msa_online.configuration_msa": 1.0,
     "msa_online.encoders": 1.0,

@@ -119,8 +119,6 @@ def _write(name: str, write: Callable[[Path], None]) -> None:
         write(path)
     except OSError as error:
         raise ResultsError(f"{path} cannot be written ({error.strerror})") from error
-    except ImportError as error:
-        raise ResultsError("--plot needs matplotlib: pip install 'msa_online[plots]'") from error
 
 
 def _window_rows(timelines: Sequence[Timeline]) -> Iterator[Row]:

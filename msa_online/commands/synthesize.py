@@ -10,6 +10,7 @@ from rich.table import Table
 from msa_online.evaluation.tables import format_metric, format_share, show
 from msa_online.modalities import CONDITIONS, MODALITIES, NOTHING
 from msa_online.synthetic.control import FACTORS, TRUTH, ControlRecipe, write_control
+from msa_online.synthetic.corpus import CorpusRecipe, render_corpus
 
 ONLY_FOR = {"clips": ("clips", "workers"), "control": ("shared", "sizes", "difficulty", "noise")}
 
@@ -23,10 +24,6 @@ def run(options: Namespace, console: Console) -> None:
 
 
 def _render_clips(options: Namespace, console: Console) -> None:
-    try:
-        from msa_online.synthetic.corpus import CorpusRecipe, render_corpus
-    except ModuleNotFoundError as error:
-        options.refuse(f"{error.name} is not installed: pip install 'msa_online[demo]'")
     defaults = CorpusRecipe()
     strengths = {
         name: value if (value := getattr(options, name)) is not None else defaults.strengths[name]

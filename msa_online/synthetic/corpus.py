@@ -11,7 +11,6 @@ the content of all clips and computes the ideal contributions.
 """
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.validation import why_not_writable
+from msa_online.extras import why_not_installed
 from msa_online.modalities import MODALITIES
 from msa_online.synthetic.plan import (
     CorpusRecipe,
@@ -84,10 +84,8 @@ def render_corpus(folder: str | Path, recipe: CorpusRecipe, workers: int | None 
 
 def _require_libraries() -> None:
     for library in ("skimage", "espeakng_loader"):
-        if importlib.util.find_spec(library) is None:
-            raise CorpusError(
-                f"rendering needs {library}, which is not installed: run `pip install msa-online[demo]`"
-            )
+        if reason := why_not_installed(library):
+            raise CorpusError(f"clips cannot be rendered: {reason}")
 
 
 def _claim(folder: Path, recipe: CorpusRecipe) -> None:

@@ -112,7 +112,7 @@ def test_nothing_of_another_recipe_or_of_somebody_else_is_overwritten(small_corp
 @pytest.mark.parametrize("library", ["skimage", "espeakng_loader"])
 def test_missing_libraries_are_named_with_the_command_that_brings_them(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(CorpusError, match=rf"{library}.*pip install msa-online\[demo\]"):
+    with pytest.raises(CorpusError, match=rf"{library} is not installed: pip install 'msa_online\[demo\]'"):
         render_corpus(tmp_path / "corpus", SMALL)
     assert not (tmp_path / "corpus").exists()
 

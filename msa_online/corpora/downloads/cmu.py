@@ -14,6 +14,7 @@ from msa_online.corpora.csv_table import read_csv
 from msa_online.corpora.downloads.layout import BY_SPEAKER, Files, Layout, Reading, anywhere, text_of, visible
 from msa_online.corpora.layouts import MMSA_LABELS, Row, names_by_stem
 from msa_online.corpora.splits import split_of
+from msa_online.extras import why_not_installed
 
 Key = tuple[str, str]  # video and number of the clip in it
 EMOTIONS = ("happiness", "sadness", "anger", "surprise", "disgust", "fear")
@@ -209,10 +210,10 @@ def _with_csd(source: Path, segments: Mapping[Key, Segment], columns: tuple[str,
 
 def _sequence(source: Path) -> Iterator[tuple[str, list[list[float]], list[list[float]]]]:
     """Videos of a .csd file with their intervals (segments, 2) and features (segments, values)."""
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise CorpusError(f"{source} is an HDF5 file: pip install 'msa_online[csd]' to read it") from error
+    if reason := why_not_installed("h5py"):
+        raise CorpusError(f"{source} is an HDF5 file: {reason}")
+    import h5py
+
     try:
         with h5py.File(source) as file:
             (sequence,) = file.values()
