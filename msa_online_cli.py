@@ -341,6 +341,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "--plot", metavar="FILE", help="draw score and contributions of one clip over time (.png, .svg, .pdf)"
     )
     predict.add_argument("--json", action="store_true", help="print JSON")
+    _add_transcription(predict)
     _add_audio_track(predict, "of all clips")
     predict.add_argument(
         "--region",
@@ -592,6 +593,20 @@ def _add_extraction(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
     _add_audio_track(parser, "of clips whose row names none")
+
+
+def _add_transcription(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--transcribe",
+        nargs="?",
+        const=_Source("transcription.py").constant("DEFAULT_MODEL"),
+        metavar="MODEL",
+        help="recognise the speech of clips without a text: whisper-tiny.en (default, English), a size of "
+        "faster-whisper, or a folder or Hub repository of a recogniser",
+    )
+    parser.add_argument(
+        "--language", metavar="CODE", help="with --transcribe: the spoken language, like de (default: detect)"
+    )
 
 
 def _add_audio_track(parser: argparse.ArgumentParser, which: str) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,6 +195,39 @@ def decode_windows(
         _check_complete(reading, window, max(pictures.last, sound.last))
         while taken < len(windows):
             yield take()
+
+
+def decode_sound(
+    clip: Clip, seconds: float, margin: float
+) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    """Decode the sound of a recording of any length in equal parts, without its pictures.
+
+    Args:
+        clip: The recording; may be a part of a file.
+        seconds: About the length of a part.
+        margin: Seconds of sound that a part has in addition, from before its start and after its end.
+
+    Yields:
+        Start and end of each part and the time of its first sample, in seconds from the clip's start, and the
+        sound (samples,), float32 at `SAMPLE_RATE`. Nothing if there is no sound.
+
+    Raises:
+        ClipError: As in `decode`; the recording may be longer than `decode` allows.
+    """
+    length, origin = media_seconds(clip), clip.start or 0.0
+    count = max(1, round(length / seconds))
+    bounds = [length * place / count for place in range(count + 1)]
+    for start, end in pairwise(bounds):
+        first = max(start - margin, 0.0)
+        part = _checked(replace(clip, start=origin + first, end=origin + min(end + margin, length)))
+        deadline = Deadline(clip.path)
+        reading = _Reading(part, 1, 64, deadline, part.start > SEEK_FROM, picture=False, any_length=True)
+        with _as_clip_errors(clip.path):
+            media, _ = _with_best_sound(reading, _read(reading))
+        if not media.tracks:
+            return
+        _check_samples(part, media.waveform, part.start)
+        yield start, end, first, media.waveform
 
 
 def windows_of(start: float, end: float, seconds: float, step: float) -> list[tuple[float, float]]:

@@ -35,6 +35,7 @@ from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.pipeline_inputs import Sample, is_lazy, sample_of, samples_of
 from msa_online.processing_msa import MSAProcessor, UnknownTokens
+from msa_online.transcription import Transcriber, Transcript
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
@@ -73,6 +74,7 @@ class Prediction:
             "Confidence"); None in classification, and if the checkpoint has none for these modalities.
         confidence: Calibrated probability of `label`; None in regression, and if the checkpoint has no
             temperature for these modalities.
+        transcript: What a recogniser heard, if it was asked to transcribe; None if the text was given.
     """
 
     clip: str | None
@@ -88,10 +90,16 @@ class Prediction:
     findings: tuple[str, ...] = ()
     interval: Interval | None = None
     confidence: float | None = None
+    transcript: Transcript | None = None
+
+    @property
+    def transcribed(self) -> bool:
+        """Whether the prediction uses a text that a machine made."""
+        return self.transcript is not None and "text" in self.modalities
 
     def to_dict(self) -> dict[str, Any]:
-        """The prediction as plain data, ready for JSON."""
-        return asdict(self)
+        """The prediction as plain data, ready for JSON; with `transcribed`."""
+        return {**asdict(self), "transcribed": self.transcribed}
 
 
 class MSAPipeline:
@@ -108,8 +116,12 @@ class MSAPipeline:
         device: Device of the model; by default a GPU if there is one. A model with a device map stays where
             it is.
         cache: Cache of extracted features, or its folder; None extracts every time.
+        transcribe: Recogniser that makes the text of clips without one, or its name, as in `Transcriber`.
+            Clips with `text=""` are not transcribed. None transcribes none.
+        language: Code of the spoken language for a recogniser given by name.
 
     Raises:
+        TranscriptionError: The recogniser cannot be used.
         ValueError: `device` is given for a model with a device map.
     """
 
@@ -119,6 +131,8 @@ class MSAPipeline:
         processor: MSAProcessor,
         device: str | torch.device | None = None,
         cache: FeatureCache | str | Path | None = None,
+        transcribe: Transcriber | str | None = None,
+        language: str | None = None,
     ) -> None:
         is_placed = getattr(model, "hf_device_map", None) is not None
         if is_placed and device is not None:
@@ -130,6 +144,9 @@ class MSAPipeline:
         self.processor = processor
         self.confidence = Confidence.of(model.config.confidence)
         self.cache = FeatureCache(cache) if isinstance(cache, str | Path) else cache
+        if isinstance(transcribe, str):
+            transcribe = Transcriber(transcribe, language, self.cache)
+        self.transcriber = transcribe
 
     @classmethod
     def from_pretrained(
@@ -142,6 +159,8 @@ class MSAPipeline:
         dtype: str | torch.dtype | None = None,
         device_map: str | dict[str, Any] | None = None,
         cache: FeatureCache | str | Path | None = None,
+        transcribe: Transcriber | str | None = None,
+        language: str | None = None,
     ) -> "MSAPipeline":
         """Load a checkpoint folder or Hub repository.
 
@@ -153,6 +172,8 @@ class MSAPipeline:
             dtype: Type of the weights, such as "bfloat16"; by default fp32.
             device_map: Devices of the parts as in transformers, such as "auto", in place of `device`.
             cache: As in `MSAPipeline`.
+            transcribe: As in `MSAPipeline`.
+            language: As in `MSAPipeline`.
 
         Raises:
             CheckpointError: It is not a checkpoint of this project, or its model does not take clips.
@@ -170,7 +191,7 @@ class MSAPipeline:
                 "`msa-online evaluate` on such features; to predict from clips, train with "
                 "model.text_encoder in place of model.feature_widths"
             )
-        return cls(model, processor, device=device, cache=cache)
+        return cls(model, processor, device, cache, transcribe, language)
 
     def __enter__(self) -> "MSAPipeline":
         return self
@@ -204,7 +225,7 @@ class MSAPipeline:
                 the names of the arguments of one clip: "clip", "text", "audio", "sampling_rate", "frames",
                 "start", "end".
             text: The transcript: one string for one clip, or as many as `clips`. None means that there is no
-                transcript.
+                transcript; a pipeline with `transcribe` then makes one.
             audio: Sound of one clip in place of a file, as in `clip_of_arrays`.
             sampling_rate: Samples per second of `audio`.
             frames: Pictures of one clip in place of a file, (frames, height, width, 3) uint8 RGB.
@@ -291,6 +312,7 @@ class MSAPipeline:
         """Predict for samples that are extracted, in one forward pass; errors as in `__call__`."""
         if not samples:
             return []
+        samples = [(self._with_text(*pair), pair[1]) for pair in samples]
         features, texts = [each for _, each in samples], [sample.text for sample, _ in samples]
         batch = self.processor(features, texts).to(self.device)
         attribution = (attribution_of if attribute else outputs_of)(self.model, batch)
@@ -301,6 +323,13 @@ class MSAPipeline:
             self._prediction(*pair, present[row], attribution.of_sample(row))
             for row, pair in enumerate(samples)
         ]
+
+    def _with_text(self, sample: Sample, features: ClipFeatures) -> Sample:
+        """The sample with a transcript, if it has no text and there is a recogniser."""
+        if self.transcriber is None or sample.text is not None or sample.source is None:
+            return sample
+        heard = self.transcriber(features)
+        return replace(sample, text=heard.text, transcript=heard)
 
     def extract(self, sample: Sample) -> ClipFeatures:
         """Features of a sample, from the cache if it has them.
@@ -366,6 +395,7 @@ class MSAPipeline:
             ),
             interval=confidence and confidence.interval(outputs[0], used, config.label_range),
             confidence=max(outputs) if is_calibrated else None,
+            transcript=sample.transcript,
         )
 
 
@@ -385,6 +415,8 @@ def _warning(used: tuple[str, ...], unknown: UnknownTokens) -> str | None:
 
 
 def _why_missing(name: str, sample: Sample, features: ClipFeatures, max_audio_seconds: float) -> str:
+    if name == "text" and sample.transcript is not None:
+        return f"no speech found by {sample.transcript.model}"
     if name == "text":
         return "no transcript given" if sample.text is None else "empty text"
     if sample.source is None:

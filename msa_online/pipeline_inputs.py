@@ -13,6 +13,7 @@ from msa_online.corpora.corpus import Corpus, CorpusError
 from msa_online.corpora.layouts import VIDEO_SUFFIXES, find_layout
 from msa_online.corpora.reading import read_corpus
 from msa_online.processing_msa import clean_text
+from msa_online.transcription import Transcript
 
 KEYS = ("clip", "text", "audio", "sampling_rate", "frames", "start", "end")
 """What can be given for one clip."""
@@ -35,10 +36,12 @@ class Sample:
     Attributes:
         source: The recording; None for text only.
         text: The transcript; None if there is none.
+        transcript: What a recogniser heard, of which `text` is the text; None if the text was given.
     """
 
     source: Clip | Upload | RawClip | None
     text: str | None
+    transcript: Transcript | None = None
 
     @property
     def name(self) -> str | None:

@@ -18,6 +18,7 @@ from msa_online.modalities import MODALITIES
 from msa_online.pipeline import BATCH_SIZE, FROM_NOTHING, MSAPipeline, Prediction
 from msa_online.pipeline_inputs import Sample
 from msa_online.processing_msa import FRAME_GAP, LOST_SOUND
+from msa_online.transcription import Transcript
 
 WINDOW = 5.0
 """Seconds of a window; the clips of most corpora are as long."""
@@ -99,18 +100,21 @@ def predict_timeline(
         clip: The recording, of any length.
         seconds: Length of a window.
         step: Seconds from the start of a window to that of the next.
-        words: Spoken words with their times; a window has those whose middle lies in it.
+        words: Spoken words with their times; a window has those whose middle lies in it. None takes those of
+            the pipeline's recogniser, if it has one.
         batch_size: Windows in one forward pass.
 
     Raises:
         ClipError: The clip cannot be used.
+        TranscriptionError: The recogniser failed, or gives no times of words.
         UndefinedScoreError: The model's predictions are not finite.
         ValueError: `seconds` or `step` is not positive, or `step` is longer than a window.
     """
     if not 0 < step <= seconds:
         raise ValueError(f"a step of {step:g} s with windows of {seconds:g} s: give 0 < step <= window")
-    windows = tuple(_windows(pipeline, clip, seconds, step, words, batch_size))
-    return Timeline(windows, mean_of_windows(windows, str(clip.path)))
+    heard = pipeline.transcriber.recording(clip) if words is None and pipeline.transcriber else None
+    windows = tuple(_windows(pipeline, clip, seconds, step, heard or words, batch_size))
+    return Timeline(windows, mean_of_windows(windows, str(clip.path), heard))
 
 
 def _windows(
@@ -118,25 +122,32 @@ def _windows(
     clip: Clip,
     seconds: float,
     step: float,
-    words: Sequence[Word] | None,
+    words: Transcript | Sequence[Word] | None,
     batch_size: int,
 ) -> Iterator[WindowPrediction]:
     settings = pipeline.processor.settings
     faces = face_extractor_of(pipeline.processor, settings)
     with closing(extract_windows(clip, settings, faces, seconds, step)) as extracted:
         while batch := list(islice(extracted, batch_size)):
-            samples = [(Sample(part, _text(words, part)), features) for part, features in batch]
+            samples = [(_sample(part, words, clip.start or 0.0), features) for part, features in batch]
             for (sample, _), prediction in zip(samples, pipeline.predict(samples), strict=True):
                 yield WindowPrediction(sample.source.start, sample.source.end, sample.text, prediction)
 
 
-def _text(words: Sequence[Word] | None, window: Clip) -> str | None:
+def _sample(window: Clip, words: Transcript | Sequence[Word] | None, origin: float) -> Sample:
+    """A window with the words spoken in it; the times of a transcript count from `origin` in the file."""
     if words is None:
-        return None
-    return " ".join(word for start, end, word in words if window.start <= (start + end) / 2 < window.end)
+        return Sample(window, None)
+    if isinstance(words, Transcript):
+        heard = words.between(window.start - origin, window.end - origin)
+        return Sample(window, heard.text, heard)
+    text = " ".join(word for start, end, word in words if window.start <= (start + end) / 2 < window.end)
+    return Sample(window, text)
 
 
-def mean_of_windows(windows: Sequence[WindowPrediction], clip: str) -> Prediction:
+def mean_of_windows(
+    windows: Sequence[WindowPrediction], clip: str, transcript: Transcript | None = None
+) -> Prediction:
     """One prediction for a recording: the mean of its windows, weighted by their length.
 
     Windows without text, sound and face say nothing about the recording and are left out, unless there are no
@@ -175,6 +186,7 @@ def mean_of_windows(windows: Sequence[WindowPrediction], clip: str) -> Predictio
         else {},
         warning=None if telling else FROM_NOTHING,
         findings=(about, *_counted_findings(windows)),
+        transcript=transcript,
     )
 
 

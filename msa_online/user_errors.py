@@ -24,6 +24,7 @@ from msa_online.publishing import PublishError
 from msa_online.results_file import ResultsError
 from msa_online.training.divergence import DivergedError
 from msa_online.training.yaml_reader import ConfigurationError
+from msa_online.transcription import TranscriptionError
 
 OTHERS_WAIT = 5.0  # seconds
 
@@ -43,6 +44,7 @@ INPUT_ERRORS = (  # errors of the user's input
     EncoderError,
     PublishError,
     ResultsError,
+    TranscriptionError,
     UndefinedScoreError,
     UnfinishedError,
     WorkerError,

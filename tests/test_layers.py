@@ -26,6 +26,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.model_card": 1.5,
     "msa_online.modeling_msa": 2.0,
     "msa_online.processing_msa": 2.0,
+    "msa_online.transcription": 2.5,
     "msa_online.corpora": 3.0,
     "msa_online.precomputed": 3.0,
     "msa_online.synthetic": 3.0,

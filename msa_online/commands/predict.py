@@ -33,10 +33,12 @@ from msa_online.results_file import (
 )
 from msa_online.timeline import WINDOW, Timeline, draw_timeline, exceeds_reach, predict_timeline
 from msa_online.training.config_reader import import_plugins
+from msa_online.transcription import Transcriber
 from msa_online.user_errors import UnfinishedError
 
 PLOTS = (".png", ".svg", ".pdf")
 LONGEST_BAR = 16
+LONGEST_TEXT = 300
 PERCENT = ".1%"
 LEGEND_OF_SCORES = "prediction = score with nothing seen + the Shapley values"
 LEGEND_OF_CLASSES = "prediction = its probability with nothing seen + the Shapley values"
@@ -47,15 +49,20 @@ def run(options: Namespace, console: Console) -> None:
     import_plugins(options.plugin, "--plugin")
     _require_consistent(options)
     results_file = ResultsFile(Path(options.out)) if options.out else None
+    transcriber = (
+        Transcriber(options.transcribe, options.language, FeatureCache()) if options.transcribe else None
+    )
     samples = _samples(options)
     if results_file:
-        with MSAPipeline.from_pretrained(options.model) as pipeline:
+        with MSAPipeline.from_pretrained(options.model, transcribe=transcriber) as pipeline:
+            _hint_at_transcription(pipeline, samples, console)
             _write_results(pipeline, samples, results_file, options, console)
         return
     results: list[Prediction | Timeline | ClipError] = []
     broken = 0
     stopped = None
-    pipeline = MSAPipeline.from_pretrained(options.model)
+    pipeline = MSAPipeline.from_pretrained(options.model, transcribe=transcriber)
+    _hint_at_transcription(pipeline, samples, console)
     with pipeline, closing(_predictions(pipeline, samples, options)) as predictions:
         for result in predictions:
             if isinstance(result, ClipError):
@@ -89,6 +96,8 @@ def run(options: Namespace, console: Console) -> None:
 
 def _require_consistent(options: Namespace) -> None:
     """Check the options that need or exclude others, and that what they name can be written."""
+    if options.language and not options.transcribe:
+        options.refuse("--language needs --transcribe")
     if options.workers and not options.out:
         options.refuse("--workers needs --out")
     if options.step and options.step > (options.window or WINDOW):
@@ -110,6 +119,20 @@ def _require_consistent(options: Namespace) -> None:
     for name in filter(None, (options.timeline, options.plot)):
         if reason := "it is a folder" if Path(name).is_dir() else why_not_writable(Path(name)):
             options.refuse(f"{name} cannot be written: {reason}")
+
+
+def _hint_at_transcription(
+    pipeline: MSAPipeline, samples: Sequence[Sample | ClipError], console: Console
+) -> None:
+    """Say that a model was trained on transcripts of a recogniser, if clips have no text now."""
+    trained = (pipeline.model.config.trained_on or {}).get("transcripts")
+    if not trained or pipeline.transcriber is not None:
+        return
+    if without := sum(isinstance(each, Sample) and each.text is None for each in samples):
+        name, language = trained["model"], trained["language"]
+        command = f"--transcribe {name}" + (f" --language {language}" if language else "")
+        line = f"note: {without:,} clips have no text; this model was trained on texts made by {command}"
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _write(name: str, write: Callable[[Path], None]) -> None:
@@ -223,7 +246,8 @@ def _write_results(
             continue
         if _is_divided(pipeline, sample, options):
             divided.add(index)
-        keys.append(_key(sample, model, cache, _window_and_step(options) if index in divided else None))
+        windows = _window_and_step(options) if index in divided else None
+        keys.append(_key(sample, model, cache, windows, pipeline.transcriber))
         if keys[index] in file.rows:
             rows[index] = file.rows[keys[index]] | {"clip": sample.name}
     kept = sum(not row.get(ERROR) for row in rows.values())
@@ -278,14 +302,23 @@ def _row(
     sample: Sample, result: Prediction | Timeline | ClipError, key: str | None, file: ResultsFile
 ) -> Row:
     """The row of a sample; JSON has the windows of a divided clip, the other formats their number."""
-    part = {"start": sample.source.start, "end": sample.source.end, "text": sample.text}
+    shown = result.overall if isinstance(result, Timeline) else result
+    heard = getattr(shown, "transcript", None)
+    text = heard.text if heard else sample.text
+    part = {"start": sample.source.start, "end": sample.source.end, "text": text}
     if not isinstance(result, Timeline):
         return row_of(result, sample.name, key, **part)
     windows = [*_window_rows([result])] if file.path.suffix == ".jsonl" else len(result.windows)
     return row_of(result.overall, sample.name, key, **part) | {"windows": windows}
 
 
-def _key(sample: Sample, model: str, cache: FeatureCache, windows: dict[str, float] | None) -> str | None:
+def _key(
+    sample: Sample,
+    model: str,
+    cache: FeatureCache,
+    windows: dict[str, float] | None,
+    transcriber: Transcriber | None,
+) -> str | None:
     """Key of the prediction for a sample; None if its file cannot be read."""
     clip = sample.source
     try:
@@ -293,6 +326,8 @@ def _key(sample: Sample, model: str, cache: FeatureCache, windows: dict[str, flo
     except ClipError:
         return None
     choices = {"window": [clip.start, clip.end], "region": clip.region, "track": clip.audio_track}
+    if transcriber is not None and sample.text is None:
+        choices["transcriber"] = transcriber.identity
     return result_key(model, content, text=sample.text, windows=windows, **choices)
 
 
@@ -347,9 +382,16 @@ def _lines_of(one: Prediction, largest: float) -> list[str]:
             lines.append(f"  {name:<12} {'0':>8}  {one.missing[name]}")
         else:
             lines.append(f"  {name:<12} {value:>+8{unit}}  {_bar(value, largest)}".rstrip())
+    if one.transcript is not None and one.transcript.text:
+        heard = printable(_shortened(one.transcript.text))
+        lines.append(f"  heard by {one.transcript.model}: {heard}")
     lines += [f"  read of {name + ':':<8} {what}" for name, what in one.cut.items()]
     lines += [f"  found: {finding}" for finding in one.findings]
     return lines + ([f"  warning: {one.warning}"] if one.warning else [])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
 
 
 def _lines_of_windows(timeline: Timeline) -> list[str]:
