@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_describe(commands)
     _add_publish(commands)
+    _add_serve(commands)
     models = commands.add_parser("get-models", help="download or convert pretrained files")
     models.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
     _add_synthesize(commands)
@@ -389,6 +390,24 @@ def _add_publish(commands: argparse._SubParsersAction) -> None:
     _add_plugin(publish)
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="open a web page to try a checkpoint",
+        description="Serve a web page: drop or record a clip, type what was said, switch modalities off. It "
+        "needs no network, and deletes what visitors give. Needs the extra `serve`.",
+        epilog="example: msa-online serve runs/mine --examples",
+    )
+    serve.add_argument("model", metavar="RUN", help="folder of a run, or Hub repository")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this computer only)"
+    )
+    serve.add_argument("--port", type=_port, default=7860, help="port to listen on (default 7860)")
+    serve.add_argument("--examples", action="store_true", help="offer synthetic clips (needs the extra demo)")
+    _add_plugin(serve)
+    serve.set_defaults(refuse=serve.error)
+
+
 def _add_synthesize(commands: argparse._SubParsersAction) -> None:
     synthesize = commands.add_parser(
         "synthesize",
@@ -574,6 +593,13 @@ def _positive(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return float(text)
+
+
+def _port(text: str) -> int:
+    """Option type: numbers of ports."""
+    if not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
+    return int(text)
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:

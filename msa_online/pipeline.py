@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSAPipeline: predictions for media files."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -39,6 +39,8 @@ from msa_online.transcription import Transcriber, Transcript
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
+
+HIDDEN = "hidden from the model"
 
 FROM_UNKNOWN = "the tokenizer knows no word of the text: every such text gets this prediction"
 
@@ -307,20 +309,32 @@ class MSAPipeline:
 
     @torch.inference_mode()
     def predict(
-        self, samples: Sequence[tuple[Sample, ClipFeatures]], attribute: bool = True
+        self,
+        samples: Sequence[tuple[Sample, ClipFeatures]],
+        attribute: bool = True,
+        hidden: Collection[str] = (),
     ) -> list[Prediction]:
-        """Predict for samples that are extracted, in one forward pass; errors as in `__call__`."""
+        """Predict for samples that are extracted, in one forward pass; errors as in `__call__`.
+
+        Args:
+            samples: The samples and their features.
+            attribute: As in `__call__`.
+            hidden: Modalities that the model must not use, although the samples may have them.
+        """
         if not samples:
             return []
-        samples = [(self._with_text(*pair), pair[1]) for pair in samples]
+        if "text" not in hidden:
+            samples = [(self._with_text(*pair), pair[1]) for pair in samples]
         features, texts = [each for _, each in samples], [sample.text for sample, _ in samples]
         batch = self.processor(features, texts).to(self.device)
+        for name in hidden:
+            batch["modality_present"][:, MODALITIES.index(name)] = False
         attribution = (attribution_of if attribute else outputs_of)(self.model, batch)
         if not attribution.outputs.isfinite().all():
             raise UndefinedScoreError(f"the predictions of this model are not finite; {DIVERGED}")
         present = batch["modality_present"].tolist()
         return [
-            self._prediction(*pair, present[row], attribution.of_sample(row))
+            self._prediction(*pair, present[row], attribution.of_sample(row), hidden)
             for row, pair in enumerate(samples)
         ]
 
@@ -363,6 +377,7 @@ class MSAPipeline:
         features: ClipFeatures,
         present: list[bool],
         attribution: Attribution,
+        hidden: Collection[str],
     ) -> Prediction:
         config, text = self.model.config, sample.text
         outputs = attribution.outputs.tolist()
@@ -379,7 +394,9 @@ class MSAPipeline:
             probabilities=dict(zip(classes, outputs, strict=True)) if classes else {},
             modalities=used,
             missing={
-                name: _why_missing(name, sample, features, self.processor.max_audio_seconds)
+                name: HIDDEN
+                if name in hidden
+                else _why_missing(name, sample, features, self.processor.max_audio_seconds)
                 for name in MODALITIES
                 if name not in used
             },
@@ -387,11 +404,15 @@ class MSAPipeline:
             contributions={}
             if attribution.contributions is None
             else dict(zip(MODALITIES, attribution.contributions.tolist(), strict=True)),
-            cut={name: cut.description for name, cut in self.processor.limits.cut(extent, text).items()},
+            cut={
+                name: cut.description
+                for name, cut in self.processor.limits.cut(extent, text).items()
+                if name not in hidden
+            },
             warning=_warning(used, unknown),
             findings=(
                 *(each for each in features.findings if each not in chain(*LACKS.values())),
-                *([f"text: {unknown.description}"] if unknown.unknown else []),
+                *([f"text: {unknown.description}"] if unknown.unknown and "text" in used else []),
             ),
             interval=confidence and confidence.interval(outputs[0], used, config.label_range),
             confidence=max(outputs) if is_calibrated else None,

@@ -2,12 +2,12 @@
 """Predictions along a recording of any length: one for each of many overlapping windows."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from feature_extractors import Clip
 from feature_extractors.clip import kind_of
@@ -92,6 +92,7 @@ def predict_timeline(
     step: float = STEP,
     words: Sequence[Word] | None = None,
     batch_size: int = BATCH_SIZE,
+    hidden: Collection[str] = (),
 ) -> Timeline:
     """Predict along a recording; it is decoded once, and memory does not grow with its length.
 
@@ -103,6 +104,7 @@ def predict_timeline(
         words: Spoken words with their times; a window has those whose middle lies in it. None takes those of
             the pipeline's recogniser, if it has one.
         batch_size: Windows in one forward pass.
+        hidden: Modalities that the model must not use.
 
     Raises:
         ClipError: The clip cannot be used.
@@ -113,7 +115,7 @@ def predict_timeline(
     if not 0 < step <= seconds:
         raise ValueError(f"a step of {step:g} s with windows of {seconds:g} s: give 0 < step <= window")
     heard = pipeline.transcriber.recording(clip) if words is None and pipeline.transcriber else None
-    windows = tuple(_windows(pipeline, clip, seconds, step, heard or words, batch_size))
+    windows = tuple(_windows(pipeline, clip, seconds, step, heard or words, batch_size, hidden))
     return Timeline(windows, mean_of_windows(windows, str(clip.path), heard))
 
 
@@ -124,13 +126,15 @@ def _windows(
     step: float,
     words: Transcript | Sequence[Word] | None,
     batch_size: int,
+    hidden: Collection[str],
 ) -> Iterator[WindowPrediction]:
     settings = pipeline.processor.settings
     faces = face_extractor_of(pipeline.processor, settings)
     with closing(extract_windows(clip, settings, faces, seconds, step)) as extracted:
         while batch := list(islice(extracted, batch_size)):
             samples = [(_sample(part, words, clip.start or 0.0), features) for part, features in batch]
-            for (sample, _), prediction in zip(samples, pipeline.predict(samples), strict=True):
+            predictions = pipeline.predict(samples, hidden=hidden)
+            for (sample, _), prediction in zip(samples, predictions, strict=True):
                 yield WindowPrediction(sample.source.start, sample.source.end, sample.text, prediction)
 
 
@@ -199,12 +203,14 @@ def _counted_findings(windows: Sequence[WindowPrediction]) -> list[str]:
     return [f"{finding} (in {count:,} window{'s' * (count > 1)})" for finding, count in counts.items()]
 
 
-def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] | None = None) -> None:
-    """Draw score and contributions over time; the format follows from the suffix.
+def draw_timeline(
+    timeline: Timeline, target: Path | BinaryIO, label_range: Sequence[float] | None = None
+) -> None:
+    """Draw score and contributions over time.
 
     Args:
         timeline: What is drawn.
-        path: The picture.
+        target: The picture, whose format follows from its suffix; or an open file, which gets a PNG.
         label_range: Smallest and largest label, which the axis of scores shows; None fits it to the scores.
 
     Raises:
@@ -256,5 +262,4 @@ def draw_timeline(timeline: Timeline, path: Path, label_range: Sequence[float] |
         upper.axvspan(window.start, window.end, color="0.93", linewidth=0, zorder=0)
     heading = Path(timeline.overall.clip).name.replace("$", r"\$")
     upper.set_title(heading + (" (grey: nothing seen or heard)" if empty else ""), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(target, dpi=120)

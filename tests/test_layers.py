@@ -45,6 +45,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.transformers_pipeline": 4.0,
     "msa_online.shipped_configs": 4.2,
     "msa_online.studies": 4.5,
+    "msa_online.page": 4.5,
     "msa_online.describe": 4.5,  # joins what checkpoints and configurations say
     "msa_online.user_errors": 4.5,  # lists the errors of all others
     "msa_online": 4.5,  # the front door re-exports

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msa-online serve`: a web page to try a checkpoint."""
+
+import importlib.util
+import signal
+from argparse import Namespace
+from pathlib import Path
+from threading import Event
+
+from rich.console import Console
+
+from msa_online.page.serving import running_page, why_not_listening
+from msa_online.pipeline import MSAPipeline
+from msa_online.training.config_reader import import_plugins
+
+
+def run(options: Namespace, console: Console) -> None:
+    """Serve the page until Ctrl-C."""
+    extras = {"gradio": "serve"}
+    if options.examples:
+        extras |= {"skimage": "demo", "espeakng_loader": "demo"}
+    for library, extra in extras.items():
+        if importlib.util.find_spec(library) is None:
+            options.refuse(f"{library} is not installed: pip install 'msa_online[{extra}]'")
+    if reason := why_not_listening(options.host, options.port):
+        options.refuse(
+            f"{options.host}:{options.port} cannot be used: {reason}; give another --port or --host"
+        )
+    import_plugins(options.plugin, "--plugin")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    stopped = Event()
+    try:
+        with (
+            MSAPipeline.from_pretrained(options.model) as pipeline,
+            running_page(
+                pipeline,
+                Path(options.model).name if Path(options.model).is_dir() else options.model,
+                host=options.host,
+                port=options.port,
+                with_examples=options.examples,
+            ) as address,
+        ):
+            console.print(f"serving {options.model} at {address} (Ctrl-C ends it)", soft_wrap=True)
+            stopped.wait()
+    except KeyboardInterrupt:
+        console.print("stopped; all uploads are deleted")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the page, with its uploads in a folder of its own that is deleted at the end."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from msa_online.pipeline import MSAPipeline
+
+LOOPBACK = "127.0.0.1"
+PORT = 7860
+
+MAX_WAITING = 200
+"""Visitors who may wait for an answer; others are asked to come back."""
+
+
+def why_not_listening(host: str, port: int) -> str | None:
+    """The reason why nothing can be served at an address, or None."""
+    try:
+        with socket.create_server((host, port)):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+@contextmanager
+def running_page(
+    pipeline: MSAPipeline,
+    source: str,
+    *,
+    host: str = LOOPBACK,
+    port: int = PORT,
+    with_examples: bool = False,
+) -> Iterator[str]:
+    """Serve the page in a `with` block; yields its address.
+
+    Args:
+        pipeline: The model.
+        source: Name of the checkpoint, which the page shows.
+        host: Address to listen on; by default only this computer can open the page.
+        port: Port to listen on.
+        with_examples: Render examples first; needs the extra `demo`.
+
+    Raises:
+        ImportError: gradio is not installed, or for examples the extra `demo`.
+        OSError: The port is in use.
+    """
+    with TemporaryDirectory(prefix="msa_online_page_") as folder:
+        uploads, rendered = Path(folder, "uploads"), Path(folder, "examples")
+        uploads.mkdir()
+        rendered.mkdir()
+        os.environ |= {  # gradio reads these when it is imported, and when components are made
+            "GRADIO_TEMP_DIR": str(uploads),
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        from msa_online.page.blocks import MAX_BYTES, build_page
+        from msa_online.page.examples import render_examples
+        from msa_online.page.look import STYLE, make_theme
+
+        examples = render_examples(rendered) if with_examples else []
+        page = build_page(pipeline, source, examples).queue(max_size=MAX_WAITING, status_update_rate=1)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=MAX_BYTES,
+            allowed_paths=[str(rendered)],
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            theme=make_theme(),
+            css=STYLE,
+        )
+        try:
+            yield f"http://{host}:{port}"
+        finally:
+            page.close(verbose=False)
