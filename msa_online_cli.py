@@ -55,6 +55,7 @@ EXAMPLES = {  # printed at the end of each command's --help
     ),
     "describe": ("describe recommended", "describe runs/mine --json"),
     "publish": ("publish runs/mine ORG/NAME --private --license cc-by-nc-4.0 --language en",),
+    "serve": ("serve runs/mine --examples", "serve ORG/NAME --port 8000"),
     "get-models": ("get-models face_landmarker all-MiniLM-L6-v2",),
     "synthesize": ("synthesize data/synthetic --clips 48", "synthesize features/control --kind control"),
     "convert-features": ("convert-features unaligned_50.pkl features/mosi",),
@@ -396,7 +397,6 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         help="open a web page to try a checkpoint",
         description="Serve a web page: drop or record a clip, type what was said, switch modalities off. It "
         "needs no network, and deletes what visitors give. Needs the extra `serve`.",
-        epilog="example: msa-online serve runs/mine --examples",
     )
     serve.add_argument("model", metavar="RUN", help="folder of a run, or Hub repository")
     serve.add_argument(

@@ -3,7 +3,7 @@
 
 import importlib.util
 
-EXTRAS = {"h5py": "csd", "espeakng_loader": "demo", "skimage": "demo"}
+EXTRAS = {"h5py": "csd", "espeakng_loader": "demo", "skimage": "demo", "gradio": "serve"}
 """Extra of the package that brings a library, by the name under which it is imported."""
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`msa-online serve`: a web page to try a checkpoint."""
 
-import importlib.util
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +8,7 @@ from threading import Event
 
 from rich.console import Console
 
+from msa_online.extras import why_not_installed
 from msa_online.page.serving import running_page, why_not_listening
 from msa_online.pipeline import MSAPipeline
 from msa_online.training.config_reader import import_plugins
@@ -16,12 +16,9 @@ from msa_online.training.config_reader import import_plugins
 
 def run(options: Namespace, console: Console) -> None:
     """Serve the page until Ctrl-C."""
-    extras = {"gradio": "serve"}
-    if options.examples:
-        extras |= {"skimage": "demo", "espeakng_loader": "demo"}
-    for library, extra in extras.items():
-        if importlib.util.find_spec(library) is None:
-            options.refuse(f"{library} is not installed: pip install 'msa_online[{extra}]'")
+    for library in ("gradio", *(("skimage", "espeakng_loader") if options.examples else ())):
+        if missing := why_not_installed(library):
+            options.refuse(missing)
     if reason := why_not_listening(options.host, options.port):
         options.refuse(
             f"{options.host}:{options.port} cannot be used: {reason}; give another --port or --host"
