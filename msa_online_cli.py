@@ -36,6 +36,8 @@ A study is a YAML file:
       without MSD: {model.loss_weights.msd: 0}
     settings:                                 if there are any, every variant runs in each; curves.png
       rate 0.3: {data.missing.rates: 0.3}
+    reference: EBMC                           the others are tested against it (default: the first)
+    epochs: 150                               offer every variant the optimizer steps of so many epochs
     keep_checkpoints: false                   weights are deleted once a run is scored
     plugins: [my_package]                     your own modules, imported first
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from msa_online.confidence import Confidence, fit_confidence, measure_confidence
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.metrics import classification_metrics, regression_metrics, undefined_metrics
+from msa_online.layers.losses import sample_losses
 from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, NOTHING, VISIBLE_SETS, ModalitySequence
 from msa_online.modeling_msa import MSAModel, MSAOutput
@@ -21,6 +22,9 @@ DIVERGED = (
     "training.clip_norm, or with training.mixed_precision=no"
 )
 """Cause and remedy of predictions that are not finite."""
+
+LABELS = "labels"
+"""Key of the labels in saved predictions."""
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches of a split, on the device, from a loader prepared by the accelerator."""
@@ -51,6 +55,11 @@ class ConditionPredictions:
             for condition, logits in self.logits.items()
             if condition != NOTHING
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Logits by condition and the labels, as arrays to save; `NOTHING` is left out."""
+        logits = {name: each.astype(np.float32) for name, each in self.logits.items() if name != NOTHING}
+        return {**logits, LABELS: self.labels}
 
     def fit_confidence(self, split: str) -> Confidence:
         """Intervals or temperatures of these predictions, by set of modalities."""
@@ -152,7 +161,7 @@ def validate(
 
     They are those of the fused prediction under `condition`. In a stage that does not train the fused
     prediction, they are means over the modalities' own predictions, each on the samples that have the
-    modality.
+    modality. "loss" is the supervised loss, to be compared with that of training.
 
     Raises:
         UndefinedScoreError: A prediction is not finite, or no sample has any modality.
@@ -172,7 +181,10 @@ def validate(
     outputs, labels = over_split(model, batches, accelerator, logits_and_presence)
     logits, observed = outputs[..., :-1], outputs[..., -1] > 0
     each = [
-        metrics_of(logits[seen, column], labels[seen], model.config)
+        {
+            "loss": _loss_of(logits[seen, column], labels[seen], model.config),
+            **metrics_of(logits[seen, column], labels[seen], model.config),
+        }
         for column, seen in enumerate(observed.T)
         if seen.any()
     ]
@@ -244,6 +256,12 @@ def metrics_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> dic
     if config.is_regression:
         return regression_metrics(logits[:, 0], labels, label_range=config.label_range)
     return classification_metrics(logits, labels, num_classes=config.num_labels)
+
+
+def _loss_of(logits: np.ndarray, labels: np.ndarray, config: MSAConfig) -> float:
+    """Mean supervised loss of outputs `(samples, outputs)`, of the kind that the head trains with."""
+    kind = config.head_kwargs.get("regression_loss", "mse")
+    return float(sample_losses(torch.from_numpy(logits), torch.from_numpy(labels), kind).mean())
 
 
 def undefined_of(labels: Sequence[float], config: MSAConfig) -> dict[str, str]:

@@ -10,8 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from feature_extractors.clip import printable
+from msa_online.evaluation.conditions import LABELS
+from msa_online.evaluation.significance import Difference, difference_in_error
 from msa_online.evaluation.tables import HEADLINES, Results, as_markdown, format_metric, format_share
 from msa_online.modalities import COMPLETE, CONDITIONS, MISSING_RATES, MODALITIES
+
+DIFFERENCES_LEGEND = (
+    "Negative is better than the reference. The interval is a bootstrap over clips, which are paired, and "
+    "over runs; * excludes zero. p clips: permutation of the errors of single clips (are these trained "
+    "models equal?). p runs: exact permutation of whole runs (are the ways of training equal?), with the "
+    "least value that so many runs can give. No correction for the number of comparisons."
+)
 
 COMPARED = ("mae", "corr", "acc2_non0", "accuracy", "f1_weighted")
 """The metrics shown in a comparison, if the task has them."""
@@ -89,8 +98,12 @@ def compare(scores: Sequence[RunScore]) -> dict[str, dict[str, Any]]:
 
 def comparison_table(compared: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """The comparison as a table for the terminal."""
-    header, rows = _cells(compared)
-    table = Table(title=Text(title), title_justify="left", caption=LEGEND, caption_justify="left")
+    return as_table(*_cells(compared), title, LEGEND)
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, legend: str) -> Table:
+    """Cells as a table for the terminal; the first column is a name, the others are numbers."""
+    table = Table(title=Text(title), title_justify="left", caption=legend, caption_justify="left")
     table.add_column(header[0], overflow="fold")
     for name in header[1:]:
         table.add_column(name, justify="right")
@@ -102,6 +115,85 @@ def comparison_table(compared: Mapping[str, Mapping[str, Any]], title: str) -> T
 def comparison_page(compared: Mapping[str, Mapping[str, Any]], title: str, notes: Sequence[str]) -> str:
     """The comparison as a Markdown page, with `notes` below the table."""
     return "\n\n".join([f"# {title}", as_markdown(*_cells(compared)), LEGEND, *notes]) + "\n"
+
+
+def clip_errors(predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Error of a run on each clip `(clips,)`, by the groups of `GROUPS` that have predictions.
+
+    The error is the absolute error, or 1 for a wrong class. `incomplete` is the mean over the six incomplete
+    conditions.
+
+    Args:
+        predictions: As `read_predictions` returns them.
+    """
+    labels = predictions[LABELS]
+    errors = {
+        name: np.abs(logits[:, 0] - labels) if logits.shape[1] == 1 else logits.argmax(axis=1) != labels
+        for name, logits in predictions.items()
+        if name != LABELS
+    }
+    if MISSING_RATES not in errors and len(errors) == 1:
+        return {"only": next(iter(errors.values())).astype(float)}
+    incomplete = [errors[name] for name in CONDITIONS if name != COMPLETE]
+    return {
+        "all": errors[COMPLETE].astype(float),
+        "incomplete": np.mean(incomplete, axis=0),
+        **({"imr": errors[MISSING_RATES].astype(float)} if MISSING_RATES in errors else {}),
+    }
+
+
+def differences(
+    errors: Mapping[str, Sequence[Mapping[str, np.ndarray]]], reference_of: Mapping[str, str]
+) -> dict[str, dict[str, Difference]]:
+    """Difference in error between each variant and its reference, by variant and group.
+
+    Args:
+        errors: `clip_errors` of the runs of each variant.
+        reference_of: Reference of each variant; a variant without one, or that is its own, is left out.
+    """
+    found: dict[str, dict[str, Difference]] = {}
+    for variant, runs in errors.items():
+        reference = reference_of.get(variant)
+        if reference == variant or reference not in errors:
+            continue
+        others = errors[reference]
+        found[variant] = {
+            group: difference_in_error(
+                np.stack([run[group] for run in runs]), np.stack([run[group] for run in others])
+            )
+            for group in runs[0]
+            if all(group in run for run in (*runs, *others))
+        }
+    return found
+
+
+def differences_table(
+    found: Mapping[str, Mapping[str, Difference]], metric: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of `differences` in `metric`, "mae" or "accuracy" (as an error)."""
+    groups = [group for group in GROUPS if any(group in each for each in found.values())]
+    heading = HEADLINES[metric] if metric == "mae" else "error %"
+    header = ["variant"]
+    for group in groups:
+        header += [GROUPS[group].format(heading), "95 % interval", "p clips", "p runs"]
+    rows = []
+    for variant, by_group in found.items():
+        row = [variant]
+        for group in groups:
+            row += _difference_cells(by_group.get(group), 1 if metric == "mae" else 100)
+        rows.append(row)
+    return header, rows
+
+
+def _difference_cells(difference: Difference | None, scale: int) -> list[str]:
+    if difference is None:
+        return ["-"] * 4
+    mean, low, high = (f"{scale * getattr(difference, name):+.3f}" for name in ("mean", "low", "high"))
+    over_runs = "-"
+    if difference.p_runs is not None:
+        over_runs = f"{difference.p_runs:.3f} (least {difference.p_runs_least:.3f})"
+    mark = "*" if difference.beyond_chance else ""
+    return [f"{mean}{mark}", f"{low} to {high}", f"{difference.p_clips:.4f}", over_runs]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:

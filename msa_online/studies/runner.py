@@ -5,22 +5,40 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
+from msa_online.evaluation.conditions import LABELS
 from msa_online.evaluation.json_text import json_text
-from msa_online.evaluation.tables import HEADLINES, show
-from msa_online.studies.comparison import RunScore, compare, comparison_page, comparison_table
+from msa_online.evaluation.tables import HEADLINES, as_markdown, show
+from msa_online.studies.comparison import (
+    DIFFERENCES_LEGEND,
+    RunScore,
+    as_table,
+    clip_errors,
+    compare,
+    comparison_page,
+    comparison_table,
+    differences,
+    differences_table,
+)
+from msa_online.studies.convergence import COLUMNS as END_COLUMNS
+from msa_online.studies.convergence import RunEnd, draw_learning_curves, warnings_of
 from msa_online.studies.study import Study, StudyRun, name_in
+from msa_online.training.checkpoint import read_predictions
 from msa_online.training.model import require_encoders
 from msa_online.training.run import train
 from msa_online.training.yaml_reader import ConfigurationError
 from msa_online.user_errors import INPUT_ERRORS
+
+CURVES = "learning_curves.png"
 
 
 def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
@@ -115,18 +133,59 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
         else "on extracted features"
     )
     title = f"{name}: {split} split, {tier}"
-    notes = [f"{len(finished)} of {len(runs)} runs are finished. Data: {finished[0].record['data']}."]
+    ends = sorted(map(RunEnd.of, finished), key=lambda end: order.index(end.run.variant))
+    notes = [
+        f"{len(finished)} of {len(runs)} runs are finished. Data: {finished[0].record['data']}.",
+        *warnings_of(ends),
+    ]
     details = [{"variant": run.variant, "seed": run.seed, **run.record} for run in finished]
     folder = Path(study.output_dir)
+    tested = differences(*_errors_of(finished, study, split))
     page = comparison_page(compared, title, notes)
+    if tested:
+        metric = "mae" if "mae" in next(iter(finished[0].record["results"][split].values())) else "accuracy"
+        header, rows = differences_table(tested, metric)
+        subtitle = f"Difference to {study.reference or next(iter(study.variants))}"
+        page += f"\n## {subtitle}\n\n{as_markdown(header, rows)}\n\n{DIFFERENCES_LEGEND}\n"
+        differing = as_table(header, rows, subtitle, DIFFERENCES_LEGEND)
+    page += "\n## Where each run stopped\n\n" + as_markdown(
+        ["variant", *END_COLUMNS], [end.cells for end in ends]
+    )
+    page += f"\n\nLearning curves: [{CURVES}]({CURVES}).\n"
     (folder / "table.md").write_text(page, encoding="utf-8")
     figures = {"study": name, "split": split, "tier": tier, "variants": compared, "runs": details}
+    figures["differences"] = {
+        variant: {group: asdict(each) for group, each in by_group.items()}
+        for variant, by_group in tested.items()
+    }
+    figures["ends"] = [end.figures for end in ends]
     (folder / "results.json").write_text(json_text(figures, indent=1), encoding="utf-8")
+    draw_learning_curves(ends, folder / CURVES)
     if study.settings:
         draw_curves(compared, study, split, folder / "curves.png")
     show(comparison_table(compared, title), console)
-    console.print(*notes)
+    if tested:
+        show(differing, console)
+    console.print("\n".join(notes), soft_wrap=True)
     console.print(f"written to {folder / 'table.md'} and {folder / 'results.json'}", soft_wrap=True)
+
+
+def _errors_of(
+    finished: Sequence[StudyRun], study: Study, split: str
+) -> tuple[dict[str, list[dict[str, np.ndarray]]], dict[str, str]]:
+    """Errors of all runs on single clips by variant, and the references of variants with the same clips."""
+    errors: dict[str, list[dict[str, np.ndarray]]] = {variant: [] for variant in study.combinations}
+    labels: dict[str, np.ndarray] = {}
+    for run in finished:
+        if predictions := read_predictions(run.folder, split):  # earlier versions saved none
+            labels.setdefault(run.variant, predictions[LABELS])
+            errors[run.variant].append(clip_errors(predictions))
+    references = {
+        variant: reference
+        for variant, reference in study.references.items()
+        if variant in labels and reference in labels and np.array_equal(labels[variant], labels[reference])
+    }
+    return errors, references
 
 
 def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: str, target: Path) -> None:

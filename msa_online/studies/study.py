@@ -15,7 +15,13 @@ import yaml
 from msa_online.methods import HEADS
 from msa_online.shipped_configs import find_configuration
 from msa_online.training.checkpoint import FREE_TO_CHANGE_ON_RESUME, SETTINGS, STATE
-from msa_online.training.config import FORMER_KEYS, RunArguments, first_difference, former_key
+from msa_online.training.config import (
+    FORMER_KEYS,
+    RunArguments,
+    TrainingArguments,
+    first_difference,
+    former_key,
+)
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
 from msa_online.training.yaml_reader import ConfigurationError, read_change, read_document, structure
@@ -35,6 +41,10 @@ class Study:
         changes: Changes to the configuration in all variants, by key.
         settings: Changes by key, by the name of a setting, like "rate 0.3". If there are any, every variant
             runs in each setting; its own changes override those of the setting.
+        reference: Variant that the others are tested against; the first one by default.
+        epochs: Budget that every variant is offered, in epochs at the batch size of the study's
+            configuration. The stages of a variant keep their proportions; a variant with batches of another
+            size gets as many epochs as make the same number of optimizer steps. None leaves each its own.
         keep_checkpoints: Keep the weights of finished runs.
         plugins: Your own modules to import before heads, calibrators and modulators are looked up.
     """
@@ -45,8 +55,22 @@ class Study:
     variants: dict[str, dict[str, Any]]
     changes: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reference: str | None = None
+    epochs: int | None = None
     keep_checkpoints: bool = False
     plugins: list[str] = field(default_factory=list)
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The reference of each of `combinations`, in the same setting."""
+        reference = self.reference or next(iter(self.variants))
+        if not self.settings:
+            return dict.fromkeys(self.variants, reference)
+        return {
+            name_in(variant, setting): name_in(reference, setting)
+            for setting in self.settings
+            for variant in self.variants
+        }
 
     @property
     def combinations(self) -> dict[str, dict[str, Any]]:
@@ -74,6 +98,9 @@ class Study:
         changes = as_options({**plugins, **self.changes, **self.combinations[variant], **own})
         try:
             arguments = read_arguments(find_configuration(self.config), changes)
+            if self.epochs is not None:
+                changes = [*changes, *as_options(self._budget_of(arguments.training))]
+                arguments = read_arguments(find_configuration(self.config), changes)
             if arguments.training.push_to_hub:
                 raise ConfigurationError(
                     "training.push_to_hub would publish all runs of a study to one repository: leave it out, "
@@ -84,6 +111,21 @@ class Study:
         except ConfigurationError as error:
             raise ConfigurationError(f"variant {variant!r}: {error}") from error
         return StudyRun(variant, seed, folder, changes, arguments)
+
+    def _budget_of(self, training: TrainingArguments) -> dict[str, Any]:
+        """Changes that offer a variant the optimizer steps of `epochs` epochs."""
+        of_study = read_arguments(find_configuration(self.config), as_options(self.changes)).training
+        sizes = [each.batch_size * each.accumulation for each in (training, of_study)]
+        epochs = max(1, round(self.epochs * sizes[0] / sizes[1]))
+        if training.stages is None:
+            return {"training.epochs": epochs}
+        planned = [stage.epochs for stage in training.stages]
+        ends = [round(epochs * sum(planned[: number + 1]) / sum(planned)) for number in range(len(planned))]
+        stages = [
+            {"name": stage.name, "epochs": max(1, end - start), "patience": stage.patience}
+            for stage, start, end in zip(training.stages, [0, *ends], ends, strict=False)
+        ]
+        return {"training.stages": stages}
 
 
 @dataclass(frozen=True)
@@ -176,6 +218,10 @@ def _problems(study: Study) -> Iterator[str]:
         yield f"seeds is {seeds!r}: give each seed once"
     if not study.variants:
         yield "variants is empty: a section with a name and changes for each variant"
+    if study.reference is not None and study.reference not in study.variants:
+        yield f"reference is {study.reference!r}: one of {', '.join(map(repr, study.variants))}"
+    if study.epochs is not None and study.epochs < 1:
+        yield f"epochs is {study.epochs}: at least 1, or null to leave each variant its own"
     folders: dict[str, str] = {}
     for name in study.variants | study.settings:
         if not folder_name(name):

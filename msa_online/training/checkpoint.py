@@ -5,11 +5,13 @@ import json
 import os
 import shlex
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.validation import why_not_writable
+from msa_online.evaluation.conditions import ConditionPredictions
 from msa_online.evaluation.json_text import json_text
 from msa_online.lora import adapted_modalities, merged_weights, remove_lora, save_adapter
 from msa_online.modeling_msa import PROBES, MSAModel
@@ -30,6 +33,7 @@ from msa_online.training.yaml_reader import ConfigurationError, read_document
 STATE = "state"
 STAGES = "stages"
 DATA = "data.json"
+PREDICTIONS = "predictions.npz"
 ADAPTER = "adapter"
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
@@ -44,6 +48,7 @@ class RunFolder:
 
         config.json, model.safetensors, tokenizer and processor files, README.md   the best epoch
         run.yaml, history.json                                                     configuration and epochs
+        predictions.npz                                                            of validation and test
         adapter/                                                                   of LoRA, in peft's format
         data.json                                                                  fingerprint of the data
         stages/                                                                    teachers of later stages
@@ -297,6 +302,45 @@ class RunFolder:
         """Write the record of all epochs to history.json."""
         if self.accelerator.is_main_process:
             write_atomically(self.path / "history.json", json_text(history, indent=1))
+
+    def write_predictions(self, predictions: Mapping[str, ConditionPredictions]) -> None:
+        """Write the logits of each split and condition, and the labels, to predictions.npz.
+
+        The keys are like "test/text+audio" and "test/labels"; samples are in the order of the data.
+        """
+        if self.accelerator.is_main_process:
+            draft = self.path / f"{PREDICTIONS}.new"
+            with open(draft, "wb") as file:
+                arrays = {split: each.arrays() for split, each in predictions.items()}
+                np.savez(
+                    file,
+                    **{
+                        f"{split}/{name}": array for split, of in arrays.items() for name, array in of.items()
+                    },
+                )
+            os.replace(draft, self.path / PREDICTIONS)
+
+
+def read_predictions(folder: Path, split: str) -> dict[str, np.ndarray]:
+    """Logits of a finished run `(samples, outputs)` by condition, and its labels `(samples,)`.
+
+    Raises:
+        ConfigurationError: The file is damaged. An earlier version wrote none: the result is empty then.
+    """
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {
+                key.removeprefix(f"{split}/"): archive[key]
+                for key in archive.files
+                if key.startswith(f"{split}/")
+            }
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error}): delete {folder} and run it again"
+        ) from error
 
 
 def require_space(folder: Path, model: MSAModel) -> None:

@@ -16,7 +16,7 @@ from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.lora import AdapterError, add_lora
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import MODALITIES
-from msa_online.modeling_msa import MSAModel
+from msa_online.modeling_msa import PROBES, MSAModel
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import ALL, DataArguments, RunArguments, TrainingArguments
@@ -148,6 +148,15 @@ def _without_layers(encoder: nn.Module) -> str:
     """Why an encoder that is not pretrained has no layers."""
     has_parameters = any(True for _ in encoder.parameters())
     return "its encoder is not pretrained" if has_parameters else "precomputed features have no encoder"
+
+
+def count_parameters(model: MSAModel) -> dict[str, int]:
+    """Parameters of a model in training: `all`, and those that are `trained`; without probes."""
+    counted = [each for name, each in model.named_parameters() if not name.startswith(PROBES)]
+    return {
+        "all": sum(each.numel() for each in counted),
+        "trained": sum(each.numel() for each in counted if each.requires_grad),
+    }
 
 
 def parameters_line(model: MSAModel) -> str:

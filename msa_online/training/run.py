@@ -55,7 +55,13 @@ from msa_online.training.divergence import ConstantModel, check_epoch, constant_
 from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
 from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
-from msa_online.training.model import build_model, fit_encoders, parameters_line, require_encoders
+from msa_online.training.model import (
+    build_model,
+    count_parameters,
+    fit_encoders,
+    parameters_line,
+    require_encoders,
+)
 from msa_online.training.modulator import fit_modulator, make_modulator
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.stages import StageSchedule, make_schedule
@@ -270,6 +276,7 @@ def finish(run: Run, command: str) -> None:
     """
     accelerator, folder, loaders = run.accelerator, run.folder, run.loaders
     model, training = run.loop.bare_model, run.arguments.training
+    parameters = count_parameters(model)  # before adapters are removed
     accelerator.wait_for_everyone()  # the main process has published the best epoch
     folder.load_best(model)
     model.head.start_stage(model.head.stages[-1])  # the stage that predicts
@@ -278,6 +285,7 @@ def finish(run: Run, command: str) -> None:
     splits = [split for split in ("valid", "test") if split in loaders]
     names = conditions if training.condition else (NOTHING, *conditions)
     predictions = {split: _predict(run, split, names) for split in splits}
+    folder.write_predictions(predictions)
     results = {split: of_split.metrics(model.config) for split, of_split in predictions.items()}
     confidence = predictions["valid"].fit_confidence("valid")
     measured = {}
@@ -299,7 +307,7 @@ def finish(run: Run, command: str) -> None:
         for split, scores in results.items()
     ]
     model.config.trained_on = {
-        **_record(run, command),
+        **_record(run, command, parameters),
         "selection": "validation MAE" if model.config.is_regression else "validation weighted F1",
         "results": without_nan(results),
         "undefined": {
@@ -343,7 +351,7 @@ def _predict(run: Run, split: str, conditions: tuple[str, ...]) -> ConditionPred
     return predictions
 
 
-def _record(run: Run, command: str) -> dict[str, Any]:
+def _record(run: Run, command: str, parameters: Mapping[str, int]) -> dict[str, Any]:
     """Training record of a checkpoint, without the results."""
     data, training = run.arguments.data, run.arguments.training
     record: dict[str, Any] = {
@@ -357,6 +365,7 @@ def _record(run: Run, command: str) -> dict[str, Any]:
         "protocol": protocol_of(training, run.masks),
         "epoch": run.schedule.best_epoch,
         "skipped_steps": run.loop.progress.skipped,
+        "parameters": parameters,
         "effort": {
             "hours": round(run.loop.progress.seconds / 3600, 4),
             "steps": run.loop.progress.step,

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 from rich.console import Console
 
 from msa_online.modalities import CONDITIONS
-from msa_online.studies.comparison import RunScore, compare, comparison_page, comparison_table
+from msa_online.studies.comparison import (
+    RunScore,
+    clip_errors,
+    compare,
+    comparison_page,
+    comparison_table,
+    differences,
+    differences_table,
+)
 
 
 def score(variant: str, seed: int, mae: float, shares: tuple[float, ...] = (0.5, 0.2, 0.3)) -> RunScore:
@@ -87,3 +96,29 @@ def test_the_terminal_shows_what_the_page_shows_and_prints_names_as_they_are():
         console.print(comparison_table(compared, "runs/[old]"))
     assert "[red] one" in capture.get() and "runs/[old]" in capture.get()
     assert all(cell in capture.get() for cell in cells(comparison_page(compared, "", []))[-1])
+
+
+def predictions(labels: np.ndarray, shift: float) -> dict[str, np.ndarray]:
+    """Predictions that are off by `shift` with everything visible and by 1 otherwise."""
+    off = {name: shift if name == "text+audio+vision" else 1.0 for name in CONDITIONS}
+    return {"labels": labels, **{name: labels[:, None] + by for name, by in off.items()}}
+
+
+def test_errors_of_clips_are_absolute_errors_or_wrong_classes():
+    errors = clip_errors(predictions(np.array([0.5, -1.0, 2.0]), -0.25))
+    assert errors["all"] == pytest.approx([0.25] * 3) and errors["incomplete"] == pytest.approx([1.0] * 3)
+    classes = {"labels": np.array([0, 1]), "text": np.array([[2.0, 1.0], [2.0, 1.0]])}
+    assert clip_errors(classes)["only"].tolist() == [0.0, 1.0]
+
+
+def test_each_variant_is_tested_against_the_reference_and_not_against_itself():
+    labels = np.random.default_rng(0).normal(0, 1, 60)
+    errors = {name: [clip_errors(predictions(labels, shift))] for name, shift in (("a", 0.5), ("b", 0.2))}
+    found = differences(errors, {"a": "a", "b": "a"})
+    assert list(found) == ["b"] and found["b"]["all"].mean == pytest.approx(-0.3)
+    header, (row,) = differences_table(found, "mae")
+    shown = dict(zip(header[:5], row[:5], strict=True))
+    assert (
+        shown["variant"] == "b" and shown["MAE"] == "-0.300*" and shown["95 % interval"] == "-0.300 to -0.300"
+    )
+    assert differences(errors, {"b": "a stranger"}) == {}

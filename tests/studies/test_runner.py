@@ -81,6 +81,15 @@ def test_a_study_leaves_a_table_of_runs_that_do_not_touch_each_other(run, tmp_pa
     assert other != plain
     page = (tmp_path / "study" / "table.md").read_text()
     assert f"{plain['all']['mae']['mean']:.3f} ±" in page and "online" in page
+    assert len(figures["ends"]) == 6 and "| plain | 1 | 1 of 1 | 1 | limit, not converged |" in page
+    assert "warning: plain (seed 1, 2) ended at its limit of 1 epochs" in output
+    assert (tmp_path / "study" / "learning_curves.png").stat().st_size > 5000
+    assert list(figures["differences"]) == ["the same", "no unimodal"]
+    assert figures["differences"]["the same"]["all"]["mean"] == 0
+    assert figures["differences"]["no unimodal"]["all"]["mean"] == pytest.approx(
+        other["all"]["mae"]["mean"] - plain["all"]["mae"]["mean"], abs=1e-4
+    )
+    assert "## Difference to plain" in page and "Difference to plain" in output
     assert all(name in page and name in output for name in variants)
 
     status, output = run(variants, "seeds=[1, 2]", "training.epochs=2")

@@ -141,7 +141,7 @@ def test_a_study_that_cannot_work_is_refused_with_the_key_and_the_remedy(write, 
         ("seeds", "write key=value"),
         ("seeds=[", "not YAML"),
         ("seeds=none", "seeds is 'none'"),
-        ("epochs=3", "unknown key 'epochs'"),
+        ("patience=3", "unknown key 'patience'"),
         ("training.resume=true", "sets training.resume"),
     ],
 )
@@ -214,3 +214,22 @@ def test_a_run_is_finished_only_once_its_results_are_there_and_its_state_is_gone
     assert run.record == {"results": {}} and run.difference is None
     (run.folder / "state").mkdir()
     assert run.record is None
+
+
+@pytest.mark.needs("ebmc")
+def test_a_budget_offers_every_variant_the_same_optimizer_steps(write):
+    stages = [{"name": "enhance", "epochs": 4, "patience": 2}, {"name": "balance", "epochs": 8}]
+    variants = {
+        "plain": {},
+        "large batches": {"training.batch_size": 16, "training.accumulation": 2},
+        "two stages": {"model.head": "ebmc", "model.loss_weights": {}, "training.stages": stages},
+    }
+    plain, large, staged = read_study(write(variants=variants, epochs=30, seeds=[1])).runs()
+    assert plain.arguments.training.epochs == 30
+    assert large.arguments.training.epochs == 120  # batches of 32, not 8
+    assert [(stage.name, stage.epochs, stage.patience) for stage in staged.arguments.training.stages] == [
+        ("enhance", 10, 2), ("balance", 20, None),
+    ]  # fmt: skip
+    assert staged.changes[-1].startswith("training.stages="), "the command of the run lacks its budget"
+    with pytest.raises(ConfigurationError, match="epochs is 0: at least 1"):
+        read_study(write(epochs=0))
