@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "files of the same name; labels and speakers are yours to fill in.",
     )
     init.add_argument("folder", metavar="FOLDER")
+    _add_transcription(init)
     _add_prepare(commands)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -621,6 +622,7 @@ def _add_extraction(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip-broken", action="store_true", help=SKIP_BROKEN)
     _add_audio_track(parser, "of clips whose row names none")
+    _add_transcription(parser)
 
 
 def _add_transcription(parser: argparse.ArgumentParser) -> None:

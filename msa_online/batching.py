@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
+from msa_online.corpora.cache_filling import load_features
 from msa_online.corpora.corpus import ReadyCorpus, Sample
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
-from msa_online.precomputed.states import SampleStates, load_features
+from msa_online.precomputed.states import SampleStates
 from msa_online.processing_msa import MSADataCollator, MSAProcessor, at_least_one, mask_of
 
 EXCESS = 0.035  # allowed overlap of two epochs above that of a random order; a larger value saves padding

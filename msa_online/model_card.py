@@ -116,7 +116,7 @@ def write_model_card(
         selection=record["selection"],
         epoch=record["epoch"],
         protocol=record["protocol"],
-        findings=_findings(record.get("findings", {})),
+        findings=_findings(record.get("findings", {})) + _transcripts(record.get("transcripts")),
         picture=_picture(folder, config, record),
         results="\n\n".join(
             f"**{split}**\n\n{markdown_table(conditions)}{_undefined(record, split)}"
@@ -219,6 +219,18 @@ def _findings(counts: Mapping[str, int | str]) -> str:
     if not counts:
         return ""
     return f"\n| found in the clips | {', '.join(f'{name}: {count}' for name, count in counts.items())} |"
+
+
+def _transcripts(made: Mapping[str, Any] | None) -> str:
+    """Which texts a machine made, as a row of the table; nothing if it made none."""
+    if not made:
+        return ""
+    language = f", language {made['language']}" if made["language"] else ""
+    by = markdown_text(made["model"])
+    return (
+        f"\n| texts | {made['made']} of {made['of']} were recognised by {by}{language}; they have errors. "
+        f"Predict with `--transcribe {printable(made['model'])}` |"
+    )
 
 
 def _undefined(record: Mapping[str, Any], split: str) -> str:

@@ -158,7 +158,9 @@ def _source(clip: Any, number: int, start: float | None, end: float | None) -> C
     )
 
 
-def files_in(paths: Iterable[Path], texts: Path | None = None) -> list[Sample | ClipError]:
+def files_in(
+    paths: Iterable[Path], texts: Path | None = None, texts_optional: bool = False
+) -> list[Sample | ClipError]:
     """The clips that paths name: files as they are, of folders all media files in them and below.
 
     Transcripts and windows come from a table: metadata.csv in a folder (or another layout that `read_corpus`
@@ -168,6 +170,7 @@ def files_in(paths: Iterable[Path], texts: Path | None = None) -> list[Sample | 
     Args:
         paths: Files and folders.
         texts: Table with the columns file_name (relative to its folder) and text.
+        texts_optional: Tables may lack the column text.
 
     Returns:
         The clips, folders in the order of their names; a `ClipError` for each row that cannot be used.
@@ -190,7 +193,7 @@ def files_in(paths: Iterable[Path], texts: Path | None = None) -> list[Sample | 
     rows: dict[Path, list[Sample]] = {}
     broken: list[ClipError] = []
     for table in tables:
-        corpus = read_corpus(table, label_column=None, skip_broken=True)
+        corpus = read_corpus(table, label_column=None, skip_broken=True, texts_optional=texts_optional)
         broken += _broken_rows(corpus)
         for row in corpus.samples:
             rows.setdefault(row.clip.path.resolve(), []).append(Sample(row.clip, row.text or None))

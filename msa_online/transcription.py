@@ -245,6 +245,22 @@ class Transcriber:
         return Transcript(" ".join(texts), tuple(words), language, self.name)
 
 
+def transcriber_of(arguments: Any, cache: FeatureCache | None = None) -> Transcriber | None:
+    """The recogniser of a command or of a run's data, from its `transcribe` and `language`; None for none.
+
+    Raises:
+        AssetError: As for `Transcriber`.
+        TranscriptionError: As for `Transcriber`; or there is a language without a recogniser.
+    """
+    if arguments.transcribe is not None:
+        return Transcriber(arguments.transcribe, arguments.language, cache or FeatureCache())
+    if arguments.language is not None:
+        raise TranscriptionError(
+            f"language {arguments.language} applies to recognised speech only: ask for it with transcribe"
+        )
+    return None
+
+
 def pieces_with_speech(sound: np.ndarray) -> Iterator[tuple[int, int]]:
     """Parts of a sound (samples,) float32 at 16 kHz that contain speech, of about `PIECE` seconds at most.
 

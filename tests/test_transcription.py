@@ -3,6 +3,8 @@
 
 import csv
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,13 @@ from feature_extractors import Clip, ClipFeatures, ExtractionSettings, FeatureCa
 from feature_extractors.decoding import decode_sound
 from msa_online import MSAPipeline
 from msa_online.commands.predict import prediction_lines
+from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.reading import read_corpus
 from msa_online.synthetic.voice import VOICE_RATE, Speech, speak
 from msa_online.timeline import predict_timeline
+from msa_online.training.config import DataArguments
+from msa_online.training.data import read_data
+from msa_online.training.yaml_reader import ConfigurationError
 from msa_online.transcription import (
     Transcriber,
     Transcript,
@@ -201,10 +208,9 @@ def test_a_recogniser_that_cannot_be_used_is_one_line_before_anything_is_read(
     assert message in line
 
 
-def test_language_without_a_recogniser_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "a.mp4", "--model", "run", "--language", "de"])
-    assert "--language needs --transcribe" in capsys.readouterr().err
+def test_a_language_without_a_recogniser_is_refused(capsys):
+    assert main(["predict", "a.mp4", "--model", "run", "--language", "de"]) == 1
+    assert "language de applies to recognised speech only" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
@@ -264,3 +270,86 @@ def test_a_recogniser_of_transformers_can_be_used(ctc_folder, voice):
 def test_an_encoder_is_no_recogniser(tiny_text_encoder):
     with pytest.raises(TranscriptionError, match="a bert is no model for speech recognition"):
         Transcriber(str(tiny_text_encoder))
+
+
+@pytest.fixture
+def spoken_corpus(clip, make_clip, tmp_path) -> Path:
+    """Six clips without a column of texts: one with speech, copies of a tone."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    shutil.copy(clip, folder / "0.mp4")
+    make_clip(folder / "1.mp4", seconds=0.6, fps=5)
+    for number in range(2, 6):
+        shutil.copy(folder / "1.mp4", folder / f"{number}.mp4")
+    splits = ("train", "valid", "train", "valid", "train", "train")
+    lines = [f"{number}.mp4,{number / 2},{split},s{number}" for number, split in enumerate(splits)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label,split,speaker", *lines]) + "\n")
+    return folder
+
+
+def test_prepare_transcribes_clips_of_a_table_without_texts(spoken_corpus, cache_dir, capsys):
+    assert main(["prepare", str(spoken_corpus), "--workers", "1"]) == 1
+    assert "--transcribe (data.transcribe in training) recognises" in capsys.readouterr().err
+    assert main(["prepare", str(spoken_corpus), "--workers", "1", "--transcribe"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"text recognised by a machine +│ +1 ", shown), shown
+    assert re.search(r"no speech recognised +│ +5 ", shown) and "by whisper-tiny.en" in shown
+
+
+def test_texts_that_are_given_stay_and_only_missing_ones_are_recognised(spoken_corpus, cache_dir, recogniser):
+    table = (spoken_corpus / "metadata.csv").read_text().splitlines()
+    texts = ["text", "", "😀", "it is good", " ", "", ""]
+    rows = [f"{line},{text}" for line, text in zip(table, texts, strict=True)]
+    (spoken_corpus / "metadata.csv").write_text("\n".join(rows) + "\n")
+    corpus = read_corpus(spoken_corpus)
+    prepared = prepare(corpus, FeatureCache(), ExtractionSettings(), 1, transcriber=recogniser)
+    said = [sample.text for sample in prepared.samples]
+    assert "river" in said[0] and said[1:] == ["😀", "it is good", "", "", ""]
+    assert set(prepared.transcripts) == {"0.mp4", "3.mp4", "4.mp4", "5.mp4"}
+    assert prepared.present("train")[:, 0].tolist() == [True, True, False, False]
+
+
+def test_init_data_writes_what_is_said(clip, make_clip, tmp_path, cache_dir, capsys):
+    shutil.copy(clip, tmp_path / "a.mp4")
+    make_clip(tmp_path / "b.mp4", seconds=0.6, fps=5)
+    (tmp_path / "b.txt").write_text("it is good")
+    (tmp_path / "c.mp4").write_bytes(b"no media")
+    assert main(["init-data", str(tmp_path), "--transcribe"]) == 0
+    rows = list(csv.DictReader((tmp_path / "metadata.csv").open()))
+    assert "river" in rows[0]["text"] and [row["text"] for row in rows[1:]] == ["it is good", ""]
+    shown = capsys.readouterr().out
+    assert "1 texts were recognised by whisper-tiny.en" in shown and "1 clips cannot be read" in shown
+
+
+@pytest.mark.slow
+def test_a_checkpoint_says_which_of_its_texts_a_machine_made(
+    spoken_corpus, tiny_text_encoder, cache_dir, tmp_path, capsys, fresh_accelerate
+):
+    run = tmp_path / "run"
+    keys = {
+        "data.path": spoken_corpus,
+        "data.transcribe": "whisper-tiny.en",
+        "data.num_frames": 2,
+        "model.text_encoder": tiny_text_encoder,
+        "training.output_dir": run,
+        "training.epochs": 1,
+        "training.batch_size": 2,
+    }
+    changes = [f"{key}={value}" for key, value in keys.items()]
+    assert main(["train", "late_fusion", *changes]) == 0
+    record = json.loads((run / "config.json").read_text())["trained_on"]["transcripts"]
+    assert record == {"model": "whisper-tiny.en", "language": None, "made": 1, "of": 6}
+    card = (run / "README.md").read_text()
+    assert "1 of 6 were recognised by whisper-tiny.en" in card and "`--transcribe whisper-tiny.en`" in card
+    capsys.readouterr()
+    assert main(["predict", str(spoken_corpus / "1.mp4"), "--model", str(run)]) == 0
+    shown = capsys.readouterr().err
+    assert (
+        "1 clips have no text; this model was trained on texts made by --transcribe whisper-tiny.en" in shown
+    )
+
+
+def test_a_run_on_features_cannot_transcribe(tmp_path):
+    np.savez(tmp_path / "features.npz", id=np.arange(2))
+    with pytest.raises(ConfigurationError, match=r"data\.transcribe=tiny\.en needs clips"):
+        read_data(DataArguments(path=str(tmp_path / "features.npz"), transcribe="tiny.en"))

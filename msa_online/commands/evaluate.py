@@ -40,6 +40,7 @@ from msa_online.processing_msa import MSAProcessor
 from msa_online.training.checkpoint import ADAPTER, write_atomically
 from msa_online.training.config_reader import import_plugins
 from msa_online.training.precision import choose_precision
+from msa_online.transcription import transcriber_of
 
 
 def run(options: Namespace, console: Console) -> None:
@@ -146,9 +147,11 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
             f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
             "such clips"
         )
+    transcriber = transcriber_of(options)
     corpus = read_corpus(
         options.data,
         **_labels_to_read(options, config),
+        texts_optional=transcriber is not None,
         skip_broken=options.skip_broken,
         audio_track=options.audio_track or (config.trained_on or {}).get("audio_track"),
     )
@@ -162,10 +165,13 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
         options.workers,
         options.skip_broken,
         processor.max_audio_seconds,
+        transcriber,
     )
 
 
 def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureCorpus:
+    if options.transcribe is not None:
+        options.refuse("--transcribe needs clips, but this checkpoint reads precomputed features")
     corpus = read_features(
         options.data,
         **_labels_to_read(options, config),

@@ -12,6 +12,7 @@ from msa_online.corpora.reading import read_corpus
 from msa_online.evaluation.tables import show
 from msa_online.precomputed.extraction import extract_features
 from msa_online.precomputed.files import require_new_folder
+from msa_online.transcription import transcriber_of
 
 
 def run(options: Namespace, console: Console) -> None:
@@ -20,8 +21,10 @@ def run(options: Namespace, console: Console) -> None:
         if getattr(options, name) is not None and options.audio_encoder is None:
             options.refuse(f"--{name.replace('_', '-')} applies to the states of an --audio-encoder")
     require_new_folder(Path(options.folder))
+    transcriber = transcriber_of(options)
     corpus = read_corpus(
         options.data,
+        texts_optional=transcriber is not None,
         label_column=options.label_column,
         skip_broken=options.skip_broken,
         audio_track=options.audio_track,
@@ -38,6 +41,7 @@ def run(options: Namespace, console: Console) -> None:
         extraction={"num_frames": options.num_frames},
         workers=options.workers,
         skip_broken=options.skip_broken,
+        transcriber=transcriber,
     )
     show(findings_table(done.prepared, done.processor.limits), console)
     seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in done.cpu_seconds.items())

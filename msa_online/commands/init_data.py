@@ -8,11 +8,13 @@ from pathlib import Path
 from rich.console import Console
 
 from msa_online.corpora.importing import start_metadata
+from msa_online.transcription import transcriber_of
 
 
 def run(options: Namespace, console: Console) -> None:
     """Write a row for every clip of a folder, and say what to fill in."""
-    metadata, rows, notes = start_metadata(Path(options.folder).expanduser())
+    transcriber = transcriber_of(options)
+    metadata, rows, notes = start_metadata(Path(options.folder).expanduser(), transcriber)
     console.print(f"wrote {metadata}: {rows:,} clips", soft_wrap=True)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)

@@ -33,7 +33,7 @@ from msa_online.results_file import (
 )
 from msa_online.timeline import WINDOW, Timeline, draw_timeline, exceeds_reach, predict_timeline
 from msa_online.training.config_reader import import_plugins
-from msa_online.transcription import Transcriber
+from msa_online.transcription import Transcriber, transcriber_of
 from msa_online.user_errors import UnfinishedError
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -49,20 +49,18 @@ def run(options: Namespace, console: Console) -> None:
     import_plugins(options.plugin, "--plugin")
     _require_consistent(options)
     results_file = ResultsFile(Path(options.out)) if options.out else None
-    transcriber = (
-        Transcriber(options.transcribe, options.language, FeatureCache()) if options.transcribe else None
-    )
+    transcriber = transcriber_of(options)
     samples = _samples(options)
     if results_file:
         with MSAPipeline.from_pretrained(options.model, transcribe=transcriber) as pipeline:
-            _hint_at_transcription(pipeline, samples, console)
+            _hint_at_transcription(pipeline, samples)
             _write_results(pipeline, samples, results_file, options, console)
         return
     results: list[Prediction | Timeline | ClipError] = []
     broken = 0
     stopped = None
     pipeline = MSAPipeline.from_pretrained(options.model, transcribe=transcriber)
-    _hint_at_transcription(pipeline, samples, console)
+    _hint_at_transcription(pipeline, samples)
     with pipeline, closing(_predictions(pipeline, samples, options)) as predictions:
         for result in predictions:
             if isinstance(result, ClipError):
@@ -96,8 +94,6 @@ def run(options: Namespace, console: Console) -> None:
 
 def _require_consistent(options: Namespace) -> None:
     """Check the options that need or exclude others, and that what they name can be written."""
-    if options.language and not options.transcribe:
-        options.refuse("--language needs --transcribe")
     if options.workers and not options.out:
         options.refuse("--workers needs --out")
     if options.step and options.step > (options.window or WINDOW):
@@ -121,9 +117,7 @@ def _require_consistent(options: Namespace) -> None:
             options.refuse(f"{name} cannot be written: {reason}")
 
 
-def _hint_at_transcription(
-    pipeline: MSAPipeline, samples: Sequence[Sample | ClipError], console: Console
-) -> None:
+def _hint_at_transcription(pipeline: MSAPipeline, samples: Sequence[Sample | ClipError]) -> None:
     """Say that a model was trained on transcripts of a recogniser, if clips have no text now."""
     trained = (pipeline.model.config.trained_on or {}).get("transcripts")
     if not trained or pipeline.transcriber is not None:
@@ -132,7 +126,7 @@ def _hint_at_transcription(
         name, language = trained["model"], trained["language"]
         command = f"--transcribe {name}" + (f" --language {language}" if language else "")
         line = f"note: {without:,} clips have no text; this model was trained on texts made by {command}"
-        console.print(Text(printable(line)), soft_wrap=True)
+        Console(stderr=True).print(Text(printable(line)), soft_wrap=True)
 
 
 def _write(name: str, write: Callable[[Path], None]) -> None:
@@ -195,7 +189,9 @@ def _samples(options: Namespace) -> list[Sample | ClipError]:
     elif not paths:
         options.refuse("nothing to predict: give clips, or --text alone")
     else:
-        samples = files_in(paths, Path(options.texts) if options.texts else None)
+        samples = files_in(
+            paths, Path(options.texts) if options.texts else None, options.transcribe is not None
+        )
     given = {"region": tuple(options.region) if options.region else None, "audio_track": options.audio_track}
     given = {name: value for name, value in given.items() if value is not None}
     return [

@@ -18,6 +18,7 @@ from msa_online.encoders.pretrained import load_image_processor, load_tokenizer
 from msa_online.evaluation.tables import show
 from msa_online.front_ends import face_size
 from msa_online.processing_msa import InputLimits
+from msa_online.transcription import transcriber_of
 
 LABEL_COLUMNS = ("label", "emotion", "Emotion", "Sentiment")
 """Columns in which labels are looked for if none is named."""
@@ -28,6 +29,7 @@ def run(options: Namespace, console: Console) -> None:
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     image_processor = load_image_processor(options.vision_encoder) if options.vision_encoder else None
     pixels = options.face_size or face_size(image_processor)
+    transcriber = transcriber_of(options)
     corpus = _read(options)
     if options.task != "classification":
         corpus = replace(corpus, samples=tuple(with_scores(corpus.samples)))
@@ -38,7 +40,9 @@ def run(options: Namespace, console: Console) -> None:
         num_frames=options.num_frames, face_size=pixels, face_choice=options.face_choice
     )
     seconds = options.max_audio_seconds
-    prepared = prepare(corpus, FeatureCache(), settings, options.workers, options.skip_broken, seconds)
+    prepared = prepare(
+        corpus, FeatureCache(), settings, options.workers, options.skip_broken, seconds, transcriber
+    )
     limits = InputLimits(options.max_text_tokens, seconds, tokenizer)
     show(findings_table(prepared, limits), console)
     if tokenizer is None:
@@ -55,7 +59,11 @@ def run(options: Namespace, console: Console) -> None:
 
 def _read(options: Namespace) -> Corpus:
     """The corpus with its labels, if it has any."""
-    choices = {"skip_broken": options.skip_broken, "audio_track": options.audio_track}
+    choices = {
+        "skip_broken": options.skip_broken,
+        "audio_track": options.audio_track,
+        "texts_optional": options.transcribe is not None,
+    }
     if options.label_column:
         return read_corpus(options.data, label_column=options.label_column, labels_optional=True, **choices)
     try:

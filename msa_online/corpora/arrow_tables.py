@@ -31,7 +31,7 @@ def is_arrow(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES if path.is_file() else bool(_saved(path) or _table_files(path))
 
 
-def read_arrow(path: Path, label_column: str | None) -> RowTable:
+def read_arrow(path: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
     """Read the rows of Arrow tables, which have the columns of a metadata.csv.
 
     The clip is in column `video` or `file_name`: a path relative to the table's folder, or the bytes and the
@@ -45,7 +45,7 @@ def read_arrow(path: Path, label_column: str | None) -> RowTable:
     with tempfile.TemporaryDirectory(prefix="msa-tables-") as folder:
         lines = Path(folder, "rows")
         _read_in_a_process(path, label_column, lines)
-        return RowTable(path, tuple(_rows(lines, label_column)))
+        return RowTable(path, tuple(_rows(lines, label_column, texts_optional)))
 
 
 def _saved(folder: Path) -> bool:
@@ -86,23 +86,24 @@ def _read_in_a_process(path: Path, label_column: str | None, lines: Path) -> Non
         raise CorpusError(f"{path} is not a complete Arrow table ({last_line(done)}): copy it again")
 
 
-def _rows(lines: Path, label_column: str | None) -> Iterator[Row]:
+def _rows(lines: Path, label_column: str | None, texts_optional: bool) -> Iterator[Row]:
     """Parse what the reader wrote; rows of each table are numbered from 1."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
             if isinstance(record := json.loads(line), list):
-                source, split = _table(record, label_column)
+                source, split = _table(record, label_column, texts_optional)
                 number = 0
             else:
                 number += 1
                 yield _row(source, split, number, record)
 
 
-def _table(record: list[Any], label_column: str | None) -> tuple[Path, str | None]:
+def _table(record: list[Any], label_column: str | None, texts_optional: bool) -> tuple[Path, str | None]:
     """Source and split of a table; checks its columns."""
     source, split, columns = Path(record[0]), record[1], record[2]
     clip_column = next((name for name in CLIP_COLUMNS if name in columns), "file_name")
-    require_columns(source, columns, [clip_column, "text", *([label_column] if label_column else [])])
+    wanted = [clip_column, *([] if texts_optional else ["text"]), *([label_column] if label_column else [])]
+    require_columns(source, columns, wanted)
     in_name = source.stem.split("-")[0] if source.is_file() else None
     return source, split or (in_name if in_name and split_of(in_name) else None)
 
@@ -115,7 +116,7 @@ def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]
         line=number,
         folder=_stored_clips() if stored else source if source.is_dir() else source.parent,
         file=clip[0] if stored else clip,
-        text=record["text"],
+        text=record.get("text", ""),
         label=record.get("label"),
         split=record.get("split") or split,
         start=record.get("start", ""),

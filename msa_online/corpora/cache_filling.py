@@ -29,6 +29,7 @@ from feature_extractors.clip import (
     Clip,
     ClipError,
     ClipExtent,
+    ClipFeatures,
     ExtractionSettings,
     kind_of,
 )
@@ -37,6 +38,7 @@ from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, LATE_SOUND, NOTHING, PreparedCorpus
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, clean_text
+from msa_online.transcription import Transcriber, Transcript
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 
@@ -48,6 +50,7 @@ def prepare(
     workers: int | None = None,
     skip_broken: bool = False,
     max_audio_seconds: float = MAX_AUDIO_SECONDS,
+    transcriber: Transcriber | None = None,
 ) -> PreparedCorpus:
     """Extract the features of all clips that are not in the cache.
 
@@ -61,6 +64,7 @@ def prepare(
         workers: Number of processes; by default the number of usable cores.
         skip_broken: Leave out clips that cannot be decoded, instead of raising.
         max_audio_seconds: How much of the sound the model reads. Audio that is silent until then is missing.
+        transcriber: Makes the texts of clips that have none; None leaves them without.
 
     Raises:
         CorpusError: Clips cannot be used (all are listed with their lines), or no clip can. This includes
@@ -69,6 +73,7 @@ def prepare(
         AssetError: The face model is needed and unavailable.
         WorkerError: The worker processes cannot be started.
         ClipError: A file was deleted after the corpus was read.
+        TranscriptionError: The recogniser failed.
     """
     began = time.perf_counter()
     keys, contents, findings, extents = _look_up(corpus.samples, cache, settings)
@@ -86,6 +91,11 @@ def prepare(
     ]
     if broken and not (skip_broken and usable):
         raise CorpusError.of_rows(corpus.source, broken)
+    transcripts = _transcribe(usable, keys, cache, transcriber) if transcriber else {}
+    usable = [
+        replace(sample, text=transcripts[sample.id].text) if sample.id in transcripts else sample
+        for sample in usable
+    ]
     return PreparedCorpus(
         corpus=replace(corpus, samples=tuple(usable), broken=(*corpus.broken, *broken)),
         cache=cache,
@@ -95,7 +105,37 @@ def prepare(
         extracted=sum(keys[sample.id] in missing for sample in usable),
         seconds=time.perf_counter() - began,
         contents={sample.id: contents[sample.id] for sample in usable},
+        transcripts=transcripts,
     )
+
+
+def _transcribe(
+    samples: Sequence[Sample], keys: Mapping[str, str], cache: FeatureCache, transcriber: Transcriber
+) -> dict[str, Transcript]:
+    """Transcripts of the samples without a text, by sample id."""
+    without = [sample for sample in samples if not clean_text(sample.text)]
+    transcripts = {}
+    if without:
+        with progress_bar() as progress:
+            for sample in progress.track(without, description="recognising speech"):
+                features = load_features(cache, keys[sample.id], sample)
+                transcripts[sample.id] = transcriber(features)
+    return transcripts
+
+
+def load_features(cache: FeatureCache, key: str, sample: Sample) -> ClipFeatures:
+    """The features of a sample's clip, from the cache.
+
+    Raises:
+        CacheError: They were deleted after `prepare`.
+    """
+    features = cache.load(key)
+    if features is None:
+        raise CacheError(
+            f"the features of {sample.clip.path} were deleted from the cache {cache.folder}: start again to "
+            "extract them"
+        )
+    return features
 
 
 def _look_up(

@@ -105,9 +105,12 @@ def require_columns(path: Path, columns: Sequence[str], wanted: Iterable[str]) -
     if not missing:
         return
     complaints = [f"no column {name!r}{did_you_mean(name, columns)}" for name in missing]
+    remedy = "Rename or add the column in the header; if the label has another name, set label_column"
+    if "text" in missing:
+        remedy += "; without texts, --transcribe (data.transcribe in training) recognises the speech"
     error = MissingColumnError(
         f"{path} line 1: {'; '.join(complaints)}. Its columns are: {', '.join(filter(None, columns))}. "
-        "Rename or add the column in the header; if the label has another name, set label_column."
+        f"{remedy}."
     )
     error.columns = tuple(columns)
     raise error

@@ -7,15 +7,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
+from feature_extractors import Clip, ClipError
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.downloads import LAYOUTS, find
 from msa_online.corpora.downloads.layout import Files, Layout, Reading, text_of
 from msa_online.corpora.layouts import IMPORTED, METADATA, VIDEO_SUFFIXES, Row
 from msa_online.corpora.splits import split_of
 from msa_online.corpora.validation import why_not_writable
+from msa_online.transcription import Transcriber
 
 MEDIA_SUFFIXES = (
     *VIDEO_SUFFIXES,
@@ -98,16 +103,21 @@ def import_dataset(
     return Imported(name, clips, protocol, out / METADATA, len(rows), columns, left_out, notes)
 
 
-def start_metadata(folder: Path) -> tuple[Path, int, tuple[str, ...]]:
+def start_metadata(folder: Path, transcriber: Transcriber | None = None) -> tuple[Path, int, tuple[str, ...]]:
     """Start a metadata.csv: a row for every clip below a folder, with empty columns to fill in.
 
     The text of a clip is that of a .txt file of the same name beside it, if there is one. A sound beside a
     video of the same name is taken for the sound of that video and gets no row.
 
+    Args:
+        folder: The folder.
+        transcriber: Makes the texts of the other clips; None leaves them empty.
+
     Returns:
         The file, the number of its rows, and notes for the user.
 
     Raises:
+        TranscriptionError: The recogniser failed.
         CorpusError: There is no such folder, or no clip in it, or the table exists or cannot be written.
     """
     if not folder.is_dir():
@@ -138,15 +148,35 @@ def start_metadata(folder: Path) -> tuple[Path, int, tuple[str, ...]]:
         )
         for path, text in zip(clips, texts, strict=True)
     ]
-    _write(folder / METADATA, _table(rows, ("label",), Path(), ("speaker",)))
     notes = []
     if beside := len(paths) - len(clips):
         notes.append(f"{beside:,} sounds beside a video of the same name have no row")
     found = sum(bool(row.text) for row in rows)
     notes.append(f"{found:,} texts were found in .txt files of the same name")
+    if transcriber is not None:
+        rows, of_speech = _with_transcripts(rows, transcriber)
+        notes += of_speech
+    _write(folder / METADATA, _table(rows, ("label",), Path(), ("speaker",)))
     if any(split_of(Path(row.file).parts[0]) for row in rows if len(Path(row.file).parts) > 1):
         notes.append("folders named train, valid and test give the splits")
     return folder / METADATA, len(rows), tuple(notes)
+
+
+def _with_transcripts(rows: Sequence[Row], transcriber: Transcriber) -> tuple[list[Row], list[str]]:
+    """Rows with what a recogniser hears in clips without a text, and notes on them."""
+    filled, heard, broken = [], 0, 0
+    for row in track(rows, "recognising speech", transient=True, console=Console(stderr=True)):
+        if not row.text:
+            try:
+                row = replace(row, text=transcriber.recording(Clip(row.folder / row.file)).text)
+                heard += bool(row.text)
+            except ClipError:  # `prepare` reports it, with the reason
+                broken += 1
+        filled.append(row)
+    notes = [f"{heard:,} texts were recognised by {transcriber.name}: check them before you train"]
+    if broken:
+        notes.append(f"{broken:,} clips cannot be read and have no text; `msa-online prepare` says why")
+    return filled, notes
 
 
 def _require_new(out: Path) -> None:

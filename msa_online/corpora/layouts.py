@@ -81,14 +81,17 @@ class RowTable:
     links_into: Path | None = None
 
 
-def find_layout(folder: Path) -> Callable[[Path, str | None], RowTable] | None:
-    """The function that reads this folder, chosen by the metadata files in it; None if there are none."""
+def find_layout(folder: Path) -> Callable[[Path, str | None, bool], RowTable] | None:
+    """The function that reads this folder, chosen by the metadata files in it; None if there are none.
+
+    Its arguments are the folder, the label column, and whether the column of texts is optional.
+    """
     if metadata := _metadata_in(folder):
-        return lambda folder, label_column: read_metadata(metadata, label_column)
+        return lambda folder, *columns: read_metadata(metadata, *columns)
     if _split_folders(folder):
         return read_split_folders
     if table := mmsa_table(folder):
-        return lambda folder, label_column: read_mmsa(table, label_column)
+        return lambda folder, *columns: read_mmsa(table, *columns)
     if any(meld_tables(folder).values()):
         return read_meld
     return None
@@ -111,7 +114,7 @@ def meld_tables(folder: Path) -> dict[str, Path | None]:
     }
 
 
-def read_metadata(source: Path, label_column: str | None) -> RowTable:
+def read_metadata(source: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
     """Read one metadata.csv: file_name, text, label; maybe split, start, end, speaker, region, audio_track.
 
     Beside an imported.json, file names may be absolute paths below the folder that it names.
@@ -119,7 +122,7 @@ def read_metadata(source: Path, label_column: str | None) -> RowTable:
     of that name, as in the Hub's video folders.
     """
     table = read_csv(source)
-    rows = tuple(_metadata_rows(table, source.parent, "", label_column))
+    rows = tuple(_metadata_rows(table, source.parent, "", label_column, texts_optional))
     if clips := _imported_from(source.parent):
         rows = tuple(_within(clips, row) for row in rows)
     if not any(row.split for row in rows):
@@ -127,18 +130,18 @@ def read_metadata(source: Path, label_column: str | None) -> RowTable:
     return RowTable(source, rows, table.broken)
 
 
-def read_split_folders(folder: Path, label_column: str | None) -> RowTable:
+def read_split_folders(folder: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
     """Read the metadata.csv in each of train/, valid/ and test/."""
     rows, broken = [], []
     for split_folder in _split_folders(folder):
         table = read_csv(_metadata_in(split_folder))
-        found = _metadata_rows(table, folder, split_folder.name, label_column)
+        found = _metadata_rows(table, folder, split_folder.name, label_column, texts_optional)
         rows += [replace(row, split=row.split or split_folder.name) for row in found]
         broken += table.broken
     return RowTable(folder, tuple(rows), tuple(broken))
 
 
-def read_mmsa(source: Path, label_column: str | None) -> RowTable:
+def read_mmsa(source: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
     """Read MMSA's label.csv, or CH-SIMS' meta.csv, with clips in Raw/<video_id>/.
 
     The columns are video_id, clip_id, text, label and mode. The file of a clip is found by its stem, or by
@@ -146,8 +149,8 @@ def read_mmsa(source: Path, label_column: str | None) -> RowTable:
     each video shows one speaker, so `video_id` serves as the speaker.
     """
     table = read_csv(source)
-    wanted = ["video_id", "clip_id", "text", *([label_column] if label_column else [])]
-    require_columns(source, table.columns, wanted)
+    wanted = ["video_id", "clip_id", *([] if texts_optional else ["text"])]
+    require_columns(source, table.columns, wanted + ([label_column] if label_column else []))
     folder = source.parent
     stems: dict[str, dict[str, str]] = {}
     rows = []
@@ -163,7 +166,7 @@ def read_mmsa(source: Path, label_column: str | None) -> RowTable:
                 line=line,
                 folder=folder,
                 file=f"Raw/{video}/{file}",
-                text=cells["text"],
+                text=cells.get("text", ""),
                 label=cells[label_column] if label_column else None,
                 split=cells.get("mode") or None,
                 speaker=cells.get("speaker") or video,
@@ -175,7 +178,7 @@ def read_mmsa(source: Path, label_column: str | None) -> RowTable:
     return RowTable(source, tuple(rows), table.broken)
 
 
-def read_meld(folder: Path, label_column: str | None) -> RowTable:
+def read_meld(folder: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
     """Read MELD's three csv files; the label column is Emotion or Sentiment.
 
     The clips dia<D>_utt<U>.mp4 are next to each csv file, in a folder whose name contains that of the split
@@ -187,7 +190,7 @@ def read_meld(folder: Path, label_column: str | None) -> RowTable:
         if source is None:
             continue
         table = read_csv(source)
-        wanted = ["Utterance", "Speaker", "Dialogue_ID", "Utterance_ID"]
+        wanted = ["Speaker", "Dialogue_ID", "Utterance_ID", *([] if texts_optional else ["Utterance"])]
         require_columns(table.path, table.columns, wanted + ([label_column] if label_column else []))
         clips = _meld_clips(folder, split)
         stems = names_by_stem(folder / clips)
@@ -201,7 +204,7 @@ def read_meld(folder: Path, label_column: str | None) -> RowTable:
                     line=line,
                     folder=folder,
                     file=f"{clips}/{file}",
-                    text=cells["Utterance"].translate(BEYOND_LATIN_1),
+                    text=cells.get("Utterance", "").translate(BEYOND_LATIN_1),
                     label=cells[label_column] if label_column else None,
                     split=split,
                     speaker=cells["Speaker"],
@@ -214,9 +217,11 @@ def read_meld(folder: Path, label_column: str | None) -> RowTable:
     return RowTable(folder, tuple(rows), tuple(broken))
 
 
-def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str | None) -> Iterator[Row]:
+def _metadata_rows(
+    table: CsvTable, folder: Path, prefix: str, label_column: str | None, texts_optional: bool
+) -> Iterator[Row]:
     """Rows of the metadata.csv in `folder`/`prefix`, with file names relative to `folder`."""
-    wanted = ["file_name", "text"] + ([label_column] if label_column else [])
+    wanted = ["file_name", *([] if texts_optional else ["text"])] + ([label_column] if label_column else [])
     require_columns(table.path, table.columns, wanted)
     for line, cells in table.rows:
         file = cells["file_name"]
@@ -225,7 +230,7 @@ def _metadata_rows(table: CsvTable, folder: Path, prefix: str, label_column: str
             line=line,
             folder=folder,
             file=os.path.join(prefix, file) if file else "",  # an absolute path stays absolute: refused later
-            text=cells["text"],
+            text=cells.get("text", ""),
             label=cells[label_column] if label_column else None,
             split=cells.get("split", "").strip() or None,
             start=cells.get("start", ""),

@@ -3,7 +3,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from feature_extractors.clip import (
 from msa_online.corpora.corpus import BrokenRow, Corpus, ReadyCorpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits, UnknownTokens
+from msa_online.transcription import Transcript
 
 EMPTY_TEXT = "empty text"
 NOTHING = "no modality at all"
@@ -32,6 +33,8 @@ LATE_SOUND = "silent in the part that is read"
 LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO, LATE_SOUND), "vision": (NO_VIDEO, NO_FACE)}
 """Findings that mean that a sample lacks a modality."""
 LEFT_OUT = "left out: broken"
+TRANSCRIBED = "text recognised by a machine"
+NO_SPEECH = "no speech recognised"
 ALL_UNKNOWN = "text all unknown"
 PARTLY_UNKNOWN = "text partly unknown"
 SHOWN_CLASSES = 12  # of a split, in the table
@@ -53,6 +56,7 @@ class PreparedCorpus(ReadyCorpus):
         extracted: Number of samples decoded now; the others were in the cache.
         seconds: Time it took.
         contents: SHA-256 of the file of each usable sample, by sample id.
+        transcripts: What a recogniser heard in each sample that had no text, by sample id.
     """
 
     corpus: Corpus
@@ -63,6 +67,7 @@ class PreparedCorpus(ReadyCorpus):
     extracted: int
     seconds: float
     contents: dict[str, str]
+    transcripts: dict[str, Transcript] = field(default_factory=dict)
 
     empty_split_remedy: ClassVar[str] = Corpus.empty_split_remedy
 
@@ -139,6 +144,10 @@ def all_findings(prepared: PreparedCorpus, limits: InputLimits) -> list[Finding]
     found = [Finding(name, samples) for name, samples in prepared.found.items()]
     if prepared.broken:
         found.append(Finding(LEFT_OUT, prepared.broken))
+    asked = [sample for sample in prepared.samples if sample.id in prepared.transcripts]
+    for name, is_text in ((TRANSCRIBED, True), (NO_SPEECH, False)):
+        if rows := [sample for sample in asked if bool(sample.text) == is_text]:
+            found.append(Finding(name, rows, f"by {prepared.transcripts[rows[0].id].model}"))
     titles = {
         "text": f"text cut at {limits.max_text_tokens:,} tokens",
         "audio": f"sound cut at {limits.max_audio_seconds:g} s",

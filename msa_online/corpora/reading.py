@@ -41,6 +41,7 @@ def read_corpus(
     seed: int = 1111,
     audio_track: int | None = None,
     labels_optional: bool = False,
+    texts_optional: bool = False,
 ) -> Corpus:
     """Read and check a corpus without decoding anything; reports all problems within a second.
 
@@ -58,12 +59,13 @@ def read_corpus(
         seed: Seed of the split, if the data give none.
         audio_track: Audio track of rows that name none, counted from 1; None for `Clip`'s choice.
         labels_optional: Rows without a label are legal, and so are labels of any kind.
+        texts_optional: The column of texts may be missing, because speech will be recognised.
 
     Raises:
         CorpusError: There is no metadata; a column is missing or its labels do not suit the task; or rows are
             broken, all of which are listed.
     """
-    table = _read_rows(path, label_column)
+    table = _read_rows(path, label_column, texts_optional)
     if label_column is not None and not labels_optional:
         check_label_column(table.rows, label_column, label_range, skip_broken)
     if audio_track is not None:
@@ -85,15 +87,16 @@ def read_corpus(
     return Corpus(tuple(samples), table.source, tuple(broken))
 
 
-def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
+def _read_rows(path: str | Path, label_column: str | None, texts_optional: bool) -> RowTable:
     local = Path(path).expanduser()
     if not local.exists():
         if isinstance(path, str) and REPOSITORY.fullmatch(path):
-            return _read_repository(path, label_column)
+            return _read_repository(path, label_column, texts_optional)
         raise CorpusError(f"{path} does not exist: give a folder with metadata.csv, or owner/name on the Hub")
     local = local.absolute()
     if local.is_file() and local.suffix.lower() in TEXT_SUFFIXES:
-        return (read_mmsa if local.name in MMSA_METADATA else read_metadata)(local, label_column)
+        read = read_mmsa if local.name in MMSA_METADATA else read_metadata
+        return read(local, label_column, texts_optional)
     if local.suffix.lower() in FEATURE_SUFFIXES or (local / FEATURES).is_file():
         raise CorpusError(
             f"{path} holds precomputed features, not clips. They need no `prepare`: train on them with "
@@ -102,13 +105,13 @@ def _read_rows(path: str | Path, label_column: str | None) -> RowTable:
         )
     layout = find_layout(local) if local.is_dir() else None
     if layout is not None:
-        return layout(local, label_column)
+        return layout(local, label_column, texts_optional)
     if is_arrow(local):
-        return read_arrow(local, label_column)
+        return read_arrow(local, label_column, texts_optional)
     raise CorpusError(_no_metadata(local))
 
 
-def _read_repository(name: str, label_column: str | None) -> RowTable:
+def _read_repository(name: str, label_column: str | None, texts_optional: bool) -> RowTable:
     """Download a data set from the Hub, or take what its cache holds, and read it as a folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -129,7 +132,7 @@ def _read_repository(name: str, label_column: str | None) -> RowTable:
             "beside their metadata.csv"
         )
     # a snapshot consists of links into blobs/, two folders up
-    return replace(_read_rows(snapshot, label_column), links_into=snapshot.parents[1])
+    return replace(_read_rows(snapshot, label_column, texts_optional), links_into=snapshot.parents[1])
 
 
 def _no_metadata(path: Path) -> str:

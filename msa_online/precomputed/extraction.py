@@ -17,7 +17,7 @@ from torch import nn
 from feature_extractors import FeatureCache, log_mel
 from feature_extractors.clip import NUM_BLENDSHAPES, ClipFeatures
 from msa_online.configuration_msa import MSAConfig
-from msa_online.corpora.cache_filling import prepare
+from msa_online.corpora.cache_filling import load_features, prepare
 from msa_online.corpora.corpus import Corpus
 from msa_online.corpora.prepared_corpus import PreparedCorpus
 from msa_online.encoders import load_encoder_config, load_preprocessors, make_encoders
@@ -27,8 +27,9 @@ from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descript
 from msa_online.precomputed.corpus import FeatureSteps
 from msa_online.precomputed.files import require_new_folder, write_feature_folder
 from msa_online.precomputed.pooling import pool
-from msa_online.precomputed.states import FrozenEncoder, load_features
+from msa_online.precomputed.states import FrozenEncoder
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, MSAProcessor
+from msa_online.transcription import Transcriber
 
 NO_SOUND = np.zeros((0, 1), np.float32)
 
@@ -61,6 +62,7 @@ def extract_features(
     extraction: Mapping[str, Any] | None = None,
     workers: int | None = None,
     skip_broken: bool = False,
+    transcriber: Transcriber | None = None,
 ) -> Extraction:
     """Extract a corpus of features from clips, to train many heads on states that are computed once.
 
@@ -83,6 +85,7 @@ def extract_features(
         extraction: What to extract from clips: fields of `ExtractionSettings`.
         workers: Number of processes that extract clips.
         skip_broken: Leave out clips that cannot be decoded, instead of raising.
+        transcriber: Makes the texts of clips that have none.
 
     Raises:
         CorpusError: The folder exists or cannot be written, or clips cannot be decoded.
@@ -115,7 +118,13 @@ def extract_features(
         **load_preprocessors(config),
     )
     prepared = prepare(
-        corpus, FeatureCache(), processor.settings, workers, skip_broken, processor.max_audio_seconds
+        corpus,
+        FeatureCache(),
+        processor.settings,
+        workers,
+        skip_broken,
+        processor.max_audio_seconds,
+        transcriber,
     )
     steps, cpu_seconds = {}, {}
     for name in MODALITIES:

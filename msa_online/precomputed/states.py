@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from feature_extractors import CacheError, ClipFeatures, FeatureCache
+from feature_extractors import CacheError, FeatureCache
 from msa_online.configuration_msa import MSAConfig
+from msa_online.corpora.cache_filling import load_features
 from msa_online.corpora.corpus import Sample
 from msa_online.corpora.prepared_corpus import PreparedCorpus
 from msa_online.encoders.pretrained import EncoderError, PretrainedEncoder
@@ -333,21 +334,6 @@ class FrozenEncoder:
             "precision": self.precision,
             "inputs": {key: made_by.get(key) for key in INPUTS[self.name]},
         }
-
-
-def load_features(cache: FeatureCache, key: str, sample: Sample) -> ClipFeatures:
-    """The features of a sample's clip, from the cache.
-
-    Raises:
-        CacheError: They were deleted after `prepare`.
-    """
-    features = cache.load(key)
-    if features is None:
-        raise CacheError(
-            f"the features of {sample.clip.path} were deleted from the cache {cache.folder}: start again to "
-            "extract them"
-        )
-    return features
 
 
 def _require_fitting(keys: Sequence[str], values: Tensor, mask: Tensor, ends: Tensor) -> None:

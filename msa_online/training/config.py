@@ -83,6 +83,9 @@ class DataArguments:
             or the first audible one if that is silent.
         max_text_tokens: Longest token sequence.
         max_audio_seconds: Longest sound.
+        transcribe: Speech recogniser that makes the texts of clips without one, such as whisper-tiny.en, a
+            size of faster-whisper, or a folder or Hub repository (see docs/transcripts.md); null makes none.
+        language: Code of the spoken language for it, like de; null lets a multilingual one detect it.
         prepare_workers: Processes that extract features; all cores by default.
         loader_workers: Processes that load batches; 0 loads them in the training process.
         missing: Modalities to hide from training, validation and test samples.
@@ -103,6 +106,8 @@ class DataArguments:
     audio_track: int | None = None
     max_text_tokens: int = MAX_TEXT_TOKENS
     max_audio_seconds: float = MAX_AUDIO_SECONDS
+    transcribe: str | None = None
+    language: str | None = None
     prepare_workers: int | None = None
     loader_workers: int = 0
     missing: MissingArguments = field(default_factory=MissingArguments)

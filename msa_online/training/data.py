@@ -3,6 +3,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -13,7 +14,7 @@ from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, ReadyCorpus, require_splits
-from msa_online.corpora.prepared_corpus import findings_table
+from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import check_class_names
@@ -26,6 +27,7 @@ from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import DataArguments, RunArguments
 from msa_online.training.turns import in_turn
 from msa_online.training.yaml_reader import ConfigurationError
+from msa_online.transcription import Transcriber
 
 
 def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
@@ -33,9 +35,13 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
 
     Raises:
         CorpusError: Rows cannot be used and `skip_broken` is not set, or a split is empty.
-        ConfigurationError: `split_column` is set for clips.
+        ConfigurationError: `split_column` is set for clips, or `transcribe` for features.
     """
     if is_precomputed_path(data.path):
+        if data.transcribe is not None:
+            raise ConfigurationError(
+                f"data.transcribe={data.transcribe} needs clips, but {data.path} holds precomputed features"
+            )
         features = read_features(
             data.path,
             label_column=data.label_column,
@@ -57,6 +63,7 @@ def read_data(data: DataArguments) -> Corpus | FeatureCorpus:
         skip_broken=data.skip_broken,
         seed=data.split_seed,
         audio_track=data.audio_track,
+        texts_optional=data.transcribe is not None,
     )
     require_splits(corpus, ("train", "valid"))
     return corpus
@@ -81,11 +88,13 @@ def prepare_data(
     processor: MSAProcessor | None,
     accelerator: Accelerator,
     console: Console,
+    transcriber: Transcriber | None = None,
 ) -> ReadyCorpus:
     """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
     Features of clips that are not in the cache are extracted by the main process, while the others wait.
-    `processor` is that of the model of clips; None for precomputed features.
+    `processor` is that of the model of clips; None for precomputed features. `transcriber` makes the texts of
+    clips that have none.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, or
@@ -107,6 +116,7 @@ def prepare_data(
                 data.prepare_workers,
                 data.skip_broken,
                 processor.max_audio_seconds,
+                transcriber,
             ),
             accelerator,
         )
@@ -118,6 +128,16 @@ def prepare_data(
     if data.strict:
         refuse_warnings(corpus.source, copies)
     return prepared
+
+
+def transcripts_record(data: ReadyCorpus, language: str | None) -> dict[str, Any]:
+    """How many texts a recogniser made, for the record of a run; empty if it made none."""
+    heard = data.transcripts if isinstance(data, PreparedCorpus) else {}
+    made = sum(bool(transcript.text) for transcript in heard.values())
+    if not made:
+        return {}
+    model = next(iter(heard.values())).model
+    return {"model": model, "language": language, "made": made, "of": len(data.samples)}
 
 
 def fingerprint(data: ReadyCorpus) -> dict[str, list[str]]:

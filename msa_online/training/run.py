@@ -50,6 +50,7 @@ from msa_online.training.data import (
     prepare_data,
     read_data,
     steps_line,
+    transcripts_record,
 )
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.frozen_states import compute_frozen_states
@@ -67,6 +68,7 @@ from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.stages import StageSchedule, make_schedule
 from msa_online.training.state import Stateful
 from msa_online.training.teacher import appoint_teacher
+from msa_online.transcription import transcriber_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Run:
         for_teacher: Training split in a fixed order, with the masks of a teacher.
         for_validation: Validation split with the masks of validation.
         findings: Number of clips with each finding; empty for precomputed features.
+        transcripts: How many texts a recogniser made; empty if it made none.
     """
 
     arguments: RunArguments
@@ -102,6 +105,7 @@ class Run:
     for_teacher: MaskedBatches
     for_validation: MaskedBatches
     findings: Mapping[str, int | str]
+    transcripts: Mapping[str, Any]
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -159,13 +163,14 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     folder = RunFolder(training.output_dir, accelerator)
     folder.check(arguments)
     require_encoders(arguments)
+    transcriber = transcriber_of(arguments.data)
     corpus = read_data(arguments.data)
     seed_everything(training.seed)
     model, processor = build_model(arguments, class_names(corpus, arguments.data), console)
     schedule = make_schedule(training, model.head.stages)
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
-    data = prepare_data(corpus, arguments.data, processor, accelerator, console)
+    data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber)
     masks = draw_split_masks(data, arguments.data.missing)
     if masks:
         show(rates_table(masks), console)
@@ -221,6 +226,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         for_teacher=input_masks["teacher"].over(every_train_sample),
         for_validation=input_masks["valid"].over(loaders["valid"]),
         findings=findings_counts(data, processor.limits) if processor else {},
+        transcripts=transcripts_record(data, arguments.data.language),
     )
 
 
@@ -386,6 +392,8 @@ def _record(run: Run, command: str, parameters: Mapping[str, int]) -> dict[str, 
         record["audio_track"] = data.audio_track
     if run.findings:
         record["findings"] = dict(run.findings)
+    if run.transcripts:
+        record["transcripts"] = dict(run.transcripts)
     if run.masks:
         drawn = {split: mask.record for split, mask in run.masks.items()}
         record["missing"] = {**asdict(data.missing), "splits": drawn}
