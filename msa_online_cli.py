@@ -57,7 +57,7 @@ EXAMPLES = {  # printed at the end of each command's --help
     ),
     "describe": ("describe recommended", "describe runs/mine --json"),
     "publish": ("publish runs/mine ORG/NAME --private --license cc-by-nc-4.0 --language en",),
-    "serve": ("serve runs/mine --examples", "serve ORG/NAME --port 8000"),
+    "serve": ("serve runs/mine --examples --transcribe", "serve ORG/NAME --port 8000"),
     "get-models": ("get-models face_landmarker all-MiniLM-L6-v2",),
     "synthesize": ("synthesize data/synthetic --clips 48", "synthesize features/control --kind control"),
     "convert-features": ("convert-features unaligned_50.pkl features/mosi",),
@@ -407,6 +407,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     )
     serve.add_argument("--port", type=_port, default=7860, help="port to listen on (default 7860)")
     serve.add_argument("--examples", action="store_true", help="offer synthetic clips (needs the extra demo)")
+    _add_transcription(serve)
     _add_plugin(serve)
     serve.set_defaults(refuse=serve.error)
 

@@ -114,7 +114,8 @@ def predict_timeline(
     """
     if not 0 < step <= seconds:
         raise ValueError(f"a step of {step:g} s with windows of {seconds:g} s: give 0 < step <= window")
-    heard = pipeline.transcriber.recording(clip) if words is None and pipeline.transcriber else None
+    listens = words is None and pipeline.transcriber is not None and "text" not in hidden
+    heard = pipeline.transcriber.recording(clip) if listens else None
     windows = tuple(_windows(pipeline, clip, seconds, step, heard or words, batch_size, hidden))
     return Timeline(windows, mean_of_windows(windows, str(clip.path), heard))
 

@@ -23,12 +23,16 @@ def run(options: Namespace, console: Console) -> None:
         options.refuse(
             f"{options.host}:{options.port} cannot be used: {reason}; give another --port or --host"
         )
+    if options.language and not options.transcribe:
+        options.refuse("--language needs --transcribe")
     import_plugins(options.plugin, "--plugin")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     stopped = Event()
     try:
         with (
-            MSAPipeline.from_pretrained(options.model) as pipeline,
+            MSAPipeline.from_pretrained(
+                options.model, transcribe=options.transcribe, language=options.language
+            ) as pipeline,
             running_page(
                 pipeline,
                 Path(options.model).name if Path(options.model).is_dir() else options.model,

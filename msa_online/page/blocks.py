@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -19,6 +20,7 @@ from msa_online.pipeline import MSAPipeline, Prediction
 from msa_online.pipeline_inputs import Sample
 from msa_online.processing_msa import clean_text
 from msa_online.timeline import Timeline, exceeds_reach, predict_timeline
+from msa_online.transcription import TranscriptionError
 
 MAX_BYTES = 200_000_000
 """Size of an upload."""
@@ -50,6 +52,8 @@ who agree.
 close the page or give another clip, and after ten minutes in any case. The model is *{source}*.
 """
 NOTHING_GIVEN = "Nothing to predict from: give a clip, or type what was said."
+NO_CLIP = "No speech to write down: give a clip first."
+NO_SPEECH = "No speech was found in the clip."
 DELETED = "This clip has been deleted, as all are after ten minutes: give it again."
 EMPTY = '<div class="msa"><p class="small empty">The answer appears here.</p></div>'
 
@@ -104,19 +108,46 @@ class Answers:
         request: gr.Request,
     ) -> tuple[str, Memory]:
         """The answer, and the features of the clip for the next question about it."""
-        path = Path(video or sound) if video or sound else None
-        self.uploads.show(request.session_hash, path)
+        path = self._path(video, sound, request)
         hidden = [name for name in MODALITIES if name not in used]
         try:
             result, memory = self._predict(path, _checked_text(text, path), hidden, memory)
         except ClipError as error:
             return problem_html(DELETED if error.problem == "missing" else clip_problem(error)), None
-        except (Refusal, UndefinedScoreError) as error:
+        except (Refusal, UndefinedScoreError, TranscriptionError) as error:
             return problem_html(str(error)), None
         crops = np.zeros((0, 0, 0, 3), np.uint8)
         if memory is not None and "vision" in used:
             crops = memory[1].face_crops[memory[1].face_found]
         return result_html(result, crops, self.pipeline.model.config.label_range), memory
+
+    def transcribe(
+        self, video: str | None, sound: str | None, memory: Memory, request: gr.Request
+    ) -> tuple[Any, str, Memory]:
+        """What the recogniser hears in a clip, for the visitor to correct; or why there is nothing."""
+        path = self._path(video, sound, request)
+        try:
+            if path is None:
+                raise Refusal(NO_CLIP)
+            _check_length(path)
+            if exceeds_reach(self.pipeline, Clip(path)):
+                heard = self.pipeline.transcriber.recording(Clip(path))
+            else:
+                memory = self._remembered(path, memory)
+                heard = self.pipeline.transcriber(memory[1])
+            if not heard.text:
+                raise Refusal(NO_SPEECH)
+        except ClipError as error:
+            line = DELETED if error.problem == "missing" else clip_problem(error)
+            return gr.skip(), problem_html(line), None
+        except (Refusal, TranscriptionError) as error:
+            return gr.skip(), problem_html(str(error)), memory
+        return heard.text, EMPTY, memory
+
+    def _path(self, video: str | None, sound: str | None, request: gr.Request) -> Path | None:
+        path = Path(video or sound) if video or sound else None
+        self.uploads.show(request.session_hash, path)
+        return path
 
     def _predict(
         self, path: Path | None, text: str | None, hidden: Sequence[str], memory: Memory
@@ -125,17 +156,24 @@ class Answers:
         if path is None:
             (prediction,) = self.pipeline.predict([(sample, self.pipeline.extract(sample))], hidden=hidden)
             return prediction, None
-        if memory is None or memory[0] != path:
-            if (seconds := media_seconds(sample.source)) > MAX_SECONDS:
-                raise Refusal(
-                    f"{path.name} lasts {_length(seconds)}: give a clip of at most {_length(MAX_SECONDS)}."
-                )
-            memory = None
+        _check_length(path)
         if text is None and exceeds_reach(self.pipeline, sample.source):
             return predict_timeline(self.pipeline, sample.source, hidden=hidden), None
-        memory = memory or (path, self.pipeline.extract(sample))
+        memory = self._remembered(path, memory)
         (prediction,) = self.pipeline.predict([(sample, memory[1])], hidden=hidden)
         return prediction, memory
+
+    def _remembered(self, path: Path, memory: Memory) -> tuple[Path, ClipFeatures]:
+        """The features of a clip, extracted unless they are those of the last question."""
+        if memory is not None and memory[0] == path:
+            return memory
+        return path, self.pipeline.extract(Sample(Clip(path), None))
+
+
+def _check_length(path: Path) -> None:
+    if (seconds := media_seconds(Clip(path))) > MAX_SECONDS:
+        lasts, most = _length(seconds), _length(MAX_SECONDS)
+        raise Refusal(f"{path.name} lasts {lasts}: give a clip of at most {most}.")
 
 
 def _length(seconds: float) -> str:
@@ -193,6 +231,12 @@ def build_page(
                     max_lines=6,
                     elem_id="text",
                 )
+                write = gr.Button(
+                    "Write down what is said",
+                    size="sm",
+                    visible=pipeline.transcriber is not None,
+                    elem_id="write",
+                )
                 used = gr.CheckboxGroup(
                     [(NAMES[name], name) for name in MODALITIES],
                     value=list(MODALITIES),
@@ -218,6 +262,15 @@ def build_page(
         }
         gr.on([button.click, text.submit], **job, api_name="predict")
         used.input(**job, trigger_mode="always_last", api_visibility="private")
+        write.click(
+            answers.transcribe,
+            [video, sound, memory],
+            [text, result, memory],
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress_on=text,
+            api_visibility="private",
+        )
         # the clip that was given last counts
         video.input(None, None, sound, js="() => null", api_visibility="private")
         sound.input(None, None, video, js="() => null", api_visibility="private")

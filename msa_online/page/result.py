@@ -198,7 +198,9 @@ def _timeline(timeline: Timeline, label_range: Sequence[float] | None) -> list[s
 
 def _notes(prediction: Prediction) -> list[str]:
     """Everything that limits the prediction, in sentences."""
+    heard = prediction.transcript
     return [
+        *([f"{heard.model} heard, perhaps wrongly: {heard.text}"] if heard and heard.text else []),
         *_reasons(prediction.missing),
         *(f"{NAMES[name]}: only a part was read: {what}." for name, what in prediction.cut.items()),
         *(f"Found: {finding}." for finding in prediction.findings),
