@@ -290,6 +290,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="with --split valid: fit intervals or temperatures on it and store them in the checkpoint",
     )
     evaluate.add_argument(
+        "--scoring",
+        default="standard",
+        choices=("standard", "nonzero", "per_class"),
+        help="nonzero leaves out samples with label 0, MAE and correlation included, as some papers do; "
+        "per_class adds the F1 of each class, also against the rest as for the four emotions of IEMOCAP",
+    )
+    evaluate.add_argument(
         "--frame-rates",
         choices=("input", "feature"),
         help="score with 0, 10, ... 90%% of words, sound steps and faces missing, before the encoders "

@@ -569,6 +569,36 @@ def test_a_model_of_features_is_scored_on_features(capsys, archive, feature_chec
     assert "test (4 samples)" in capsys.readouterr().out
 
 
+def test_scores_are_scored_without_zero_labels_on_request(capsys, archive, feature_checkpoint):
+    words = ["evaluate", feature_checkpoint, archive, "--scoring", "nonzero"]
+    assert main([*words, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["scoring"] == "nonzero" and "acc2_has0" not in report["conditions"]["text"]
+    assert main(words) == 0
+    assert "samples with label 0 left out" in capsys.readouterr().out
+    words[-1] = "per_class"
+    assert "per_class is for classes" in usage_error(capsys, *words)
+
+
+def test_a_classifier_shows_the_f1_of_each_class_on_request(capsys, archive, tmp_path):
+    config = MSAConfig(
+        feature_widths={"text": 4, "audio": 3, "vision": 2},
+        head_kwargs={"hidden_size": 8},
+        id2label={0: "angry", 1: "calm", 2: "sad"},
+        label2id={"angry": 0, "calm": 1, "sad": 2},
+    )
+    MSAModel(config).save_pretrained(tmp_path / "classes")
+    words = ["evaluate", str(tmp_path / "classes"), archive, "--label-column", "emotion"]
+    capsys.readouterr()
+    assert main([*words, "--scoring", "per_class", "--json", "-"]) == 0
+    classes = json.loads(capsys.readouterr().out)["classes"]["text+audio+vision"]
+    assert list(classes) == ["angry", "calm", "sad"] and classes["sad"]["samples"] == 4
+    assert main([*words, "--scoring", "per_class"]) == 0
+    printed = capsys.readouterr().out
+    assert "F1 of each class against the rest" in printed and "calm" in printed
+    assert "nonzero is for scores" in usage_error(capsys, *words, "--scoring", "nonzero")
+
+
 @pytest.mark.parametrize("level", ["input", "feature"])
 def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_checkpoint, level):
     words = ["evaluate", feature_checkpoint, archive, "--frame-rates", level]

@@ -24,6 +24,7 @@ from msa_online.corpora.validation import why_not_writable
 from msa_online.evaluation.conditions import evaluate_frame_rates, predict_conditions, undefined_of
 from msa_online.evaluation.metrics import METRIC_TITLES
 from msa_online.evaluation.tables import (
+    classes_table,
     conditions_table,
     confidence_table,
     frame_rates_table,
@@ -41,6 +42,11 @@ from msa_online.training.checkpoint import ADAPTER, write_atomically
 from msa_online.training.config_reader import import_plugins
 from msa_online.training.precision import choose_precision
 from msa_online.transcription import transcriber_of
+
+CLASS_METRICS = {
+    "f1": "F1 of each class",
+    "f1_binary": "F1 of each class against the rest, weighted (as RAVEN and MulT score emotions)",
+}
 
 
 def run(options: Namespace, console: Console) -> None:
@@ -60,6 +66,7 @@ def run(options: Namespace, console: Console) -> None:
         open_console(stderr=True).print(f"warning: {precision.warning}", soft_wrap=True)
     accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
+    _require_scoring(options, model.config)
     prepared = None
     if model.config.feature_widths is None:
         data = prepared = _clips_to_score(options, model.config, processor)
@@ -83,8 +90,15 @@ def run(options: Namespace, console: Console) -> None:
         tables = [frame_rates_table(results, f"{title}, at {level} level")]
     else:
         predictions = predict_conditions(model, loader, accelerator, tuple(VISIBLE_SETS))
-        report["conditions"] = predictions.metrics(model.config)
+        if options.scoring == "nonzero":
+            report |= {"scoring": "nonzero", "conditions": predictions.nonzero_metrics(model.config)}
+            title += ", samples with label 0 left out"
+        else:
+            report["conditions"] = predictions.metrics(model.config)
         tables = [conditions_table(report["conditions"], title)]
+        if options.scoring == "per_class":
+            report["classes"] = classes = predictions.class_metrics(model.config)
+            tables += [classes_table(classes, name, heading) for name, heading in CLASS_METRICS.items()]
         confidence = Confidence.of(model.config.confidence)
         if options.calibrate:
             confidence = predictions.fit_confidence(options.split)
@@ -112,6 +126,16 @@ def run(options: Namespace, console: Console) -> None:
             console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
         for note in notes:
             console.print(note, soft_wrap=True)
+
+
+def _require_scoring(options: Namespace, config: MSAConfig) -> None:
+    """Check that the task of the checkpoint has the chosen metrics."""
+    if options.scoring != "standard" and options.frame_rates:
+        options.refuse(f"--scoring {options.scoring} is for the seven conditions: leave out --frame-rates")
+    if options.scoring == "nonzero" and not config.is_regression:
+        options.refuse(f"--scoring nonzero is for scores, but {options.checkpoint} predicts classes")
+    if options.scoring == "per_class" and config.is_regression:
+        options.refuse(f"--scoring per_class is for classes, but {options.checkpoint} predicts scores")
 
 
 def _require_calibration(options: Namespace) -> None:

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from msa_online.confidence import Confidence, fit_confidence, measure_confidence
 from msa_online.configuration_msa import MSAConfig
-from msa_online.evaluation.metrics import classification_metrics, regression_metrics, undefined_metrics
+from msa_online.evaluation.metrics import (
+    class_metrics,
+    classification_metrics,
+    regression_metrics,
+    undefined_metrics,
+)
 from msa_online.layers.losses import sample_losses
 from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, NOTHING, VISIBLE_SETS, ModalitySequence
@@ -51,14 +56,32 @@ class ConditionPredictions:
     def metrics(self, config: MSAConfig) -> dict[str, dict[str, float]]:
         """Metrics of `metrics_of` by condition; `NOTHING` is not one."""
         return {
-            condition: metrics_of(logits, self.labels, config)
-            for condition, logits in self.logits.items()
-            if condition != NOTHING
+            condition: metrics_of(logits, self.labels, config) for condition, logits in self._conditions()
         }
+
+    def nonzero_metrics(self, config: MSAConfig) -> dict[str, dict[str, float]]:
+        """Metrics of a regression by condition, on the samples whose label is not 0."""
+        return {
+            condition: regression_metrics(
+                logits[:, 0], self.labels, style="nonzero", label_range=config.label_range
+            )
+            for condition, logits in self._conditions()
+        }
+
+    def class_metrics(self, config: MSAConfig) -> dict[str, dict[str, dict[str, float]]]:
+        """Metrics of each class by condition, see `metrics.class_metrics`."""
+        names = [config.id2label[number] for number in range(config.num_labels)]
+        return {
+            condition: class_metrics(logits, self.labels, names) for condition, logits in self._conditions()
+        }
+
+    def _conditions(self) -> list[tuple[str, np.ndarray]]:
+        """The logits of each condition; `NOTHING` is not one."""
+        return [(name, logits) for name, logits in self.logits.items() if name != NOTHING]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Logits by condition and the labels, as arrays to save; `NOTHING` is left out."""
-        logits = {name: each.astype(np.float32) for name, each in self.logits.items() if name != NOTHING}
+        logits = {name: each.astype(np.float32) for name, each in self._conditions()}
         return {**logits, LABELS: self.labels}
 
     def fit_confidence(self, split: str) -> Confidence:

@@ -99,6 +99,25 @@ def conditions_table(results: Results, title: str) -> Table:
     )
 
 
+def classes_table(results: Mapping[str, Results], metric: str, title: str) -> Table:
+    """Table for the terminal: one metric of each class under each condition, in percent.
+
+    Args:
+        results: Metrics by name, by class, by condition.
+        metric: "f1" or "f1_binary".
+        title: Title of the table.
+    """
+    conditions = conditions_in_order(results)
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("class")
+    for name in ("samples", *conditions):
+        table.add_column(name, justify="right")
+    for label, of_class in results[conditions[-1]].items():
+        scores = (format_metric(metric, results[condition][label][metric]) for condition in conditions)
+        table.add_row(Text(printable(label)), f"{of_class['samples']:,}", *scores)
+    return table
+
+
 def frame_rates_table(results: Results, title: str) -> Table:
     """Table for the terminal: results of `evaluate_frame_rates`."""
     return _table(results, "missing", title)

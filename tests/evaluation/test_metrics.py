@@ -12,6 +12,7 @@ import pytest
 from msa_online.evaluation.json_text import json_text
 from msa_online.evaluation.metrics import (
     METRIC_TITLES,
+    class_metrics,
     classification_metrics,
     emotion_binary_metrics,
     regression_metrics,
@@ -258,3 +259,13 @@ def test_evaluate_module_loads_offline_and_gives_the_very_same_numbers(tmp_path)
         [sys.executable, "-c", EVALUATE_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_each_class_has_its_f1_and_the_one_against_the_rest_by_hand():
+    true, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
+    found = class_metrics(predicted, true, ["angry", "calm", "sad"])
+    assert [each["samples"] for each in found.values()] == [3, 2, 1]
+    assert found["angry"]["f1"] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))  # precision 1, recall 2/3
+    of_rest = 2 * 0.75 * 1 / 1.75  # the rest: 3 of 4 predicted are right, 3 of 3 found
+    assert found["angry"]["f1_binary"] == pytest.approx((3 * found["angry"]["f1"] + 3 * of_rest) / 6)
+    assert class_metrics([0, 0], [0, 1], ["a", "b"])["b"]["f1"] == 0
