@@ -23,7 +23,7 @@ from typing import Any
 PACKAGE = Path(__file__).with_name("msa_online")
 TRAINING_USAGE = """\
 usage: msa-online train CONFIG [key=value ...]
-       accelerate launch --quiet -m msa_online_cli train CONFIG [key=value ...]  (several processes)"""
+       msa-online launch --num_processes N CONFIG [key=value ...]  (several processes)"""
 STUDY_HELP = """\
 A study is a YAML file:
 
@@ -66,6 +66,7 @@ EXAMPLES = {  # printed at the end of each command's --help
         "train recommended data.path=my_clips training.output_dir=runs/mine",
         "train recommended data.path=my_clips data.task=classification data.label_column=emotion",
     ),
+    "launch": ("launch --num_processes 2 recommended data.path=my_clips training.output_dir=runs/mine",),
     "study": ("study ablations/ebmc data.path=features/mosi 'seeds=[1111]'",),
     "configs": ("configs", "configs recommended"),
 }
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert_features(commands)
     _add_extract_features(commands)
     _add_train(commands)
+    _add_launch(commands)
     _add_study(commands)
     configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
     configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
@@ -487,6 +489,17 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("changes", metavar="key=value", nargs="*", default=[])
 
 
+def _add_launch(commands: argparse._SubParsersAction) -> None:
+    launch = commands.add_parser(
+        "launch",
+        help="train on several processes or GPUs",
+        usage="msa-online launch [OPTION ...] CONFIG [key=value ...]",
+        description="Train as with `msa-online train`, in several processes. OPTIONs are those of "
+        "`accelerate launch`, which lists them with --help, like --num_processes 2 or --config_file FILE.",
+    )
+    launch.set_defaults(words=[])
+
+
 def _add_study(commands: argparse._SubParsersAction) -> None:
     study = commands.add_parser(
         "study",
@@ -797,6 +810,8 @@ def _parse(argv: list[str] | None, program: str | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(argv)
     if "changes" in options and not any(word.startswith("-") for word in rest):
         options.changes = [*options.changes, *rest]  # argparse accepts no key=value after an option
+    elif "words" in options:
+        options.words = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.program = program

@@ -3,7 +3,13 @@
 
 import importlib.util
 
-EXTRAS = {"h5py": "csd", "espeakng_loader": "demo", "skimage": "demo", "gradio": "serve"}
+EXTRAS = {
+    "h5py": "csd",
+    "espeakng_loader": "demo",
+    "skimage": "demo",
+    "gradio": "serve",
+    "faster_whisper": "transcribe",
+}
 """Extra of the package that brings a library, by the name under which it is imported."""
 
 

@@ -6,7 +6,6 @@ the recogniser, because Whisper invents words for silence, noise and music. A cl
 """
 
 import hashlib
-import importlib.util
 import json
 import warnings
 import zlib
@@ -23,6 +22,7 @@ from feature_extractors.clip import SAMPLE_RATE, printable
 from feature_extractors.decoding import decode_sound
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.encoders.pretrained import NO_CODE, UNREADABLE, first_line_of
+from msa_online.extras import why_not_installed
 from msa_online.processing_msa import clean_text
 
 DEFAULT_MODEL = "whisper-tiny.en"
@@ -154,10 +154,8 @@ class Transcriber:
     def __init__(
         self, model: str = DEFAULT_MODEL, language: str | None = None, cache: FeatureCache | None = None
     ) -> None:
-        if importlib.util.find_spec("faster_whisper") is None:
-            raise TranscriptionError(
-                "transcribing needs the package faster-whisper: pip install 'msa_online[transcribe]'"
-            )
+        if reason := why_not_installed("faster_whisper"):
+            raise TranscriptionError(f"clips cannot be transcribed: {reason}")
         folder = _folder_of(model)
         self.name = Path(model).name if Path(model).is_dir() else model
         self.language, self.cache, self.made = language, cache, 0

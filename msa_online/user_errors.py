@@ -3,6 +3,7 @@
 
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 from transformers.utils import logging
 
 from feature_extractors import CacheError, ClipError
@@ -56,6 +58,10 @@ def run_command(command: Callable[[], None]) -> int:
     logging.set_verbosity_error()  # transformers warns of the pooler that is left out on purpose
     logging.disable_progress_bar()
     warnings.formatwarning = _as_line
+    if sys.stderr.isatty():
+        warnings.showwarning = _above_the_bar
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        warnings.simplefilter("ignore")  # the first process of the machine meets them too
     try:
         command()
     except INPUT_ERRORS as error:
@@ -67,6 +73,11 @@ def run_command(command: Callable[[], None]) -> int:
 def _as_line(message: Warning | str, *_: object) -> str:
     """Format a warning for users: without file and line."""
     return f"warning: {message}\n"
+
+
+def _above_the_bar(message: Warning | str, *details: object) -> None:
+    """Print a warning on stderr, above a progress bar of tqdm if there is one."""
+    tqdm.write(_as_line(message, *details), file=sys.stderr, end="")
 
 
 def _report(message: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import BertModel, ViTImageProcessorPil
 
 import msa_online
@@ -21,10 +22,7 @@ from msa_online_cli import EXAMPLES, SHELLS, build_parser, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = (
-    *("import", "init-data", "prepare", "evaluate", "predict", "describe", "get-models", "synthesize"),
-    *("convert-features", "extract-features", "train", "study", "configs", "publish"),
-)
+COMMANDS = tuple(EXAMPLES)
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +90,8 @@ def test_the_help_of_every_command_ends_with_examples_that_it_accepts(command, c
     assert heading
     for example in examples.splitlines():
         assert len(example) <= 100 and example.startswith("  msa-online ")
-        options = build_parser().parse_args(shlex.split(example)[1:])
-        assert options.command == command
+        options, rest = build_parser().parse_known_args(shlex.split(example)[1:])
+        assert options.command == command and (not rest or command == "launch")
         if command in ("train", "study"):
             assert all("=" in change for change in options.changes)
 
@@ -749,3 +747,37 @@ def test_the_table_of_ones_own_clips_is_started(capsys, tmp_path):
         f"wrote {tmp_path}/metadata.csv: 1 clips" in printed and f"msa-online prepare {tmp_path}" in printed
     )
     assert (tmp_path / "metadata.csv").read_text("utf-8") == "file_name,text,label,speaker\na.mp4,hello,,\n"
+
+
+# several processes
+
+
+def failures(*codes: int) -> dict[int, ProcessFailure]:
+    return {rank: ProcessFailure(rank, 100 + rank, code, "no file") for rank, code in enumerate(codes)}
+
+
+@pytest.mark.parametrize(
+    ("codes", "printed"),
+    [((1, -15), ""), ((1, 1), ""), ((-15, -9), "process 1 was ended by SIGKILL; SIGKILL often means that")],
+)
+def test_the_launcher_reports_only_what_no_process_could_print(codes, printed, capsys, monkeypatch):
+    """A process prints its own error; of one that the system has killed nothing is known otherwise."""
+    from msa_online.commands import launch
+
+    def fail(arguments) -> None:
+        assert arguments.training_script_args == ["train", "late_fusion", "data.path=x"]
+        raise ChildFailedError("msa_online_cli", failures(*codes))
+
+    monkeypatch.setattr(launch, "launch_command", fail)
+    words = ["launch", "--num_processes", "2", "late_fusion", "data.path=x"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # set by the command; removed afterwards
+    if printed:
+        assert printed in refusal(capsys, *words)
+        return
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 1 and capsys.readouterr() == ("", "")
+
+
+def test_options_that_the_launcher_does_not_know_are_named_below_a_short_usage(capsys):
+    assert "unrecognized arguments: --processes" in usage_error(capsys, "launch", "--processes", "2")

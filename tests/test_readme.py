@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 import msa_online
 import msa_online_cli
@@ -38,7 +39,7 @@ def commands(start: str) -> list[list[str]]:
     return list(found.values())
 
 
-LONG = ("train", "study")  # commands that are checked, but not run
+LONG = ("train", "study", "launch")  # commands that are checked, but not run
 SHORT = [words for words in commands("msa-online") if words[1] not in LONG]
 
 
@@ -77,6 +78,13 @@ def test_launch_commands_name_files_and_keys_that_exist(words):
     program = words.index("-m")
     assert words[program : program + 3] == ["-m", "msa_online_cli", "train"]
     assert read_arguments(find_configuration(words[program + 3]), words[program + 4 :])
+
+
+@pytest.mark.parametrize("words", commands("msa-online launch"), ids=" ".join)
+def test_commands_of_our_launcher_name_files_and_keys_that_exist(words):
+    launch = launch_command_parser().parse_args(words[2:])
+    assert launch.config_file is None or (REPOSITORY / launch.config_file).is_file()
+    assert read_arguments(find_configuration(launch.training_script), launch.training_script_args)
 
 
 @pytest.mark.parametrize("words", SHORT, ids=" ".join)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user reads of an error or a warning, on one process and on several."""
 
+import io
 import json
+import sys
 import warnings
 
 import pytest
+from tqdm import tqdm
 
 from msa_online import user_errors
 from msa_online.corpora.corpus import CorpusError
@@ -45,3 +48,34 @@ def test_a_warning_is_one_line_without_code(monkeypatch):
     run_command(lambda: None)
     printed = warnings.formatwarning("all predictions are equal", UserWarning, "metrics.py", 7)
     assert printed == "warning: all predictions are equal\n"
+
+
+class Terminal(io.StringIO):
+    """What a terminal receives."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_warning_is_printed_above_a_progress_bar_and_not_into_it(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def warn_while_training() -> None:
+        with tqdm(total=4, desc="epoch 1/2", ncols=40, mininterval=0, file=terminal) as bar:
+            bar.update(2)
+            warnings.warn("sound is late", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings():  # puts everything back afterwards
+        warnings.simplefilter("always")
+        assert run_command(warn_while_training) == 0
+    before, printed, after = terminal.getvalue().partition("warning: sound is late\n")
+    assert printed and before.endswith("\r") and "epoch 1/2" in before  # the line of the bar was cleared
+    assert after.lstrip("\r").startswith("epoch 1/2:  50%")
+
+
+def test_only_the_first_process_of_a_machine_prints_warnings(second_process, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        run_command(lambda: warnings.warn("sound is late", UserWarning, stacklevel=1))
+    assert capsys.readouterr().err == ""

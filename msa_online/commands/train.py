@@ -11,7 +11,7 @@ from msa_online.shipped_configs import find_configuration
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.run import train
 
-LAUNCHED = "accelerate launch --quiet -m msa_online_cli train"
+LAUNCHED = "msa-online launch"
 
 
 def run(options: Namespace, console: Console) -> None:
