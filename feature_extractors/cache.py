@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -37,6 +38,10 @@ _ARRAYS = tuple(field.name for field in fields(ClipFeatures) if field.type is np
 
 class CacheError(OSError):
     """The cache cannot be written: no space, no permission."""
+
+    def __str__(self) -> str:
+        """The message, without the number of the error."""
+        return self.strerror or super().__str__()
 
 
 class FeatureCache:
@@ -146,7 +151,8 @@ class FeatureCache:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if time.time() - status.st_mtime > SETTLED:
-            self.write(memo, digest.encode())
+            with suppress(CacheError):  # a shared cache may be read-only
+                self.write(memo, digest.encode())
         return digest
 
     def write(self, path: Path, content: bytes) -> None:

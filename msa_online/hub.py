@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
-from msa_online.encoders import ENCODERS, require_fitting_sound
+from msa_online.encoders import ENCODERS, require_fitting_sound, require_fitting_tokens
 from msa_online.encoders.pretrained import NO_CODE, EncoderError
 from msa_online.lora import CONFIG as ADAPTER_CONFIG
 from msa_online.lora import WEIGHTS as ADAPTER_WEIGHTS
@@ -256,6 +256,7 @@ def _load(
             processor = MSAProcessor.from_pretrained(
                 of_processor, local_files_only=_only_local(of_processor), **NO_CODE, **of_hub
             )
+            require_fitting_tokens(config, processor.tokenizer)
             require_fitting_sound(config, processor.audio_feature_extractor)
     except UNREADABLE as error:
         raise CheckpointError(f"{source}: the checkpoint cannot be read ({_first_line(error)})") from error

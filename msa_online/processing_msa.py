@@ -307,7 +307,7 @@ class MSAProcessor(ProcessorMixin):
             if key != "text_input_ids"
         }
         if ids := columns.get("text_input_ids"):
-            padding = self.tokenizer.pad_token_id
+            padding = self.tokenizer.pad_token_id or 0  # some have none; it is masked
             batch["text_input_ids"] = pad_sequence(ids, batch_first=True, padding_value=padding)
             batch["text_mask"] = mask_of(ids)
         if "audio_values" in columns:

@@ -231,6 +231,14 @@ def test_a_checkpoint_without_its_processor_is_refused(checkpoint, lost):
     refused(checkpoint)
 
 
+def test_a_checkpoint_whose_tokenizer_lost_its_vocabulary_is_refused(checkpoint):
+    """transformers would read each text as unknown words."""
+    (checkpoint / "tokenizer.json").unlink()
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    assert "its tokenizer has no vocabulary" in refused(checkpoint)
+
+
 def test_a_processor_with_settings_of_another_version_is_refused(checkpoint):
     path = checkpoint / "processor_config.json"
     path.write_text(path.read_text().replace('"face_size"', '"face_pixels"'))

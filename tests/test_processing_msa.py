@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import dataclasses
 import json
 
@@ -80,6 +81,14 @@ def test_text_is_padded_with_the_tokenizers_own_padding(tiny_tokenizer, tiny_pro
         *tiny_tokenizer.convert_tokens_to_ids(["[CLS]", "the", "film", "[SEP]"]),
         *[tiny_tokenizer.pad_token_id] * 4,
     ]
+
+
+def test_a_tokenizer_without_padding_pads_with_what_is_masked(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = None
+    processor = MSAProcessor(tokenizer, {"face_size": 32, "num_frames": 4})
+    batch = processor.pad([processor.encode(None, text, ("text",)) for text in ("good", "good bad good")])
+    assert batch["text_mask"].sum(dim=1).tolist() == [3, 5] and batch["text_input_ids"].shape == (2, 5)
 
 
 def test_a_clip_is_not_changed_by_its_neighbours_in_a_batch(tiny_processor):

@@ -4,7 +4,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
@@ -17,7 +17,9 @@ from msa_online.encoders.pretrained import (
     first_line_of,
     load_feature_extractor,
     load_image_processor,
+    load_tokenizer,
     read_encoder_config,
+    require_vocabulary,
 )
 from msa_online.encoders.spectrogram_transformer import SpectrogramTransformer
 from msa_online.encoders.text import TextEncoder, reads_text_alone
@@ -126,24 +128,45 @@ def load_encoder_config(modality: str, name: str) -> PretrainedConfig:
 
 
 def load_preprocessors(config: MSAConfig) -> dict[str, Any]:
-    """What turns sound and crops into the inputs of the pretrained encoders that `config` names.
+    """What turns text, sound and crops into the inputs of the pretrained encoders that `config` names.
 
     Returns:
-        `audio_feature_extractor` and `image_processor`, arguments of `MSAProcessor`; None for an encoder that
-        learns from scratch. An audio encoder published without one gets that of its family.
+        `tokenizer`, `audio_feature_extractor` and `image_processor`, arguments of `MSAProcessor`; None for an
+        encoder that learns from scratch. An audio encoder published without one gets that of its family.
 
     Raises:
-        EncoderError: One cannot be read or does not fit its encoder, or an image processor is missing, or
-            sound at another rate than 16 kHz is wanted.
+        EncoderError: One cannot be read or does not fit its encoder, or a tokenizer or an image processor is
+            missing, or sound at another rate than 16 kHz is wanted.
     """
-    extractor = processor = None
+    tokenizer = extractor = processor = None
+    if (name := config.text_encoder) is not None:
+        tokenizer = load_tokenizer(name)
+        require_fitting_tokens(config, tokenizer)
     if (name := config.audio_encoder) is not None:
         kind = encoder_class("audio", config.audio_config)
         extractor = load_feature_extractor(name) or kind.default_feature_extractor(config.audio_config)
     if (name := config.vision_encoder) is not None:
         processor = load_image_processor(name)
     require_fitting_sound(config, extractor)
-    return {"audio_feature_extractor": extractor, "image_processor": processor}
+    return {"tokenizer": tokenizer, "audio_feature_extractor": extractor, "image_processor": processor}
+
+
+def require_fitting_tokens(config: MSAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the text encoder of a model has a state for each token that a tokenizer makes.
+
+    Raises:
+        EncoderError: The tokenizer has no vocabulary, or more tokens than the encoder.
+    """
+    require_vocabulary(tokenizer)
+    known = getattr(config.text_config, "vocab_size", None)  # encoders of characters or bytes need none
+    special = {*tokenizer.all_special_ids}
+    used = {token for token in tokenizer.get_vocab().values() if token not in special}
+    highest = max(used.union(tokenizer("")["input_ids"]))  # the special ones that surround a text
+    if known is not None and highest >= known:
+        raise EncoderError(
+            f"the text encoder has {known:,} tokens, and its tokenizer makes numbers up to {highest:,}: put "
+            "the tokenizer beside it that it was published with"
+        )
 
 
 def require_fitting_sound(config: MSAConfig, extractor: Any | None) -> None:

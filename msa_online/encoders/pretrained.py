@@ -328,9 +328,32 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a text encoder by name.
 
     Raises:
-        EncoderError: The tokenizer is neither on disk nor available from the Hub.
+        EncoderError: The tokenizer is neither on disk nor available from the Hub, or has no vocabulary.
     """
-    return _load(AutoTokenizer.from_pretrained, name, find_encoder(name, download=True), **NO_CODE)
+    tokenizer = _load(AutoTokenizer.from_pretrained, name, find_encoder(name, download=True), **NO_CODE)
+    try:
+        require_vocabulary(tokenizer)
+    except EncoderError as error:
+        raise EncoderError(f"encoder {name!r}: {error}") from error
+    return tokenizer
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer knows a word or a letter.
+
+    Without the files of a tokenizer, transformers makes one that knows special tokens only: all texts would
+    be equal to the model.
+
+    Raises:
+        EncoderError: It knows special tokens only.
+    """
+    special = set(tokenizer.all_special_tokens)
+    words = (token for token in tokenizer.get_vocab() if token not in special)
+    if not any(character.isalpha() for token in words for character in token):
+        raise EncoderError(
+            "its tokenizer has no vocabulary: put the files of the tokenizer that it was published with "
+            "(tokenizer.json, or vocab.txt) into its folder"
+        )
 
 
 @empty_bands_expected()

@@ -2,9 +2,10 @@
 """Text encoder: any HuggingFace encoder, without its pooler."""
 
 import inspect
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from msa_online.configuration_msa import MSAConfig
@@ -31,6 +32,19 @@ class TextEncoder(PretrainedEncoder):
         accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
         no_pooler = {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
         return AutoModel.from_config(config, dtype=torch.get_default_dtype(), **no_pooler)
+
+    @property
+    def longest(self) -> float:
+        """Longest sequence of tokens that the network has positions for; infinite if they are relative."""
+        tables = [
+            module
+            for name, module in self.model.named_modules()
+            if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding)
+        ]
+        # RoBERTa and MPNet count positions from the number of the padding token
+        taken = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
+        pairs = zip(tables, taken, strict=True)
+        return min((table.num_embeddings - number for table, number in pairs), default=math.inf)
 
     def states(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Encode `text_input_ids` `(batch, tokens)` int64 with `text_mask` `(batch, tokens)` bool."""

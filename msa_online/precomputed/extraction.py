@@ -21,7 +21,7 @@ from msa_online.corpora.cache_filling import load_features, prepare
 from msa_online.corpora.corpus import Corpus
 from msa_online.corpora.prepared_corpus import PreparedCorpus
 from msa_online.encoders import load_encoder_config, load_preprocessors, make_encoders
-from msa_online.encoders.pretrained import EncoderError, load_tokenizer
+from msa_online.encoders.pretrained import EncoderError
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.audio_descriptors import DESCRIPTORS, audio_descriptors
 from msa_online.precomputed.corpus import FeatureSteps
@@ -112,8 +112,7 @@ def extract_features(
         encoders[name].load_pretrained(encoder)
         encoders[name].freeze()
     processor = MSAProcessor(
-        load_tokenizer(text_encoder),
-        dict(extraction or {}),
+        extraction=dict(extraction or {}),
         max_audio_seconds=MAX_AUDIO_SECONDS if audio_encoder else math.inf,
         **load_preprocessors(config),
     )

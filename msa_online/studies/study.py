@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,7 +204,9 @@ def read_study(path: str | Path, options: Sequence[str] = ()) -> Study:
     study = structure(Study, document, str(path))
     if problem := next(_problems(study), None):
         raise ConfigurationError(f"{path}: {problem}")
-    study = dataclasses.replace(study, changes={**study.changes, **of_runs})
+    study = dataclasses.replace(
+        study, changes={**study.changes, **of_runs}, output_dir=os.path.expanduser(study.output_dir)
+    )
     if problem := next(_problems(study), None):
         raise ConfigurationError(problem)
     return study

@@ -359,8 +359,8 @@ def require_space(folder: Path, model: MSAModel) -> None:
     free = shutil.disk_usage(existing).free + written
     if free < needed:
         raise ConfigurationError(
-            f"{folder}: checkpoints need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give "
-            "another training.output_dir or free disk space"
+            f"{folder}: checkpoints need about {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free; "
+            "give another training.output_dir or free disk space"
         )
 
 

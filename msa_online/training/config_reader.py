@@ -3,6 +3,7 @@
 
 import importlib
 import inspect
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
+from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import look_up
 from msa_online.training.config import NOT_SET_IN_YAML, RunArguments, refuse_former_keys
 from msa_online.training.config_validation import problems
@@ -50,7 +52,7 @@ def read_arguments(path: str | Path, changes: Sequence[str] = ()) -> RunArgument
 def parse_arguments(document: Mapping[str, Any], origin: str = "configuration") -> RunArguments:
     """Typed arguments from plain data; raises `ConfigurationError` as `read_arguments` does."""
     refuse_former_keys(document, origin)
-    arguments = structure(RunArguments, document, origin)
+    arguments = _with_home(structure(RunArguments, document, origin))
     known = [name for name in MSAConfig.__annotations__ if name not in NOT_SET_IN_YAML]
     refuse_unknown(arguments.model, known, origin, "model")
     if problem := next(problems(arguments), None):
@@ -59,6 +61,25 @@ def parse_arguments(document: Mapping[str, Any], origin: str = "configuration") 
         typed(value, MSAConfig.__annotations__[name], origin, "model", name)
     import_plugins(arguments.plugins, f"{origin}: plugins")
     return _with_checked_parts(arguments, origin)
+
+
+def _with_home(arguments: RunArguments) -> RunArguments:
+    """The same run with `~` replaced in folders; a shell does not see it in a file, nor behind `key=`."""
+    model, training = arguments.model, arguments.training
+    encoders = {
+        key: os.path.expanduser(name)
+        for modality in MODALITIES
+        if isinstance(name := model.get(key := f"{modality}_encoder"), str)
+    }
+    return replace(
+        arguments,
+        model={**model, **encoders},
+        training=replace(
+            training,
+            output_dir=os.path.expanduser(training.output_dir),
+            init_from=training.init_from and os.path.expanduser(training.init_from),
+        ),
+    )
 
 
 def import_plugins(names: Sequence[str], origin: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the model of a run, new or from a checkpoint."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.encoders import load_preprocessors, make_encoders
-from msa_online.encoders.pretrained import PretrainedEncoder, load_tokenizer
+from msa_online.encoders.pretrained import PretrainedEncoder
+from msa_online.encoders.text import TextEncoder
 from msa_online.hub import load_config, load_for_fine_tuning
 from msa_online.lora import AdapterError, add_lora
 from msa_online.missing.rates import SplitMask
@@ -59,7 +61,7 @@ def build_model(
     if training.init_from:
         of_encoders = {name: getattr(start.processor, name) for name in OF_ENCODERS}
     else:
-        of_encoders = {"tokenizer": load_tokenizer(config.text_encoder), **load_preprocessors(config)}
+        of_encoders = load_preprocessors(config)
     return model, MSAProcessor(
         extraction=data.extraction,
         max_text_tokens=data.max_text_tokens,
@@ -73,8 +75,8 @@ def require_encoders(arguments: RunArguments) -> None:
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint.
-        ConfigurationError: `init_from` has other encoders or widths than the configuration, or as in
-            `limit_training`.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration, or texts can be
+            longer than the encoder reads, or as in `limit_training`.
         EncoderError: An encoder or its preprocessor is unavailable or unsuitable, or the encoder is none for
             its modality.
     """
@@ -85,7 +87,14 @@ def require_encoders(arguments: RunArguments) -> None:
         config = arguments.model_config(classes)
         load_preprocessors(config)
     with torch.device("meta"):
-        limit_training(make_encoders(config), arguments.training)
+        encoders = make_encoders(config)
+        limit_training(encoders, arguments.training)
+    text, tokens = encoders["text"], arguments.data.max_text_tokens
+    if isinstance(text, TextEncoder) and tokens > text.longest:
+        raise ConfigurationError(
+            f"data.max_text_tokens is {tokens:,}, but the text encoder reads at most {text.longest:,}: "
+            f"set data.max_text_tokens={text.longest}"
+        )
 
 
 def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArguments) -> None:
@@ -194,8 +203,8 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
         before = getattr(config, key)
         if without_path(named := arguments.model.get(key, before)) != without_path(before):
             raise ConfigurationError(
-                f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}: leave "
-                f"model.{key} out, or train without training.init_from"
+                f"training.init_from={source} has {key} {before!r}, but model.{key} is {named!r}: set "
+                f"model.{key}={json.dumps(before)}, or train without training.init_from"
             )
     of_old_weights = {"confidence": None, "trained_on": None}
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, **of_old_weights}

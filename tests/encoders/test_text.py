@@ -34,6 +34,31 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "positions", "longest"),
+    [
+        ("bert", {"max_position_embeddings": 20}, 20),
+        ("distilbert", {"max_position_embeddings": 20}, 20),
+        ("roberta", {"max_position_embeddings": 20, "pad_token_id": 1}, 18),
+        ("mpnet", {"max_position_embeddings": 20, "pad_token_id": 1}, 18),
+        ("deberta-v2", {"max_position_embeddings": 20}, float("inf")),  # relative
+    ],
+)
+def test_the_longest_text_is_the_longest_that_the_network_has_positions_for(kind, positions, longest):
+    torch.manual_seed(0)
+    encoder = TextEncoder(AutoConfig.for_model(kind, **{**SMALL, **ARCHITECTURES[kind], **positions}))
+    assert encoder.longest == longest
+
+    def run(tokens: int) -> torch.Size:
+        ids = torch.full((1, tokens), 7)
+        return encoder({"text_input_ids": ids, "text_mask": torch.ones_like(ids).bool()}).values.shape
+
+    assert run(int(min(longest, 40)))[1] == min(longest, 40)
+    if longest < 40:
+        with pytest.raises((IndexError, RuntimeError)):
+            run(longest + 1)
+
+
 def text_inputs(generator_seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(generator_seed)
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])

@@ -461,7 +461,7 @@ def test_too_little_disk_is_said_before_training(path, tiny_model, monkeypatch):
     require_space(path, tiny_model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, free=9 * size - 1))
     with pytest.raises(
-        ConfigurationError, match=f"{path.name}: checkpoints need about .* GB.* free; give another"
+        ConfigurationError, match=f"{path.name}: checkpoints need about .* MB.* free; give another"
     ):
         require_space(path, tiny_model)
 

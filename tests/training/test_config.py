@@ -42,6 +42,16 @@ def test_a_misspelt_key_is_refused_naming_the_file_and_the_nearest_key(read, tex
         read(text)
 
 
+def test_a_tilde_in_a_folder_is_the_users_home(read, monkeypatch):
+    """In a file and behind `key=` no shell replaces it: a folder called ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    document = "model: {text_encoder: ~/bert, audio_encoder: openai/whisper-tiny.en}\n"
+    arguments = read(document + "data: {path: x}", "training.output_dir=~/run", "training.init_from=~/start")
+    assert arguments.model == {"text_encoder": "/home/me/bert", "audio_encoder": "openai/whisper-tiny.en"}
+    assert arguments.training.output_dir == "/home/me/run"
+    assert arguments.training.init_from == "/home/me/start"
+
+
 @pytest.mark.parametrize("key", ["text_config", "label_range", "trained_on", "num_labels"])
 def test_what_the_data_decide_cannot_be_set_as_part_of_the_model(read, key):
     with pytest.raises(ConfigurationError, match=f"unknown key 'model.{key}'"):

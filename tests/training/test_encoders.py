@@ -71,6 +71,37 @@ def test_encoders_that_fit_pass(arguments):
     require_encoders(arguments(audio_layer=3))
 
 
+@pytest.mark.parametrize("lost", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_text_encoder_without_the_files_of_its_tokenizer_is_refused(
+    arguments, tiny_text_encoder, tmp_path, lost
+):
+    """transformers would make a tokenizer that knows no word."""
+    folder = changed(
+        tmp_path / "bare", tiny_text_encoder, "tokenizer_config.json", tokenizer_class="BertTokenizer"
+    )
+    for name in lost:
+        Path(folder, name).unlink()
+    with pytest.raises(EncoderError, match=f"'{folder}': its tokenizer has no vocabulary: put the files"):
+        require_encoders(arguments(text_encoder=folder))
+
+
+def test_a_tokenizer_of_a_larger_encoder_is_refused(arguments, tiny_text_encoder, tmp_path):
+    folder = changed(tmp_path / "small", tiny_text_encoder, "config.json", vocab_size=10)
+    with pytest.raises(EncoderError, match=r"has 10 tokens, and its tokenizer makes numbers up to \d\d: put"):
+        require_encoders(arguments(text_encoder=folder))
+
+
+def test_texts_longer_than_the_encoder_has_positions_for_are_refused(tiny_text_encoder, tmp_path):
+    folder = changed(tmp_path / "short", tiny_text_encoder, "config.json", max_position_embeddings=20)
+    document = {"model": {"text_encoder": folder}, "data": {"path": "/nowhere", "max_text_tokens": 20}}
+    require_encoders(parse_arguments(document))
+    document["data"]["max_text_tokens"] = 21
+    with pytest.raises(
+        ConfigurationError, match="tokens is 21, .* reads at most 20: set data.max_text_tokens=20"
+    ):
+        require_encoders(parse_arguments(document))
+
+
 def test_an_encoder_of_another_modality_is_refused_with_the_right_key(
     arguments, tiny_text_encoder, tiny_whisper
 ):
@@ -206,7 +237,7 @@ def test_a_run_is_fine_tuned_with_the_audio_encoder_of_its_checkpoint(arguments,
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
     for model, key in (({}, "audio_layer"), ({"audio_layer": 2, "audio_encoder": None}, "audio_encoder")):
         model = {"audio_layer": "last", **model}
-        with pytest.raises(ConfigurationError, match=f"has {key} .* leave model.{key} out, or train without"):
+        with pytest.raises(ConfigurationError, match=f"has {key} .* set model.{key}=.*, or train without"):
             require_encoders(arguments(start, **model))
 
 
