@@ -400,7 +400,11 @@ def _add_publish(commands: argparse._SubParsersAction) -> None:
     publish.add_argument(
         "--revision", metavar="BRANCH", help="publish to this branch, created if it does not exist"
     )
+    publish.add_argument(
+        "--space", action="store_true", help="also publish a Space of the same name: a page to try the model"
+    )
     _add_plugin(publish)
+    publish.set_defaults(refuse=publish.error)
 
 
 def _add_serve(commands: argparse._SubParsersAction) -> None:

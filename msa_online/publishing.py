@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,10 +19,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from packaging.requirements import Requirement
 
 from feature_extractors.clip import printable
 from feature_extractors.sources import why_hub_is_silent
 from msa_online.configuration_msa import MSAConfig
+from msa_online.extras import why_not_installed
 from msa_online.hub import UNREADABLE, load_config, require_own_weights
 from msa_online.model_card import REPOSITORY, write_model_card
 from msa_online.modeling_msa import MSAModel
@@ -40,6 +43,42 @@ LOG_IN = (
 CONNECTION_ERROR = HfHubHTTPError.__bases__[0]  # of the HTTP library below, which differs between versions
 FAILURES = (CONNECTION_ERROR, OSError, ValueError, RuntimeError)
 """Errors of the Hub's client: of the network, of files, of answers; RuntimeError wraps that of an upload."""
+
+
+SOURCE = Path(__file__).parents[1]
+"""Folder of the packages."""
+
+SPACE_MARK = "# Written by `msa-online publish --space`."
+SPACE_APP = (
+    SPACE_MARK
+    + """
+import sys
+
+from msa_online_cli import main
+
+sys.exit(main(["serve", {repository}, "--host", "0.0.0.0", "--port", "7860", "--examples"]))
+"""
+)
+SPACE_CARD = """\
+---
+title: Sentiment of a video clip
+emoji: 🎬
+colorFrom: blue
+colorTo: indigo
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+license: apache-2.0
+models:
+- {repository}
+tags:
+- msa_online
+---
+
+Try [{repository}](https://huggingface.co/{repository}): give a short clip of one person who talks. Clips are
+deleted when you leave. The page is `msa-online serve`; its code is in this repository.
+"""
 
 
 class PublishError(ValueError):
@@ -112,6 +151,100 @@ def publish(
             revision=revision,
         )
     return commit.commit_url
+
+
+def check_space(folder: Path, repository: str, private: bool = False) -> None:
+    """Check, before a checkpoint is published, that a page for it could be; changes nothing.
+
+    Raises:
+        PublishError: The model does not take clips; gradio is not installed, so that the version to run with
+            is unknown; or the Space exists and contains something else, or is public.
+    """
+    if load_config(folder).feature_widths is not None:
+        raise PublishError(f"{folder}: the model takes precomputed features, not clips: leave --space out")
+    if missing := why_not_installed("gradio"):
+        raise PublishError(f"a Space runs the installed version of gradio: {missing}")
+    with _explained(f"Space {repository}"):
+        try:
+            info = HfApi().space_info(repository)
+        except RepositoryNotFoundError:
+            return
+        if private and not info.private:
+            raise PublishError(
+                f"Space {repository}: it exists and is public: make it private in its settings on the Hub"
+            )
+        files = {file.rfilename for file in info.siblings} - OF_EVERY_REPOSITORY
+        if files and not _is_ours(repository, files):
+            raise PublishError(f"Space {repository}: it contains another app and is left as it is")
+
+
+def publish_space(repository: str, *, private: bool = False) -> str:
+    """Publish a Space with a page to try a published checkpoint, `msa-online serve`.
+
+    It has the name of the checkpoint's repository, and contains the code of this package, so that it runs the
+    version that wrote it.
+
+    Args:
+        repository: Repository of the checkpoint.
+        private: Create a private Space, which reads a private checkpoint with its secret HF_TOKEN.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        PublishError: There is no access, or no network.
+    """
+    written = {
+        "app.py": SPACE_APP.format(repository=json.dumps(repository)),
+        "README.md": SPACE_CARD.format(repository=repository, gradio=version("gradio")),
+        "requirements.txt": _space_requirements(),
+    }
+    code = {path.relative_to(SOURCE).as_posix(): path for path in _own_files()}
+    with _explained(f"Space {repository}", "the same command"):
+        hub = HfApi()
+        hub.create_repo(
+            repository, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True
+        )
+        commit = hub.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, text.encode()) for name, text in written.items()),
+                *(CommitOperationAdd(name, path) for name, path in sorted(code.items())),
+            ],
+            commit_message="Publish a page for a checkpoint of msa_online",
+            repo_type="space",
+        )
+    return commit.commit_url
+
+
+def _is_ours(repository: str, files: set[str]) -> bool:
+    """Whether a Space was written by `publish_space`."""
+    if "app.py" not in files:
+        return False
+    app = Path(HfApi().hf_hub_download(repository, "app.py", repo_type="space"))
+    return app.read_text(encoding="utf-8").startswith(SPACE_MARK)
+
+
+def _own_files() -> Iterator[Path]:
+    """Files of the installed package."""
+    yield SOURCE / "msa_online_cli.py"
+    for package in ("msa_online", "feature_extractors"):
+        for path in (SOURCE / package).rglob("*"):
+            if path.is_file() and path.suffix in (".py", ".md", ".yaml", ".typed"):
+                yield path
+
+
+def _space_requirements() -> str:
+    """What the package and its page require; the Space's SDK brings gradio itself."""
+    lines = ["--extra-index-url https://download.pytorch.org/whl/cpu"]
+    for text in requires("msa_online") or ():
+        requirement = Requirement(text)
+        marker = requirement.marker
+        wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("serve", "demo"))
+        if wanted and requirement.name != "gradio":
+            requirement.marker = None
+            lines.append(str(requirement))
+    return "\n".join(lines) + "\n"
 
 
 def check_destination(repository: str, private: bool = False) -> None:

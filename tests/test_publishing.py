@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from msa_online import MSAConfig, MSAModel
@@ -314,6 +316,43 @@ def test_a_run_that_may_not_publish_is_refused_before_its_data_are_read(client, 
     done = client.call("command", *words, token="hf_other")
     assert done["status"] == 1 and "does not belong to lab" in done["err"]
     assert "nowhere" not in done["err"] and not server.repositories
+
+
+# --- a Space ---
+
+
+def test_a_space_serves_the_checkpoint_with_the_code_that_wrote_it(client, server, run, tmp_path):
+    client.publish(run, "lab/sentiment", "--space")
+    files = server.repositories["spaces/lab/sentiment"].files()
+    front = metadata_of(files["README.md"])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", ["lab/sentiment"])
+    required = {Requirement(line).name for line in files["requirements.txt"].decode().splitlines()[1:]}
+    assert {"torch", "transformers", "mediapipe"} <= required and "msa_online" not in required
+    for name, content in files.items():
+        path = tmp_path / "space" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (words,) = re.findall(r"main\((\[.*\])\)", files["app.py"].decode())
+    code = f"from msa_online_cli import *; print(build_parser().parse_args({words}), PACKAGE)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "space",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lab/sentiment" in done.stdout and str(tmp_path / "space" / "msa_online") in done.stdout
+    client.publish(run, "lab/sentiment", "--space")  # updates it
+
+
+def test_a_space_with_another_app_is_left_as_it_is(client, server, run):
+    server.add("spaces/lab/sentiment", {"app.py": b"print('theirs')\n"})
+    done = client.call("command", "publish", str(run), "lab/sentiment", "--space")
+    assert done["status"] == 1 and "contains another app" in done["err"]
+    assert server.repositories["spaces/lab/sentiment"].messages == ["initial commit"]
 
 
 # --- without any server ---
