@@ -96,6 +96,7 @@ class ClipDataset(SplitDataset):
         processor: The model's processor.
         label2id: Number of each class; None for regression.
         states: Stored states of frozen encoders by modality, in place of their inputs.
+        spans: `text_spans` of each sample, by sample id; None if no word has a time.
     """
 
     unit = "text tokens"
@@ -108,12 +109,14 @@ class ClipDataset(SplitDataset):
         processor: MSAProcessor,
         label2id: Mapping[str, int] | None,
         states: Mapping[str, SampleStates] | None = None,
+        spans: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(samples, [len(processor.tokenize(sample.text)) for sample in samples], label2id)
         self.keys = [keys[sample.id] for sample in samples]
         self.cache = cache
         self.processor = processor
         self.states = states or {}
+        self.spans = spans
         self.from_clip = tuple(name for name in MODALITIES if name not in self.states)
 
     def inputs(self, index: int) -> dict[str, Tensor]:
@@ -126,6 +129,8 @@ class ClipDataset(SplitDataset):
         reads_clip = any(name != "text" for name in self.from_clip)
         features = load_features(self.cache, self.keys[index], sample) if reads_clip else None
         inputs = self.processor.encode(features, sample.text, self.from_clip)
+        if self.spans is not None:
+            inputs["text_spans"] = self.spans[sample.id]
         for name, of_modality in self.states.items():
             values, mask = of_modality.of(sample.id)
             inputs[f"{name}_states"], inputs[f"{name}_states_mask"] = at_least_one(values), at_least_one(mask)
@@ -194,7 +199,14 @@ def make_dataset(
     """
     if isinstance(data, FeatureCorpus):
         return FeatureDataset(data, data.split(split), config.widths, label2id_of(config))
-    return ClipDataset(data.split(split), data.keys, data.cache, processor, label2id_of(config), states)
+    samples, heard = data.split(split), data.transcripts
+    spans = None
+    if any(transcript.words for transcript in heard.values()):
+        spans = {
+            sample.id: processor.word_spans(sample.text, heard.get(sample.id), data.extents[sample.id])
+            for sample in samples
+        }
+    return ClipDataset(samples, data.keys, data.cache, processor, label2id_of(config), states, spans)
 
 
 def label2id_of(config: MSAConfig) -> dict[str, int] | None:

@@ -43,11 +43,14 @@ class ModalitySequence:
         values: States, `(batch, time, width)`; zero wherever `mask` is False.
         mask: Which steps are observed, `(batch, time)` bool.
         present: Which samples have this modality, `(batch,)` bool.
+        spans: Of a recognised text: when the word of each token is spoken, `(batch, tokens, 2, 2)` float; see
+            `text_spans` of `MSAModel.forward`. None if no word of the batch has a time.
     """
 
     values: Tensor
     mask: Tensor
     present: Tensor
+    spans: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "ModalitySequence":
@@ -64,13 +67,16 @@ class ModalitySequence:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySequence":
         """The same sequence on another device; Accelerate calls this between parts on several devices."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in vars(self).items()}
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
     def only(self, present: Tensor) -> "ModalitySequence":
         """The same sequence; samples are hidden where `present` `(batch,)` bool is False."""
-        mask = self.mask & present.unsqueeze(-1)
-        return ModalitySequence.of(self.values, mask)
+        visible = ModalitySequence.of(self.values, self.mask & present.unsqueeze(-1))
+        if self.spans is None:
+            return visible
+        return replace(visible, spans=torch.where(present[:, None, None, None], self.spans, torch.nan))
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ class MSAModel(PreTrainedModel):
         """States of one modality, from its inputs or from what its frozen network returned for them."""
         encoder, states = self.encoders[name], inputs.get(f"{name}_states")
         if states is None:
-            return encoder(inputs)
-        return encoder.read(ModalitySequence.of(states, inputs[f"{name}_states_mask"]))
+            sequence = encoder(inputs)
+        else:
+            sequence = encoder.read(ModalitySequence.of(states, inputs[f"{name}_states_mask"]))
+        return replace(sequence, spans=inputs.get(f"{name}_spans"))
 
     def decide(
         self,
@@ -175,6 +177,7 @@ class MSAModel(PreTrainedModel):
         modality_present: Tensor,
         text_input_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
+        text_spans: Tensor | None = None,
         audio_values: Tensor | None = None,
         audio_mask: Tensor | None = None,
         vision_values: Tensor | None = None,
@@ -204,6 +207,9 @@ class MSAModel(PreTrainedModel):
             modality_present: `(batch, 3)` bool in the order of `MODALITIES`; all False is allowed.
             text_input_ids: Token ids, `(batch, tokens)` int64.
             text_mask: Tokens that are not padding, `(batch, tokens)` bool.
+            text_spans: When the word of each token is spoken, for heads that align by words,
+                `(batch, tokens, 2, 2)`: start and end, first as shares of the sound that is read, then in
+                frames. NaN where that is unknown; None if it is for all.
             audio_values: Natural-log mel spectrogram, `(batch, steps, 80)`; what the feature extractor of a
                 pretrained encoder makes, `(batch, steps, bands)` or a waveform `(batch, steps)`; or features
                 `(batch, time, width)`.
@@ -233,6 +239,7 @@ class MSAModel(PreTrainedModel):
         inputs = {
             "text_input_ids": text_input_ids,
             "text_mask": text_mask,
+            "text_spans": text_spans,
             "text_values": text_values,
             "audio_values": audio_values,
             "audio_mask": audio_mask,

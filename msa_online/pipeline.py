@@ -24,6 +24,7 @@ from feature_extractors import (
 )
 from feature_extractors.extraction import measure
 from feature_extractors.face import close_face_extractor_of, face_extractor_of
+from feature_extractors.transcript import Transcript
 from msa_online.confidence import Confidence, Interval, set_name
 from msa_online.corpora.prepared_corpus import LACKS
 from msa_online.evaluation.attribution import Attribution
@@ -35,7 +36,7 @@ from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.pipeline_inputs import Sample, is_lazy, sample_of, samples_of
 from msa_online.processing_msa import MSAProcessor, UnknownTokens
-from msa_online.transcription import Transcriber, Transcript
+from msa_online.transcription import Transcriber
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
@@ -326,7 +327,8 @@ class MSAPipeline:
         if "text" not in hidden:
             samples = [(self._with_text(*pair), pair[1]) for pair in samples]
         features, texts = [each for _, each in samples], [sample.text for sample, _ in samples]
-        batch = self.processor(features, texts).to(self.device)
+        transcripts = [sample.transcript for sample, _ in samples]
+        batch = self.processor(features, texts, transcripts=transcripts).to(self.device)
         for name in hidden:
             batch["modality_present"][:, MODALITIES.index(name)] = False
         attribution = (attribution_of if attribute else outputs_of)(self.model, batch)

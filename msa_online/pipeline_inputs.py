@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from feature_extractors import Clip, ClipError, ExtractionSettings, RawClip, Upload, clip_of_arrays
+from feature_extractors.transcript import Transcript
 from msa_online.corpora.corpus import Corpus, CorpusError
 from msa_online.corpora.layouts import VIDEO_SUFFIXES, find_layout
 from msa_online.corpora.reading import read_corpus
 from msa_online.processing_msa import clean_text
-from msa_online.transcription import Transcript
 
 KEYS = ("clip", "text", "audio", "sampling_rate", "frames", "start", "end")
 """What can be given for one clip."""

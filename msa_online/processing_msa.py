@@ -19,6 +19,7 @@ from feature_extractors import ClipExtent, ClipFeatures, ExtractionSettings, cli
 from feature_extractors.audio import HOP_MS, NUM_MELS, WINDOW_MS
 from feature_extractors.extraction import measure
 from feature_extractors.face import face_extractor_of
+from feature_extractors.transcript import Transcript
 from msa_online.front_ends import (
     face_size,
     longest_sound,
@@ -295,6 +296,45 @@ class MSAProcessor(ProcessorMixin):
     def _no_sound(self) -> Tensor:
         return self._sound(ClipFeatures.absent(self.settings))
 
+    def word_spans(self, text: str | None, transcript: Transcript | None, extent: ClipExtent) -> Tensor:
+        """When the word of each token is spoken, `(tokens, 2, 2)` float32; `text_spans` of the model.
+
+        Start and end are shares of the sound that is read, then counted in frames. NaN where they are
+        unknown: for special tokens, for a text that no recogniser made, and with a tokenizer that does not
+        tell where its tokens are in the text.
+
+        Args:
+            text: The transcript.
+            transcript: What a recogniser heard, if `text` is its text.
+            extent: Amount of each modality in the clip.
+        """
+        text = clean_text(text)
+        spans = torch.full((len(self.tokenize(text)), 2, 2), torch.nan)
+        if transcript is None or transcript.text != text or not self.tokenizer.is_fast:
+            return spans
+        encoded = self.tokenizer(
+            text,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+            truncation=True,
+            max_length=self.max_text_tokens,
+        )
+        sound = min(extent.sound, self.max_audio_seconds)
+        scales = torch.tensor(
+            [
+                1 / sound if sound > 0 else torch.nan,
+                extent.frames / extent.seconds if extent.frames else torch.nan,
+            ]
+        )
+        places = transcript.places()
+        for token, (begin, end) in enumerate(encoded["offset_mapping"]):
+            inside = [min(end, last) - max(begin, first) for first, last in places]
+            if begin < end and inside and max(inside) > 0:
+                word = transcript.words[inside.index(max(inside))]
+                spans[token] = torch.tensor([word.start, word.end]) * scales[:, None]
+        return spans
+
     def pad(self, samples: Sequence[dict[str, Tensor]]) -> BatchFeature:
         """Pad samples from `encode` to the batch that `MSAModel.forward` documents.
 
@@ -304,8 +344,10 @@ class MSAProcessor(ProcessorMixin):
         batch = {
             key: pad_sequence(values, batch_first=True)
             for key, values in columns.items()
-            if key != "text_input_ids"
+            if key not in ("text_input_ids", "text_spans")
         }
+        if spans := columns.get("text_spans"):
+            batch["text_spans"] = pad_sequence(spans, batch_first=True, padding_value=torch.nan)
         if ids := columns.get("text_input_ids"):
             padding = self.tokenizer.pad_token_id or 0  # some have none; it is masked
             batch["text_input_ids"] = pad_sequence(ids, batch_first=True, padding_value=padding)
@@ -323,6 +365,7 @@ class MSAProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         frames: Any = None,
         images: Any = None,
+        transcripts: Sequence[Transcript | None] | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Batch of model inputs for transcripts with extracted clips, or with arrays of sound and pictures.
@@ -335,6 +378,8 @@ class MSAProcessor(ProcessorMixin):
             sampling_rate: Samples per second of all `audio`.
             frames: Pictures of one clip as in `clip_of_arrays`, or a list for several clips.
             images: Another name of `frames`, as processors in transformers have it.
+            transcripts: For `features`: what a recogniser heard, for texts that it made. If any has times of
+                words, the batch has `text_spans`.
             return_tensors: Only "pt" exists.
 
         Raises:
@@ -350,7 +395,11 @@ class MSAProcessor(ProcessorMixin):
         elif audio is not None or frames is not None:
             raise ValueError("features contain sound and pictures: give them, or audio and frames")
         text = [None] * len(features) if text is None else text
-        return self.pad([self.encode(*pair) for pair in zip(features, text, strict=True)])
+        samples = [self.encode(*pair) for pair in zip(features, text, strict=True)]
+        if any(each is not None and each.words for each in transcripts or ()):
+            for sample, *rest in zip(samples, text, transcripts, features, strict=True):
+                sample["text_spans"] = self.word_spans(*rest[:2], ClipExtent.of(rest[2]))
+        return self.pad(samples)
 
     def _features_of_arrays(
         self, text: Any, audio: Any, sampling_rate: int | None, frames: Any

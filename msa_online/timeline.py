@@ -14,11 +14,11 @@ from feature_extractors.clip import kind_of
 from feature_extractors.decoding import media_seconds
 from feature_extractors.extraction import extract_windows
 from feature_extractors.face import face_extractor_of
+from feature_extractors.transcript import Transcript
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import BATCH_SIZE, FROM_NOTHING, MSAPipeline, Prediction
 from msa_online.pipeline_inputs import Sample
 from msa_online.processing_msa import FRAME_GAP, LOST_SOUND
-from msa_online.transcription import Transcript
 
 WINDOW = 5.0
 """Seconds of a window; the clips of most corpora are as long."""

@@ -21,6 +21,7 @@ from feature_extractors.catalogue import asset_of_model
 from feature_extractors.clip import SAMPLE_RATE, printable
 from feature_extractors.decoding import decode_sound
 from feature_extractors.sources import why_hub_is_silent
+from feature_extractors.transcript import Transcript, Word
 from msa_online.encoders.pretrained import NO_CODE, UNREADABLE, first_line_of
 from msa_online.extras import why_not_installed
 from msa_online.processing_msa import clean_text
@@ -50,68 +51,6 @@ MODEL_FILES = ("*.json", "vocabulary.txt", "vocab.txt", "merges.txt", "*.model",
 
 class TranscriptionError(RuntimeError):
     """Clips cannot be transcribed: the recogniser is unavailable, or does not know the language."""
-
-
-@dataclass(frozen=True)
-class Word:
-    """A recognised word.
-
-    Attributes:
-        text: The word, with its punctuation.
-        start: Start in seconds from the start of the clip.
-        end: End in seconds.
-        probability: Probability that the recogniser gives it, in [0, 1]; None if it gives none.
-    """
-
-    text: str
-    start: float
-    end: float
-    probability: float | None = None
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What a recogniser heard in a clip.
-
-    Attributes:
-        text: The text; "" if there is no speech.
-        words: Its words in order; empty if the recogniser gives no times.
-        language: Code of the language; None if the recogniser does not tell.
-        model: Name of the recogniser.
-    """
-
-    text: str
-    words: tuple[Word, ...]
-    language: str | None
-    model: str
-
-    def places(self) -> list[tuple[int, int]]:
-        """Where each word is in the text: its first character, and the one after its last."""
-        places, begin = [], 0
-        for word in self.words:
-            begin = self.text.index(word.text, begin)
-            places.append((begin, begin + len(word.text)))
-            begin += len(word.text)
-        return places
-
-    def between(self, start: float, end: float) -> "Transcript":
-        """The words whose middle is in a window, with times from the start of the window in seconds."""
-        chosen = [
-            (place, word)
-            for place, word in zip(self.places(), self.words, strict=True)
-            if start <= (word.start + word.end) / 2 < end
-        ]
-        text = self.text[chosen[0][0][0] : chosen[-1][0][1]] if chosen else ""
-        words = (
-            replace(word, start=max(word.start - start, 0.0), end=min(word.end, end) - start)
-            for _, word in chosen
-        )
-        return replace(self, text=text, words=tuple(words))
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Transcript":
-        """The transcript that `dataclasses.asdict` made plain."""
-        return cls(**content | {"words": tuple(Word(**word) for word in content["words"])})
 
 
 @dataclass(frozen=True)

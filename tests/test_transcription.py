@@ -13,7 +13,9 @@ import pytest
 
 from feature_extractors import Clip, ClipFeatures, ExtractionSettings, FeatureCache
 from feature_extractors.decoding import decode_sound
+from feature_extractors.transcript import Transcript, Word
 from msa_online import MSAPipeline
+from msa_online.batching import make_dataset
 from msa_online.commands.predict import prediction_lines
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.reading import read_corpus
@@ -22,13 +24,7 @@ from msa_online.timeline import predict_timeline
 from msa_online.training.config import DataArguments
 from msa_online.training.data import read_data
 from msa_online.training.yaml_reader import ConfigurationError
-from msa_online.transcription import (
-    Transcriber,
-    Transcript,
-    TranscriptionError,
-    Word,
-    pieces_with_speech,
-)
+from msa_online.transcription import Transcriber, TranscriptionError, pieces_with_speech
 from msa_online_cli import main
 
 SENTENCE = "the road goes along the river and turns left at the bridge"
@@ -296,17 +292,25 @@ def test_prepare_transcribes_clips_of_a_table_without_texts(spoken_corpus, cache
     assert re.search(r"no speech recognised +│ +5 ", shown) and "by whisper-tiny.en" in shown
 
 
-def test_texts_that_are_given_stay_and_only_missing_ones_are_recognised(spoken_corpus, cache_dir, recogniser):
+def test_texts_that_are_given_stay_and_only_missing_ones_are_recognised(
+    spoken_corpus, cache_dir, recogniser, tiny_processor, tiny_config
+):
     table = (spoken_corpus / "metadata.csv").read_text().splitlines()
     texts = ["text", "", "😀", "it is good", " ", "", ""]
     rows = [f"{line},{text}" for line, text in zip(table, texts, strict=True)]
     (spoken_corpus / "metadata.csv").write_text("\n".join(rows) + "\n")
-    corpus = read_corpus(spoken_corpus)
+    corpus = read_corpus(spoken_corpus, label_range=(-3, 3))
     prepared = prepare(corpus, FeatureCache(), ExtractionSettings(), 1, transcriber=recogniser)
     said = [sample.text for sample in prepared.samples]
     assert "river" in said[0] and said[1:] == ["😀", "it is good", "", "", ""]
     assert set(prepared.transcripts) == {"0.mp4", "3.mp4", "4.mp4", "5.mp4"}
     assert prepared.present("train")[:, 0].tolist() == [True, True, False, False]
+    dataset = make_dataset(prepared, "train", tiny_processor, tiny_config)
+    spans = [dataset.inputs(row)["text_spans"] for row in range(4)]
+    assert [each.isfinite().any().item() for each in spans] == [True, False, False, False]
+    assert 0 < spans[0][1, 0, 0] < spans[0][-2, 0, 1] < 1 and spans[0][-2, 1, 1] <= 8
+    batch = tiny_processor.pad([dataset.inputs(row) for row in range(4)])
+    assert batch["text_spans"].shape[:2] == batch["text_mask"].shape
 
 
 def test_init_data_writes_what_is_said(clip, make_clip, tmp_path, cache_dir, capsys):

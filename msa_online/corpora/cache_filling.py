@@ -33,12 +33,13 @@ from feature_extractors.clip import (
     ExtractionSettings,
     kind_of,
 )
+from feature_extractors.transcript import Transcript
 from feature_extractors.worker import Extracted, extract_in_processes
 from msa_online.corpora.corpus import BrokenRow, Corpus, CorpusError, Sample
 from msa_online.corpora.prepared_corpus import EMPTY_TEXT, LACKS, LATE_SOUND, NOTHING, PreparedCorpus
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import MAX_AUDIO_SECONDS, clean_text
-from msa_online.transcription import Transcriber, Transcript
+from msa_online.transcription import Transcriber
 
 TYPICAL_SECONDS = 10.0  # of a clip without a window, to estimate disk space before it is decoded
 

@@ -22,10 +22,10 @@ from feature_extractors.clip import (
     ClipExtent,
     printable,
 )
+from feature_extractors.transcript import Transcript
 from msa_online.corpora.corpus import BrokenRow, Corpus, ReadyCorpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits, UnknownTokens
-from msa_online.transcription import Transcript
 
 EMPTY_TEXT = "empty text"
 NOTHING = "no modality at all"

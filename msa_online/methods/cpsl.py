@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from msa_online.layers.alignment import ALIGNMENTS, resample, token_grid, word_steps
 from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, mean_where, task_loss
 from msa_online.layers.modules import Dropout, MissingTokens, masked_mean
@@ -82,9 +83,11 @@ class CPSLHead(BalancingHead):
             only.
         pooling: "mean" over the tokens, or "first": the first token, as in ITHP (Q12).
         regression_loss: "mse" or "l1".
+        alignment: "even": all tokens take equally long, as in the paper's even grid (Q11). "words": a token
+            takes the steps of audio and vision during its word, where a recogniser measured its time.
 
     Raises:
-        ValueError: `pooling` or `regression_loss` is not among its choices.
+        ValueError: `pooling`, `regression_loss` or `alignment` is not among its choices.
     """
 
     loss_names = ("task", "recon", "unimodal", "div", "stat")
@@ -103,11 +106,14 @@ class CPSLHead(BalancingHead):
         ame: bool = True,
         pooling: str = "mean",
         regression_loss: str = "mse",
+        alignment: str = "even",
     ) -> None:
         super().__init__()
+        check_choice("alignment", alignment, ALIGNMENTS)
         check_choice("pooling", pooling, ("mean", "first"))
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
         self.residual, self.ame, self.pooling = residual, ame, pooling
+        self.alignment = alignment
         self.regression_loss = regression_loss
         text_width = widths["text"]
         self.scaling = nn.ModuleDict({name: RunningMinMax(widths[name]) for name in ENCODED})
@@ -142,22 +148,25 @@ class CPSLHead(BalancingHead):
         teacher: Tensor | None = None,
     ) -> HeadOutput:
         """Fuse the sequences, states `(batch, time, width)` each; `labels` `(batch,)` or None."""
-        grid = token_grid(sequences["text"])
+        text = sequences["text"]
+        grid = token_grid(text)
         inputs, means, variances, latents = {}, {}, {}, {}
         for name in ENCODED:
-            inputs[name] = self.scaling[name](resample(sequences[name], grid))  # (batch, tokens, width)
+            spans = word_steps(text, name, sequences[name]) if self.alignment == "words" else None
+            averaged = resample(sequences[name], grid, spans)  # (batch, tokens, width)
+            inputs[name] = self.scaling[name](averaged)
             means[name], variances[name] = self.encoders[name](inputs[name].values)
             sampled = self._sample(means[name], variances[name])
             latents[name] = self.missing(name, sampled, inputs[name].mask)  # (batch, tokens, hidden)
         features = {
-            "text": self._pool(sequences["text"].values, grid),
+            "text": self._pool(text.values, grid),
             **{name: masked_mean(ModalitySequence.of(latents[name], grid)) for name in ENCODED},
         }
-        features["text"], text = route_through(features["text"], sequences["text"].values)
+        features["text"], states = route_through(features["text"], text.values)
         for name in ENCODED:
             features[name], latents[name] = route_through(features[name], latents[name])
         shift = self.fusion(latents["audio"], latents["vision"])  # (batch, tokens, text width)
-        fused = self._pool(self.dropout(self.norm(text + self.residual * shift)), grid)
+        fused = self._pool(self.dropout(self.norm(states + self.residual * shift)), grid)
         fused = torch.tanh(self.pooler(fused))
         output = HeadOutput(
             logits=self.classifier(self.dropout(fused)),
@@ -306,39 +315,6 @@ class RunningMinMax(nn.Module):
         for extreme, of_batch in ((self.low, low), (self.high, -negated_high)):
             extreme.copy_(torch.where(seen, extreme + share * (of_batch - extreme), extreme))
         self.batches += seen
-
-
-def token_grid(text: ModalitySequence) -> Tensor:
-    """Steps of the fusion, `(batch, tokens)` bool: those of the text, or one step where it is absent."""
-    first = torch.arange(text.mask.shape[1], device=text.mask.device) == 0
-    return text.mask | (first & ~text.present.unsqueeze(-1))
-
-
-def resample(sequence: ModalitySequence, grid: Tensor) -> ModalitySequence:
-    """Average a sequence over the time of each token; all tokens take equally long (Q11).
-
-    This is adaptive average pooling with masks. Token j of n covers the steps from floor(j T / n) to
-    ceil((j + 1) T / n), T being the last observed step. Only observed steps are averaged.
-
-    Args:
-        sequence: States `(batch, time, width)`.
-        grid: Valid tokens, `(batch, tokens)` bool.
-
-    Returns:
-        States `(batch, tokens, width)`; a token without an observed step is masked out.
-    """
-    steps = torch.arange(sequence.mask.shape[1], device=grid.device)
-    length = torch.where(sequence.mask, steps + 1, 0).amax(dim=1)[:, None]  # T of each sample
-    count = grid.sum(dim=1, keepdim=True).clamp(min=1)
-    place = grid.cumsum(dim=1) - 1  # j
-    start = place * length // count
-    stop = -(-(place + 1) * length // count)
-    covered = (steps >= start.unsqueeze(-1)) & (steps < stop.unsqueeze(-1))
-    covered &= sequence.mask.unsqueeze(1) & grid.unsqueeze(-1)  # (batch, tokens, time)
-    observed = covered.sum(dim=-1, keepdim=True)
-    weights = covered.to(sequence.values.dtype) / observed.clamp(min=1)  # sums would overflow in fp16
-    values = weights @ sequence.values
-    return ModalitySequence(values, observed.squeeze(-1) > 0, sequence.present)
 
 
 def route_through(pooled: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,16 +12,15 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from msa_online import MSAConfig, MSAModel
+from msa_online.layers.alignment import resample, token_grid
 from msa_online.layers.modules import MissingTokens
 from msa_online.methods import CPSLHead
 from msa_online.methods.cpsl import (
     GatedFusion,
     diversity_loss,
     reconstruction_loss,
-    resample,
     route_through,
     statistical_loss,
-    token_grid,
 )
 from msa_online.modalities import MODALITIES, ModalitySequence
 

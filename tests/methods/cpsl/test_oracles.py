@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msa_online import MSAModel
-from msa_online.methods.cpsl import RunningMinMax, resample, token_grid
+from msa_online.layers.alignment import resample, token_grid
+from msa_online.methods.cpsl import RunningMinMax
 from msa_online.modalities import MODALITIES, ModalitySequence
 from tests.equations import assert_equation
 
