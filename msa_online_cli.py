@@ -67,6 +67,7 @@ EXAMPLES = {  # printed at the end of each command's --help
         "train recommended data.path=my_clips data.task=classification data.label_column=emotion",
     ),
     "launch": ("launch --num_processes 2 recommended data.path=my_clips training.output_dir=runs/mine",),
+    "tune": ("tune late_fusion --trials 10 data.path=my_clips training.output_dir=runs/tuning",),
     "study": ("study ablations/ebmc data.path=features/mosi 'seeds=[1111]'",),
     "configs": ("configs", "configs recommended"),
 }
@@ -118,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_launch(commands)
     _add_study(commands)
+    _add_tune(commands)
     configs = commands.add_parser("configs", help="list the shipped configurations, or print one")
     configs.add_argument("name", metavar="NAME", nargs="?", help="print this configuration")
     for name, command in commands.choices.items():
@@ -518,6 +520,26 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--table", action="store_true", help="train nothing, only write the table again")
 
 
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search settings of a configuration by the validation score",
+        description="Carry out trials with optuna until N are finished, and write best.yaml, which `train` "
+        "and `study` accept, to training.output_dir. The test split is not scored. A search that was stopped "
+        "continues. The space is a YAML file with lines like `training.learning_rate: {log: [1e-4, 3e-3]}`, "
+        "`model.head_kwargs.dropout: {uniform: [0, 0.6]}` or `training.batch_size: {choice: [32, 64]}`.",
+    )
+    tune.add_argument("config", metavar="CONFIG", help="a file, or a shipped configuration")
+    tune.add_argument("changes", metavar="key=value", nargs="*", default=[])
+    tune.add_argument("--trials", type=_at_least(1), required=True, metavar="N", help="trials in all")
+    tune.add_argument(
+        "--space",
+        metavar="SPACE",
+        help="a file, or a shipped space (default: spaces/NAME beside the configuration)",
+    )
+    tune.set_defaults(refuse=tune.error)
+
+
 def _add_convert_features(commands: argparse._SubParsersAction) -> None:
     convert = commands.add_parser(
         "convert-features", help="convert precomputed features to a corpus to train on"
@@ -825,7 +847,7 @@ def _parse(argv: list[str] | None, program: str | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> int:
     # before importing torch and tqdm: DDP warns of a flag that stages need; a study shows its own progress
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if options.command == "study":
+    if options.command in ("study", "tune"):
         os.environ.setdefault("TQDM_DISABLE", "1")
     # after parsing: these imports take seconds
     command = importlib.import_module(f"msa_online.commands.{options.command.replace('-', '_')}")

@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from msa_online import MSAModel
 from msa_online.shipped_configs import description, find_configuration, shipped
 from msa_online.studies.study import read_study
+from msa_online.studies.tuning import read_search
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
 from msa_online.training.yaml_reader import ConfigurationError
@@ -17,7 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "configs"
 LAUNCHERS = sorted(FOLDER.glob("accelerate/*.yaml"))
 STUDIES = sorted([*FOLDER.glob("ablations/*.yaml"), *FOLDER.glob("studies/*.yaml")])
-RUNS = sorted(set(FOLDER.rglob("*.yaml")) - set(LAUNCHERS) - set(STUDIES))
+SPACES = sorted(FOLDER.glob("spaces/*.yaml"))
+RUNS = sorted(set(FOLDER.rglob("*.yaml")) - set(LAUNCHERS) - set(STUDIES) - set(SPACES))
 
 
 def name_of(path: Path) -> str:
@@ -32,8 +34,8 @@ def command_of(path: Path, program: str) -> list[str]:
 
 
 def test_every_configuration_is_looked_at():
-    assert RUNS and LAUNCHERS and STUDIES
-    known = {*RUNS, *LAUNCHERS, *STUDIES}
+    assert RUNS and LAUNCHERS and STUDIES and SPACES
+    known = {*RUNS, *LAUNCHERS, *STUDIES, *SPACES}
     assert not [path for path in FOLDER.rglob("*") if path.is_file() and path not in known]
 
 
@@ -73,6 +75,14 @@ def test_every_variant_of_a_study_builds_its_model_and_differs_from_the_others(p
     assert all(settings.count(own) == 1 for own in settings)
 
 
+@pytest.mark.parametrize("path", SPACES, ids=name_of)
+def test_a_search_space_says_how_to_run_it_and_fits_the_configuration_of_its_name(path):
+    _, _, config, *changes = [word for word in command_of(path, "msa-online tune") if word[:2] != "--"]
+    changes = [change for change in changes if "=" in change]
+    assert find_configuration(config) == FOLDER / path.name
+    assert read_search(FOLDER / path.name, path, changes).space
+
+
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name_of)
 def test_accelerate_reads_its_configurations(path):
     words = command_of(path, "accelerate launch")
@@ -83,7 +93,7 @@ def test_accelerate_reads_its_configurations(path):
 
 def test_every_shipped_configuration_has_a_name_and_a_description():
     names = shipped()
-    assert set(names.values()) == {*RUNS, *STUDIES, *LAUNCHERS}
+    assert set(names.values()) == {*RUNS, *STUDIES, *LAUNCHERS, *SPACES}
     assert names["ebmc"] == FOLDER / "ebmc.yaml" and "ablations/ebmc" in names
     assert all(len(description(path)) > 4 for path in names.values())
 

@@ -16,6 +16,7 @@ from feature_extractors.__main__ import main as feature_extractors_main
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.shipped_configs import find_configuration
 from msa_online.studies.study import read_study
+from msa_online.studies.tuning import read_search
 from msa_online.training.config_reader import read_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -39,7 +40,7 @@ def commands(start: str) -> list[list[str]]:
     return list(found.values())
 
 
-LONG = ("train", "study", "launch")  # commands that are checked, but not run
+LONG = ("train", "study", "launch", "tune")  # commands that are checked, but not run
 SHORT = [words for words in commands("msa-online") if words[1] not in LONG]
 
 
@@ -115,6 +116,13 @@ def test_feature_extractor_commands_run(words, tiny_corpus, tmp_path):
 @pytest.mark.parametrize("words", commands("msa-online study"), ids=" ".join)
 def test_study_commands_name_files_and_keys_that_exist(words):
     assert read_study(find_configuration(words[2], "ablations/"), words[3:]).runs()
+
+
+@pytest.mark.parametrize("words", commands("msa-online tune"), ids=" ".join)
+def test_tune_commands_name_configurations_with_a_space_and_keys_that_exist(words):
+    config = find_configuration(words[2])
+    changes = words[5:] if words[3] == "--trials" else words[3:]
+    assert read_search(config, config.parent / "spaces" / config.name, changes).space
 
 
 @pytest.mark.parametrize("words", commands("msa-online train"), ids=" ".join)

@@ -83,14 +83,21 @@ def train_quietly(run: StudyRun, study: Study) -> None:
     Raises:
         ConfigurationError: The input is invalid; names the variant.
     """
+    command = shlex.join(["msa-online", "train", study.config, *run.changes])
+    with _named(run), quietly(run.folder):
+        train(run.to_train(), command)
+
+
+@contextmanager
+def quietly(folder: Path) -> Iterator[None]:
+    """Prepare this process for another run, and send its output to a file next to the run's folder."""
     AcceleratorState._reset_state(reset_partial_state=True)  # otherwise the next run keeps this precision
     GradientState._reset_state()
     clear_device_cache(garbage_collection=True)
-    command = shlex.join(["msa-online", "train", study.config, *run.changes])
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = run.folder.with_name(f"{run.folder.name}.log")
-    with _named(run), open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        train(run.to_train(), command)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 @contextmanager

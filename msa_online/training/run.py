@@ -152,6 +152,21 @@ def carry_out(arguments: RunArguments, command: str, accelerator: Accelerator) -
     finish(run, command)
 
 
+def best_validation_score(arguments: RunArguments) -> tuple[float, int]:
+    """Train a run and leave it unfinished: nothing is scored on the test split.
+
+    Returns:
+        The best validation score of its last stage, see `selection_score`; and the epochs trained.
+    """
+    accelerator = start_accelerator(arguments.training)
+    run = build(arguments, accelerator)
+    fit(run)
+    score, epochs = run.schedule.best_score, run.schedule.epoch
+    accelerator.free_memory()
+    accelerator.end_training()
+    return score, epochs
+
+
 def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     """Read the data, build the model, and check that they match.
 
