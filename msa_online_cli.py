@@ -67,7 +67,7 @@ EXAMPLES = {  # printed at the end of each command's --help
         "train recommended data.path=my_clips data.task=classification data.label_column=emotion",
     ),
     "launch": ("launch --num_processes 2 recommended data.path=my_clips training.output_dir=runs/mine",),
-    "tune": ("tune late_fusion --trials 10 data.path=my_clips training.output_dir=runs/tuning",),
+    "tune": ("tune late_fusion data.path=my_clips training.output_dir=runs/tuning --trials 10",),
     "study": ("study ablations/ebmc data.path=features/mosi 'seeds=[1111]'",),
     "configs": ("configs", "configs recommended"),
 }
