@@ -249,9 +249,12 @@ class MSAProcessor(ProcessorMixin):
         return InputLimits(self.max_text_tokens, self.max_audio_seconds, self.tokenizer)
 
     def tokenize(self, text: str) -> Tensor:
-        """Token ids of a transcript, `(tokens,)` int64; for an empty one, the special tokens only."""
+        """Token ids of a transcript, `(tokens,)` int64, at least one.
+
+        An empty transcript becomes the special tokens, or token 0 if the tokenizer adds none.
+        """
         ids = token_ids(self.tokenizer, clean_text(text), self.max_text_tokens)
-        return torch.tensor(ids, dtype=torch.int64)
+        return at_least_one(torch.tensor(ids, dtype=torch.int64))
 
     def encode(
         self, features: ClipFeatures | None, text: str | None, modalities: Collection[str] = MODALITIES

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoProcessor
 
 import msa_online  # noqa: F401  registers the processor with AutoProcessor
@@ -131,6 +132,16 @@ def test_what_is_missing_is_marked_and_nothing_of_it_gets_through(
 
 def test_an_empty_transcript_becomes_the_special_tokens(tiny_tokenizer, tiny_processor):
     assert tiny_processor.tokenize("").tolist() == tiny_tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]"])
+
+
+def test_without_special_tokens_an_empty_transcript_still_has_a_token(tiny_tokenizer):
+    """Those of GPT-2 add none, and a batch of clips without words would have no step."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    processor = MSAProcessor(tokenizer, {"face_size": 32, "num_frames": 4})
+    assert len(processor.tokenize("good bad")) == 2
+    batch = processor([None], [""])
+    assert batch["text_input_ids"].shape == (1, 1) and not batch["modality_present"].any()
 
 
 @pytest.mark.parametrize(
