@@ -33,7 +33,7 @@ A study is a YAML file:
     changes: {training.batch_size: 64}        to the configuration, in all variants
     variants:
       EBMC: {}                                changes of each variant; they override `changes`
-      without MSD: {model.loss_weights.msd: 0}
+      without EMC: {model.loss_weights.emc: 0}
     settings:                                 if there are any, every variant runs in each; curves.png
       rate 0.3: {data.missing.rates: 0.3}
     reference: EBMC                           the others are tested against it (default: the first)

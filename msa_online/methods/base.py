@@ -88,6 +88,17 @@ class BalancingHead(nn.Module):
         A new head starts in the last of its `stages`, the one that predicts.
         """
 
+    def start_epoch(self, elapsed: float) -> None:
+        """Begin an epoch; `elapsed` is the share of the current stage's epochs before it, in [0, 1)."""
+
+    def weights_problem(self, weights: Mapping[str, float]) -> str | None:
+        """Why `weights` of the losses cannot be meant, with the remedy; None if they can.
+
+        It is asked before a run reads its data, and refuses for example a weight of 0 that would leave a part
+        untrained which another loss reads.
+        """
+        return None
+
     def end_step(self, taken: bool) -> None:
         """Update running state after the optimizer has stepped, or, with `taken` False, skipped a step.
 

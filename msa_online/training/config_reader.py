@@ -119,15 +119,20 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
         given = (channels, width, config.blendshapes)
         _build_once(FaceEncoder, given, {}, origin, "model.face_channels and model.face_width")
     refuse_unknown(config.loss_weights, head.loss_names, origin, "model.loss_weights")
+    weights = typed(config.loss_weights, dict[str, float], origin, "model", "loss_weights")
+    head_kwargs, built = _checked(head, (config.widths, 1), config.head_kwargs, origin, "model.head_kwargs")
+    if problem := built.weights_problem(weights):
+        raise ConfigurationError(f"{origin}: model.loss_weights: {problem}")
+    calibrator_kwargs, _ = _checked(
+        calibrator, (config.widths,), config.calibrator_kwargs, origin, "model.calibrator_kwargs"
+    )
     keywords = {
-        "loss_weights": typed(config.loss_weights, dict[str, float], origin, "model", "loss_weights"),
-        "head_kwargs": _checked(head, (config.widths, 1), config.head_kwargs, origin, "model.head_kwargs"),
-        "calibrator_kwargs": _checked(
-            calibrator, (config.widths,), config.calibrator_kwargs, origin, "model.calibrator_kwargs"
-        ),
+        "loss_weights": weights,
+        "head_kwargs": head_kwargs,
+        "calibrator_kwargs": calibrator_kwargs,
     }
     given = {name: value for name, value in keywords.items() if arguments.model.get(name)}
-    of_modulator = _checked(modulator, (), training.modulator_kwargs, origin, "training.modulator_kwargs")
+    of_modulator, _ = _checked(modulator, (), training.modulator_kwargs, origin, "training.modulator_kwargs")
     return replace(
         arguments,
         model={**arguments.model, **given},
@@ -137,21 +142,20 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
 
 def _checked(
     part: type, given: tuple[Any, ...], keywords: Mapping[str, Any], origin: str, section: str
-) -> dict[str, Any]:
-    """Build a part of the run once, so that it validates its settings; returns its keyword arguments."""
+) -> tuple[dict[str, Any], Any]:
+    """Build a part of the run once, so that it validates its settings; returns its keyword arguments too."""
     hints = get_type_hints(part.__init__)
     refuse_unknown(keywords, list(inspect.signature(part).parameters)[len(given) :], origin, section)
     keywords = {
         name: typed(value, hints.get(name, Any), origin, section, name) for name, value in keywords.items()
     }
-    _build_once(part, given, keywords, origin, section)
-    return keywords
+    return keywords, _build_once(part, given, keywords, origin, section)
 
 
 def _build_once(
     part: type, given: tuple[Any, ...], keywords: Mapping[str, Any], origin: str, section: str
-) -> None:
-    """Build a part on the meta device; refuse one that fails or has empty weights."""
+) -> Any:
+    """Build a part on the meta device and return it; refuse one that fails or has empty weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns of empty weights, refused below
@@ -161,3 +165,4 @@ def _build_once(
     weights = built.named_parameters() if isinstance(built, torch.nn.Module) else ()
     if empty := next((name for name, weight in weights if not weight.numel()), None):
         raise ConfigurationError(f"{origin}: {section}: {empty} would be empty; sizes are at least 1")
+    return built

@@ -268,6 +268,7 @@ def fit(run: Run) -> None:
         started = time.monotonic()
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
         run.sampler.start_epoch(epoch)
+        loop.bare_model.head.start_epoch(schedule.elapsed)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(run.loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, run.for_validation, accelerator, condition)

@@ -43,6 +43,11 @@ class StageSchedule:
         return tuple(stage.name for stage in self.stages[: self.position])
 
     @property
+    def elapsed(self) -> float:
+        """Share of the current stage's epochs that are trained, in [0, 1)."""
+        return self.epoch_in_stage / self.stage.epochs
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this is the last stage, whose best epoch is published."""
         return self.position == len(self.stages) - 1

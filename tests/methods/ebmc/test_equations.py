@@ -2,6 +2,7 @@
 """Properties of EBMC's energies, losses and trust (docs/methods/ebmc.md), in float64."""
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from msa_online.methods.ebmc import (
     EnergyFactors,
+    dependence_loss,
     disentanglement_loss,
     distillation_distances,
     energy_gap,
+    explained_variance,
     invariance_loss,
     teacher_variance,
     trust_weights,
@@ -250,3 +253,67 @@ def test_private_parts_are_to_be_orthogonal_and_their_signs_do_not_matter():
     parts = random(3, BATCH, WIDTH)
     flipped = parts * torch.tensor([-1.0, 1.0, -1.0]).double()[:, None, None]
     torch.testing.assert_close(disentanglement_loss(flipped, EVERY), disentanglement_loss(parts, EVERY))
+
+
+@every_kind
+def test_a_constant_uncertainty_counts_but_has_no_gradient(kind):
+    trial = Energies(kind)
+    outputs = trial.states @ trial.weights.mT + trial.biases
+    given = (trial.states, outputs, trial.weights, trial.labels, EVERY)
+    energies, closed = replace(FACTORS, constant_uncertainty=True)(*given)
+    torch.testing.assert_close(energies, FACTORS(*given)[0])
+    (found,) = torch.autograd.grad(energies.sum(), trial.states, retain_graph=True)
+    torch.testing.assert_close(closed, found, rtol=1e-10, atol=1e-12)
+    (without,) = torch.autograd.grad(replace(FACTORS, uncertainty=0.0)(*given)[0].sum(), trial.states)
+    torch.testing.assert_close(found, without, rtol=1e-10, atol=1e-12)
+
+
+@every_kind
+def test_a_one_sided_gap_pulls_down_what_is_above_and_leaves_the_lowest_alone(kind):
+    trial = Energies(kind)
+    energy, everyone = trial()[0].mean(dim=1), torch.ones(3).bool()
+    gap = energy_gap(energy, everyone, one_sided=True)
+    torch.testing.assert_close(gap, energy_gap(energy, everyone))
+    (pull,) = torch.autograd.grad(gap, trial.states)
+    assert not pull[energy.argmin()].any()
+    with torch.no_grad():
+        trial.states -= 1e-4 * pull
+    after = trial()[0].mean(dim=1)
+    assert after.max() < energy.max()
+    if kind != "score judged by disagreement":  # there one energy depends on the other modalities
+        assert after.min() == energy.min()
+
+
+def test_private_parts_that_say_the_same_in_other_coordinates_are_dependent():
+    parts, batch = random(1, 40, WIDTH)[0], torch.ones(3, 40).bool()
+    turn, _ = torch.linalg.qr(random(WIDTH, WIDTH, seed=3))
+    turned = torch.stack([parts, parts @ turn * 3 + 5, -parts])
+    assert dependence_loss(turned, batch).item() == pytest.approx(1.0, abs=1e-12)
+    assert disentanglement_loss(turned[:2], batch[:2]) < 0.6  # a cosine takes them for different
+    apart = torch.stack([dependence_loss(random(3, 40, WIDTH, seed=seed), batch) for seed in range(20)])
+    assert apart.min() >= 0 and apart.mean() < 0.03
+
+
+def test_dependence_is_judged_on_the_samples_that_have_both():
+    parts, present = random(3, 12, WIDTH), torch.ones(3, 12).bool()
+    present[0, :3] = present[1, 9:] = False
+    whole = dependence_loss(parts[:2, 3:9], present[:2, 3:9])
+    disturbed = parts.clone()
+    disturbed[0, :3] = disturbed[1, 9:] = 100.0
+    torch.testing.assert_close(dependence_loss(disturbed[:2], present[:2]), whole)
+    assert dependence_loss(parts[:, :3], present[:, :3]) == 0  # too few to tell
+    same = random(1, 1, WIDTH).expand(3, 12, WIDTH).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(dependence_loss(same, EVERY.new_ones(3, 12)), same)
+    assert gradient.isfinite().all()
+
+
+def test_the_explained_variance_of_an_exact_copy_is_one_and_of_the_mean_none():
+    states, present = random(3, BATCH, WIDTH), EVERY.clone()
+    present[:, 0] = False
+    mean = states[:, 1:].mean(dim=1, keepdim=True).expand_as(states)
+    wild = states.clone()
+    wild[:, 0] = 100.0  # does not count
+    for rebuilt, expected in ((wild, 1.0), (mean, 0.0), (2 * mean - states, -3.0)):
+        found = explained_variance(rebuilt, states, present)
+        torch.testing.assert_close(found, torch.full((3,), expected).double())
+    assert explained_variance(wild, states, ~EVERY).tolist() == [0, 0, 0]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import EBMCHead
 from msa_online.modalities import MODALITIES, ModalitySequence
+from msa_online.training.config_reader import parse_arguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 LABELS = torch.linspace(-2, 2, 4, dtype=torch.float64)
 TEACHER = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -19,8 +21,12 @@ PRESENCES = list(itertools.product([True, False], repeat=3))
 MIXED = [[True, True, True], [True, False, True], [False, True, False], [True, True, True]]
 STAGES = ("enhance", "balance")
 SWITCHES = [
-    {"cce_in_fusion": fusion, "missing_tokens": tokens, "cce": cce}
-    for fusion, tokens, cce in itertools.product(("fill", "off"), (False, True), ("paper", "shared"))
+    {"enhanced": enhanced, "missing_tokens": tokens, "cce": cce}
+    for enhanced, tokens, cce in [
+        *itertools.product(("fill", "off"), (False, True), ("paper", "shared")),
+        ("replace", False, "paper"),
+        ("residual", True, "shared"),
+    ]
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES)
 every_switch = pytest.mark.parametrize(
@@ -116,22 +122,23 @@ def test_the_second_stage_starts_where_the_first_ended(make_ebmc, make_sequences
 @every_stage
 def test_nothing_is_filled_in_where_nothing_is_absent(stage, make_ebmc, make_sequences):
     outputs = [
-        make_ebmc(stage=stage, cce_in_fusion=fusion)(make_sequences(), LABELS, TEACHER)
-        for fusion in ("fill", "off")
+        make_ebmc(stage=stage, enhanced=enhanced)(make_sequences(), LABELS, TEACHER)
+        for enhanced in ("fill", "off")
     ]
     assert torch.equal(outputs[0].logits, outputs[1].logits)
     assert all(torch.equal(loss, outputs[1].losses[name]) for name, loss in outputs[0].losses.items())
 
 
 @every_switch
-def test_what_is_rebuilt_reaches_a_prediction_only_where_a_modality_is_absent(
+def test_what_is_rebuilt_reaches_a_prediction_only_where_the_setting_says_so(
     switches, make_ebmc, make_sequences
 ):
     head, sequences = make_ebmc(**switches), make_sequences(present=MIXED)
     before = head(sequences).logits
     shaken(head.generators)
     changed = (head(sequences).logits != before).any(dim=1).tolist()
-    assert changed == [switches["cce_in_fusion"] == "fill" and not all(present) for present in MIXED]
+    where = {"fill": [not all(present) for present in MIXED], "off": [False] * len(MIXED)}
+    assert changed == where.get(switches["enhanced"], [True] * len(MIXED))
 
 
 @every_stage
@@ -287,7 +294,8 @@ def test_energies_and_trust_are_there_to_be_watched_and_carry_no_gradient(make_e
     [
         ("cce", "own", "paper, shared"),
         ("uncertainty", "entropy", "probabilistic, disagreement"),
-        ("cce_in_fusion", "replace", "fill, off"),
+        ("enhanced", "all", "fill, replace, residual, off"),
+        ("teacher", "best", "private, state"),
     ],
 )
 def test_a_misspelt_switch_is_refused_with_those_there_are(switch, value, settings, make_ebmc):
@@ -298,3 +306,167 @@ def test_a_misspelt_switch_is_refused_with_those_there_are(switch, value, settin
 def test_heads_that_do_not_divide_the_width_are_refused(make_ebmc):
     with pytest.raises(ValueError, match="hidden_size=8 is not a multiple of heads=3"):
         make_ebmc(heads=3)
+
+
+def test_the_earlier_name_of_how_enhanced_features_enter_is_read_and_may_not_contradict(
+    make_ebmc, make_sequences
+):
+    sequences = make_sequences(present=MIXED)
+    former, named = make_ebmc(cce_in_fusion="off"), make_ebmc(enhanced="off")
+    assert torch.equal(former(sequences).logits, named(sequences).logits)
+    assert not torch.equal(make_ebmc()(sequences).logits, named(sequences).logits)
+    with pytest.raises(ValueError, match="cce_in_fusion=off is an earlier name of enhanced=fill: give one"):
+        make_ebmc(cce_in_fusion="off", enhanced="fill")
+
+
+def test_an_unknown_reading_is_refused_with_those_there_are(make_ebmc):
+    with pytest.raises(ValueError, match="readings='gap' must be one of .*gap_one_sided, trust_against"):
+        make_ebmc(readings=["gap_one_sided", "gap"])
+
+
+OFF = {"unimodal": 0.1, "msd": 0.5, "cce": 0.1, "emc": 0.1, "imtd": 0.1}
+ABLATIONS = {  # weights, settings, and the parts that then take no part
+    "without CCE": ({"cce": 0.0}, {"enhanced": "off"}, {"generators"}),
+    "without MSD": ({"msd": 0.0}, {"teacher": "state"}, {"private_predictors"}),
+    "without MSD and IMTD": ({"msd": 0.0, "imtd": 0.0}, {}, {"private_predictors"}),
+    "without MSD and CCE": (
+        {"msd": 0.0, "cce": 0.0},
+        {"teacher": "state", "enhanced": "off"},
+        {"generators", "private_predictors", "shared", "private", "norms"},
+    ),
+}
+
+
+@every_stage
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_a_part_that_is_switched_off_gets_no_gradient_and_reaches_neither_prediction_nor_teacher(
+    ablation, stage, make_ebmc, make_sequences
+):
+    changed, settings, left_out = ABLATIONS[ablation]
+    head, sequences = make_ebmc(stage=stage, **settings), make_sequences(present=MIXED)
+    weights = OFF | changed
+    assert head.weights_problem(weights) is None
+    output = head(sequences, LABELS, TEACHER)
+    total = sum(weights.get(name, 1.0) * loss for name, loss in output.losses.items())
+    found = gradients(head, total)
+    assert left_out <= parts(dict(head.named_parameters()))
+    assert not any(value.any() for name, value in found.items() if parts([name]) <= left_out)
+    taught = head.teach(sequences)
+    for name in left_out:
+        shaken(getattr(head, name))
+    assert torch.equal(head(sequences).logits, output.logits)
+    assert weights["imtd"] == 0 or torch.equal(head.teach(sequences), taught)
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "problem"),
+    [
+        ({"cce": 0}, {}, "cce: 0 .*set model.head_kwargs.enhanced to off"),
+        ({"cce": 0}, {"enhanced": "fill"}, None),
+        ({"msd": 0}, {}, "msd: 0 .*set imtd: 0 too, or model.head_kwargs.teacher=state"),
+        ({"msd": 0}, {"teacher": "state"}, None),
+        ({"msd": 0, "imtd": 0}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_run_in_which_a_loss_would_distil_from_random_layers_does_not_start(weights, settings, problem):
+    document = {
+        "model": {
+            "feature_widths": {"text": 6, "audio": 5, "vision": 4},
+            "head": "ebmc",
+            "head_kwargs": {"hidden_size": 8, "depth": 1, **settings},
+            "loss_weights": weights,
+        },
+        "training": {"stages": [{"name": "enhance", "epochs": 1}, {"name": "balance", "epochs": 1}]},
+    }
+    if problem is None:
+        assert parse_arguments(document).model["loss_weights"] == weights
+    else:
+        with pytest.raises(ConfigurationError, match=f"model.loss_weights: {problem}"):
+            parse_arguments(document)
+
+
+def test_the_teacher_is_what_the_setting_says(make_ebmc, make_sequences):
+    sequences = make_sequences()
+    one, other = make_ebmc(teacher="private"), make_ebmc(teacher="state")
+    expected = other(sequences).modality_logits
+    for column, name in enumerate(MODALITIES):
+        assert torch.equal(other.teach(sequences)[:, column, :1], expected[name])
+    assert not torch.allclose(one.teach(sequences)[..., 0], other.teach(sequences)[..., 0])
+    assert torch.equal(one.teach(sequences)[..., 1], other.teach(sequences)[..., 1])  # the log-variance
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_an_explicit_step_of_the_energy_lowers_it_and_none_changes_nothing(
+    outputs, make_ebmc, make_sequences
+):
+    sequences, settings = make_sequences(present=MIXED), {"energy_norm": 0.7, "energy_uncertainty": 1.3}
+    head = make_ebmc(outputs, **settings)
+    states = torch.stack(list(head(sequences).features.values()))
+    present = torch.tensor(MIXED).T
+    assert torch.equal(head._descend(states, present), states)
+
+    def energies(states: Tensor) -> Tensor:
+        """Of each modality and sample, without the loss."""
+        predicted = torch.stack(
+            [head.predictors[name](state) for name, state in zip(MODALITIES, states, strict=True)]
+        )
+        if outputs == 1:
+            uncertainty = predicted[..., 1].clamp(-6, 3).exp()
+        else:
+            uncertainty = -(predicted.softmax(-1) * predicted.log_softmax(-1)).sum(-1)
+        return 0.7 * states.square().mean(dim=-1) + 1.3 * uncertainty
+
+    stepping = make_ebmc(outputs, **settings, energy_step=0.01)
+    moved = stepping._descend(states, present)
+    assert (energies(moved) < energies(states))[present].all()
+    assert torch.equal(moved[~present], states[~present])
+    nearby = 1e-6
+    for width in range(states.shape[-1]):  # the direction, by finite differences
+        bump = torch.zeros_like(states)
+        bump[..., width] = nearby
+        slope = (energies(states + bump) - energies(states - bump)) / (2 * nearby)
+        expected = torch.where(present, -0.01 * slope, 0.0)
+        torch.testing.assert_close((moved - states)[..., width], expected, rtol=1e-5, atol=1e-9)
+    assert not torch.allclose(stepping(sequences).logits, head(sequences).logits)
+
+
+def test_energies_on_states_of_fixed_size_cannot_act_by_the_size(make_ebmc, make_sequences):
+    for readings, along in ([], True), (["energy_fixed_norm"], False):
+        head, sequences = make_ebmc(readings=readings), make_sequences()
+        output = head(sequences, LABELS)
+        for state in output.features.values():
+            (pull,) = torch.autograd.grad(output.losses["emc"], state, retain_graph=True)
+            radial = (pull * state).sum(dim=-1)
+            assert pull.any()
+            assert (radial.abs().max() > 1e-3) if along else (radial.abs().max() < 1e-12)
+    values = [make_ebmc(readings=it)(sequences, LABELS).losses["emc"] for it in ([], ["energy_fixed_norm"])]
+    torch.testing.assert_close(*values)
+
+
+def test_msd_fades_over_the_second_stage_only_on_request(make_ebmc, make_sequences):
+    for stage, readings, share in (
+        ("balance", ["msd_annealed"], 0.25),
+        ("balance", [], 1.0),
+        ("enhance", ["msd_annealed"], 1.0),
+    ):
+        head = make_ebmc(stage=stage, readings=readings)
+        whole = head(make_sequences(), LABELS).losses["msd"]
+        head.start_epoch(0.75)
+        torch.testing.assert_close(head(make_sequences(), LABELS).losses["msd"], share * whole)
+        head.start_stage(stage)
+        assert torch.equal(head(make_sequences(), LABELS).losses["msd"], whole)
+
+
+def test_what_a_hidden_modality_is_rebuilt_from_is_the_others_alone(make_ebmc, make_sequences):
+    head, sequences = make_ebmc(), make_sequences()
+    before = head(sequences, LABELS).diagnostics
+    shaken(head.shared["audio"])
+    shaken(head.private["audio"])
+    after = head(sequences, LABELS).diagnostics
+    assert after["r2/audio"] == before["r2/audio"]
+    assert after["r2/text"] != before["r2/text"] and after["r2/vision"] != before["r2/vision"]
+    tokens = make_ebmc(missing_tokens=True)
+    before = tokens(sequences, LABELS).diagnostics
+    shaken(tokens.missing)
+    assert all(tokens(sequences, LABELS).diagnostics[f"r2/{m}"] != before[f"r2/{m}"] for m in MODALITIES)

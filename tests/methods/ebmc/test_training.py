@@ -65,7 +65,12 @@ class Runs:
                 "face_channels": 8,
                 "face_width": 16,
                 "head": "ebmc",
-                "head_kwargs": {"hidden_size": 8, "depth": 1, "dropout": 0.2},
+                "head_kwargs": {
+                    "hidden_size": 8,
+                    "depth": 1,
+                    "dropout": 0.2,
+                    "readings": ["msd_annealed"],
+                },
             },
             "data": {"path": str(self.corpus), "num_frames": 4, "face_size": 32},
             "training": {
@@ -180,6 +185,16 @@ def test_a_finished_run_publishes_the_student_alone(whole_run):
     stages = [epoch["stage"] for epoch in history(whole_run)]
     assert stages == ["enhance", "enhance", "balance", "balance"]
     assert all(("imtd" in epoch["losses"]) == (epoch["stage"] == "balance") for epoch in history(whole_run))
+
+
+def test_a_run_tells_the_head_how_far_the_stage_is(whole_run):
+    """The weight of MSD falls with the epochs of the second stage."""
+    shares = []
+    for epoch in history(whole_run):
+        losses = epoch["losses"]
+        whole = losses["msd/inv"] + 0.1 * losses["msd/dis"] + 0.1 * losses["msd/uni"]
+        shares.append(losses["msd"] / whole)
+    assert shares == pytest.approx([1, 1, 1, 0.5], rel=1e-5)
 
 
 def test_the_optimizer_keeps_its_state_in_the_second_stage(runs):
