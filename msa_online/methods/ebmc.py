@@ -248,7 +248,7 @@ class EBMCHead(BalancingHead):
         )
         if labels is None:
             return output
-        output.diagnostics = self._reconstruction(states, known, sequences, present)
+        output.diagnostics = self._reconstruction(states, known, present)
         with without_autocast(present.device):  # all losses in fp32
             alone = self._alone(predicted, labels, present)
             msd = self._msd(shared, private, labels, present)
@@ -420,21 +420,13 @@ class EBMCHead(BalancingHead):
 
     @torch.no_grad()
     def _reconstruction(
-        self,
-        states: Tensor,
-        known: tuple[Tensor, Tensor],
-        sequences: Mapping[str, ModalitySequence],
-        present: Tensor,
+        self, states: Tensor, known: tuple[Tensor, Tensor], present: Tensor
     ) -> dict[str, Tensor]:
-        """Share of the variance of z_m that z~_m explains if m is hidden, R2, for the log."""
-        own = known[0].new_zeros(2, *known[0].shape)
-        if self.missing is not None:
-            nothing = {
-                name: ModalitySequence.of(it.values[:1], it.mask[:1] & False)
-                for name, it in sequences.items()
-            }
-            tokens = self._disentangle(torch.stack(list(self._read(nothing).values())))
-            own = torch.stack(tokens).expand_as(own)
+        """Share of the variance of z_m that z~_m explains if m is hidden, R2, for the log.
+
+        Own parts of a hidden modality are those of the samples without it: zero, or what its token gives.
+        """
+        own = (_mean_over_samples(parts, ~present).expand_as(parts) for parts in known)
         explained = explained_variance(in_fp32(self._rebuild(*known, *own)), in_fp32(states), present)
         return {f"r2/{name}": value for name, value in zip(MODALITIES, explained, strict=True)}
 

@@ -466,7 +466,11 @@ def test_what_a_hidden_modality_is_rebuilt_from_is_the_others_alone(make_ebmc, m
     after = head(sequences, LABELS).diagnostics
     assert after["r2/audio"] == before["r2/audio"]
     assert after["r2/text"] != before["r2/text"] and after["r2/vision"] != before["r2/vision"]
-    tokens = make_ebmc(missing_tokens=True)
-    before = tokens(sequences, LABELS).diagnostics
+    tokens, sequences = (
+        make_ebmc(missing_tokens=True),
+        make_sequences(6, [[True] * 3] * 3 + [[False, True, True], [True, False, True], [True, True, False]]),
+    )
+    before = tokens(sequences, torch.linspace(-2, 2, 6).double()).diagnostics
     shaken(tokens.missing)
-    assert all(tokens(sequences, LABELS).diagnostics[f"r2/{m}"] != before[f"r2/{m}"] for m in MODALITIES)
+    after = tokens(sequences, torch.linspace(-2, 2, 6).double()).diagnostics
+    assert all(after[f"r2/{name}"] != before[f"r2/{name}"] for name in MODALITIES)
