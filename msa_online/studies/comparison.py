@@ -178,6 +178,8 @@ def differences_table(
         header += [GROUPS[group].format(heading), "95 % interval", "p clips", "p runs"]
     rows = []
     for variant, by_group in found.items():
+        if not by_group:  # a model of one condition beside one of all
+            continue
         row = [variant]
         for group in groups:
             row += _difference_cells(by_group.get(group), 1 if metric == "mae" else 100)

@@ -5,8 +5,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from msa_online.modalities import MODALITIES
 from msa_online.studies.study import StudyRun
 from msa_online.training.yaml_reader import ConfigurationError
 
@@ -16,6 +18,13 @@ LAST_TENTH = 0.9
 COLUMNS = ("seed", "epochs", "best epoch", "stopped by", "steps", "minutes", "parameters")
 FUSED, ALONE = "task", "unimodal"  # training losses: of the fused prediction; before a stage trains that
 LINES = ("-", "--")
+PROBE = "probe"
+DIAGNOSED = {
+    "share": "share of the prediction",
+    PROBE: "score of a linear probe",
+    "modality_gradient": "gradient norm",
+}
+"""Diagnostics that are drawn, by the prefix of their names."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +151,57 @@ def draw_learning_curves(ends: Sequence[RunEnd], target: Path) -> None:
         axis.set_xlabel("epoch")
         axis.set_ylabel("loss")
     figure.savefig(target, dpi=110)
+
+
+def draw_diagnostics(ends: Sequence[RunEnd], target: Path) -> bool:
+    """Draw what `training.diagnostics` measured by epoch; returns whether a run measured anything.
+
+    There is a row for each variant and a column for each diagnostic, a colour for each modality and a line
+    for each seed. Dashed in the column of the probes: the best validation score of the models that were
+    trained on one modality alone (`training.condition`), mean over the seeds.
+    """
+    from matplotlib.figure import Figure  # takes a second
+
+    measured = {}
+    for end in ends:
+        values = [entry["losses"] for entry in history_of(end.run)]
+        names = {name for each in values for name in each if name.partition("/")[0] in DIAGNOSED}
+        if names and end.run.arguments.training.condition is None:
+            measured.setdefault(end.run.variant, []).append((values, names))
+    if not measured:
+        return False
+    alone = _scores_alone(ends)
+    recorded = {name.partition("/")[0] for runs in measured.values() for _, names in runs for name in names}
+    shown = [kind for kind in DIAGNOSED if kind in recorded]
+    figure = Figure(figsize=(3.6 * len(shown), 2.5 * len(measured)), layout="constrained")
+    axes = figure.subplots(len(measured), len(shown), squeeze=False)
+    for row, (variant, runs) in zip(axes, measured.items(), strict=True):
+        for axis, kind in zip(row, shown, strict=True):
+            for number, modality in enumerate(MODALITIES):
+                for run, (values, _) in enumerate(runs):
+                    points = {
+                        epoch: value
+                        for epoch, each in enumerate(values, start=1)
+                        if (value := each.get(f"{kind}/{modality}")) is not None
+                    }
+                    label = modality if run == 0 and points else None
+                    axis.plot(
+                        list(points), list(points.values()), color=f"C{number}", linewidth=1, label=label
+                    )
+                if kind == PROBE and modality in alone:
+                    axis.axhline(alone[modality], color=f"C{number}", linestyle="--", linewidth=1)
+            axis.set_title(f"{variant}: {DIAGNOSED[kind]}", fontsize="small")
+            axis.set_xlabel("epoch")
+            axis.legend(fontsize="x-small")
+    figure.savefig(target, dpi=110)
+    return True
+
+
+def _scores_alone(ends: Sequence[RunEnd]) -> dict[str, float]:
+    """Best validation score of the models trained on one modality alone, by modality, mean over the seeds."""
+    scores: dict[str, list[float]] = {}
+    for end in ends:
+        if (condition := end.run.arguments.training.condition) in MODALITIES:
+            metrics = history_of(end.run)[end.best - 1]["valid"]
+            scores.setdefault(condition, []).append(metrics.get("mae", metrics.get("f1_weighted")))
+    return {modality: fmean(values) for modality, values in scores.items()}

@@ -30,7 +30,12 @@ from msa_online.studies.comparison import (
     differences_table,
 )
 from msa_online.studies.convergence import COLUMNS as END_COLUMNS
-from msa_online.studies.convergence import RunEnd, draw_learning_curves, warnings_of
+from msa_online.studies.convergence import (
+    RunEnd,
+    draw_diagnostics,
+    draw_learning_curves,
+    warnings_of,
+)
 from msa_online.studies.study import Study, StudyRun, name_in
 from msa_online.training.checkpoint import read_predictions
 from msa_online.training.model import require_encoders
@@ -168,6 +173,7 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     figures["ends"] = [end.figures for end in ends]
     (folder / "results.json").write_text(json_text(figures, indent=1), encoding="utf-8")
     draw_learning_curves(ends, folder / CURVES)
+    draw_diagnostics(ends, folder / "diagnostics.png")
     if study.settings:
         draw_curves(compared, study, split, folder / "curves.png")
     show(comparison_table(compared, title), console)

@@ -185,6 +185,9 @@ class TrainingArguments:
         overwrite: Replace an earlier run in `output_dir`.
         log_with: A tracker that Accelerate supports: tensorboard, wandb, trackio, ...
         measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
+        diagnostics: What to measure after each epoch, any of shares, probes and gradients: the share of each
+            modality in the validation predictions, a linear probe on its frozen states, and the gradient norm
+            of its parameters (docs/training.md).
         push_to_hub: Repository on the Hub, like ORG/NAME, that the finished checkpoint is published to.
         hub_private: Create that repository as a private one.
     """
@@ -218,6 +221,7 @@ class TrainingArguments:
     overwrite: bool = False
     log_with: str | None = "tensorboard"
     measure_gradients: bool = False
+    diagnostics: list[str] = field(default_factory=list)
     push_to_hub: str | None = None
     hub_private: bool = False
 

@@ -11,6 +11,7 @@ from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.model_card import REPOSITORY
 from msa_online.training.config import ALL, MissingArguments, RunArguments, TrainingArguments
+from msa_online.training.diagnostics import DIAGNOSTICS, SHARES
 from msa_online.training.precision import PRECISIONS
 
 CHOICES = {  # None is null in YAML
@@ -79,6 +80,14 @@ def problems(arguments: RunArguments) -> Iterator[str]:
     hiding = [key for key in ("condition", "modality_dropout", "frame_dropout") if getattr(training, key)]
     if len(hiding) > 1:
         yield f"training.{hiding[0]} and training.{hiding[1]} exclude each other"
+    for name in training.diagnostics:
+        if name not in DIAGNOSTICS:
+            yield f"training.diagnostics names {name!r}: any of {', '.join(DIAGNOSTICS)}"
+        elif name == SHARES and training.condition:
+            yield (
+                "training.diagnostics names shares, but a model of training.condition predicts under that "
+                "condition only: leave it out"
+            )
     for stage in training.stages or ():
         for name in ("epochs", "patience"):
             if (value := getattr(stage, name)) is not None and value < 1:

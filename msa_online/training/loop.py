@@ -67,6 +67,7 @@ class TrainingLoop:
         clip_norm: Largest gradient norm.
         seed: Seed of the run.
         measure_gradients: Record the gradient norm of each loss in the first step of every epoch.
+        measure_modalities: Record the gradient norm of the parameters of each modality in every step.
         teacher: Teacher of the current stage.
         progress: Progress of the run.
     """
@@ -80,6 +81,7 @@ class TrainingLoop:
     clip_norm: float
     seed: int
     measure_gradients: bool = False
+    measure_modalities: bool = False
     teacher: Teacher = field(default_factory=Teacher)
     progress: Progress = field(default_factory=Progress)
 
@@ -178,8 +180,9 @@ class TrainingLoop:
         norm = get_total_norm([parameter.grad for parameter in parameters])
         probe_norm = get_total_norm(gradients_of(self.bare_model.probes.parameters()))
         whole = {"gradient_norm": norm, "probe_norm": probe_norm, **self.modulator.measure(self._owned)}
-        values = self._fetch(window, whole)
-        record = {name: values[name] for name in window[0].reported}
+        by_modality = self._modality_norms() if self.measure_modalities else {}
+        values = self._fetch(window, whole | by_modality)
+        record = {name: values[name] for name in (*window[0].reported, *by_modality)}
         if not math.isfinite(values["gradient_norm"] + values["probe_norm"]):
             self._skip()
             return {}
@@ -207,6 +210,12 @@ class TrainingLoop:
         record |= modulation.log
         self._log({**record, "gradient_norm": values["gradient_norm"]})
         return record
+
+    def _modality_norms(self) -> dict[str, Tensor]:
+        return {
+            f"modality_gradient/{name}": get_total_norm(gradients_of(parameters))
+            for name, parameters in self._owned.items()
+        }
 
     def _fetch(self, window: Sequence["MicroBatch"], whole: Mapping[str, Tensor]) -> dict[str, float]:
         """Copy all scalars of a step to the host, in one synchronisation.

@@ -52,6 +52,7 @@ from msa_online.training.data import (
     steps_line,
     transcripts_record,
 )
+from msa_online.training.diagnostics import GRADIENTS, measure_epoch
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
@@ -226,6 +227,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         clip_norm=training.clip_norm,
         seed=training.seed,
         measure_gradients=training.measure_gradients,
+        measure_modalities=GRADIENTS in training.diagnostics,
     )
     return Run(
         arguments=arguments,
@@ -273,6 +275,9 @@ def fit(run: Run) -> None:
         losses = loop.train_epoch(run.loaders["train"], stage=stage.name, epoch=epoch, title=title)
         metrics = validate(loop.bare_model, run.for_validation, accelerator, condition)
         check_epoch(title, losses, metrics, run.arguments.data.label_range, accelerator.scaler)
+        losses |= measure_epoch(
+            training.diagnostics, loop.bare_model, run.for_teacher, run.for_validation, accelerator
+        )
         score = selection_score(metrics, loop.bare_model.config.is_regression)
         loop.modulator.on_validation(score)
         best = schedule.advance(score)

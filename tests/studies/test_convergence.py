@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msa_online.studies.convergence import RunEnd, draw_learning_curves, warnings_of
+from msa_online.studies.convergence import RunEnd, draw_diagnostics, draw_learning_curves, warnings_of
 from msa_online.studies.study import StudyRun
 from msa_online.training.config import RunArguments, StageArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
@@ -73,3 +73,16 @@ def test_a_damaged_history_is_one_line_with_the_remedy(finished):
     (run.folder / "history.json").write_text("[")
     with pytest.raises(ConfigurationError, match="history.json cannot be read.*delete"):
         RunEnd.of(run)
+
+
+def test_diagnostics_are_drawn_where_they_were_measured_beside_models_of_one_modality(finished, tmp_path):
+    plain = RunEnd.of(finished(["fit"] * 3, best=2, epochs=9))
+    assert not draw_diagnostics([plain], tmp_path / "diagnostics.png")
+    joint = finished(["fit"] * 3, best=2, epochs=9, variant="joint")
+    history = json.loads((joint.folder / "history.json").read_text())
+    for entry in history:
+        entry["losses"] |= {f"{kind}/text": 0.5 for kind in ("share", "probe", "modality_gradient")}
+    (joint.folder / "history.json").write_text(json.dumps(history))
+    alone = finished(["fit"] * 3, best=2, epochs=9, variant="alone", condition="text")
+    assert draw_diagnostics([RunEnd.of(joint), RunEnd.of(alone), plain], tmp_path / "diagnostics.png")
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
