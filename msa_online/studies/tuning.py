@@ -181,8 +181,8 @@ def _number(value: Any) -> int | float | None:
 def carry_out_search(search: Search, trials: int, console: Console) -> None:
     """Carry out trials until `trials` are finished; writes `best.yaml` after each.
 
-    A trial that diverges counts, as the worst. The first trial has the values of the configuration itself, if
-    it names all of them.
+    A trial that diverges counts, as the worst; so does one whose combination of values is refused. The first
+    trial has the values of the configuration itself, if it names all of them.
 
     Raises:
         ConfigurationError: The folder contains another search, or an encoder is unavailable, or no trial has
@@ -212,7 +212,7 @@ def carry_out_search(search: Search, trials: int, console: Console) -> None:
     best = study.best_trial if _best_score(study) is not None else None
     if best is None:
         raise ConfigurationError(
-            f"{search.folder}: no trial has a score, all diverged: search lower learning rates"
+            f"{search.folder}: no trial has a score; the last one: {study.trials[-1].user_attrs['message']}"
         )
     show(_table(search, study.get_trials(deepcopy=False, states=counted), best), console)
     console.print(
@@ -285,17 +285,20 @@ def _own_values(search: Search) -> dict[str, Any]:
 
 def _try(search: Search, study: "Study") -> None:
     """Carry out one trial."""
-    from optuna.trial import TrialState
-
     trial = study.ask()
     values = {dimension.key: dimension.suggest(trial) for dimension in search.space}
     folder = search.folder / TRIALS / f"{trial.number:03d}"
     started = time.monotonic()
     try:
+        arguments = search.with_values(values, folder)
+    except ConfigurationError as error:  # each value is legal, their combination is not
+        _without_score(study, trial, "refused", error)
+        return
+    try:
         with quietly(folder):
-            score, epochs = best_validation_score(search.with_values(values, folder))
-    except (DivergedError, UndefinedScoreError):
-        study.tell(trial, state=TrialState.PRUNED)
+            score, epochs = best_validation_score(arguments)
+    except (DivergedError, UndefinedScoreError) as error:
+        _without_score(study, trial, "diverged", error)
         return
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # the log beside it remains
@@ -304,6 +307,15 @@ def _try(search: Search, study: "Study") -> None:
     study.tell(trial, score)
     if study.best_trial.number == trial.number:
         _write_best(search, values, trial.number, score)
+
+
+def _without_score(study: "Study", trial: "Trial", reason: str, error: Exception) -> None:
+    """End a trial as worse than all with a score."""
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("reason", reason)
+    trial.set_user_attr("message", str(error))
+    study.tell(trial, state=TrialState.PRUNED)
 
 
 def _write_best(search: Search, values: Mapping[str, Any], number: int, score: float) -> None:
@@ -340,7 +352,7 @@ def _table(search: Search, trials: Sequence["FrozenTrial"], best: "FrozenTrial")
         table.add_column(name, justify="right", overflow="fold")
     scored = sorted((each for each in trials if each.value is not None), key=lambda each: -each.value)
     for trial in [*scored, *(each for each in trials if each.value is None)]:
-        score = "diverged" if trial.value is None else _shown(search, trial.value)
+        score = trial.user_attrs["reason"] if trial.value is None else _shown(search, trial.value)
         figures = (str(trial.user_attrs.get(name, "-")) for name in ("epochs", "minutes"))
         values = (_brief(trial.params[each.key]) for each in search.space)
         style = "bold" if trial.number == best.number else None
