@@ -292,7 +292,10 @@ def find_encoder(name: str, download: bool = False) -> str:
 
     Raises:
         AssetError: `download` is set and no source has the encoder.
+        EncoderError: The name is that of a file.
     """
+    if Path(name).is_file():
+        raise EncoderError(f"encoder {name!r} is a file: give the folder that it is in")
     if Path(name).is_dir() or not (asset := asset_of_model(name)):
         return name
     return str((get_asset if download else asset_path)(asset) or name)

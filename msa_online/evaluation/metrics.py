@@ -235,7 +235,7 @@ def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:
         return float("nan")
     if predicted.max() == predicted.min():
         warnings.warn(
-            f"all predictions are {predicted[0]}: correlation is undefined, reported as 0", stacklevel=3
+            f"all predictions are {predicted[0]:.6g}: correlation is undefined, reported as 0", stacklevel=3
         )
         return 0.0
     return float(np.corrcoef(predicted, true)[0, 1])

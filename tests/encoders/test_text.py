@@ -123,6 +123,12 @@ def test_a_repository_of_another_owner_does_not_get_a_known_shape_or_our_weights
     assert read_encoder_config("google-bert/bert-base-uncased").hidden_size == 768
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_of_an_encoder_in_place_of_its_folder_is_refused(tiny_text_encoder, file):
+    with pytest.raises(EncoderError, match=f"{file}' is a file: give the folder"):
+        read_encoder_config(str(tiny_text_encoder / file))
+
+
 def test_the_shape_in_the_table_is_the_shape_of_the_local_copy():
     for name in ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"):
         if find_encoder(name) == name:
