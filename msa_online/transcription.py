@@ -43,7 +43,7 @@ PART, MARGIN = 300.0, 3.0
 cut."""
 
 REPETITIVE = 2.4
-"""Segments that compress by more than this repeat a phrase; Whisper's own limit."""
+"""Texts that compress by more than this repeat a phrase; Whisper's own limit."""
 
 MODEL_FILES = ("*.json", "vocabulary.txt", "vocab.txt", "merges.txt", "*.model", "model.bin", "*.safetensors")
 """Files of a recogniser on the Hub: weights as safetensors or for CTranslate2, never pickles."""
@@ -175,7 +175,8 @@ class Transcriber:
             except (RuntimeError, ValueError) as error:  # out of memory, a missing library of the GPU
                 raise TranscriptionError(f"{self.name} failed: {first_line_of(error)}") from error
             language = language or heard.language
-            if text := clean_text(heard.text):
+            text = clean_text(heard.text)
+            if text and not is_repetitive(text):
                 texts.append(text)
                 spoken = (begin / SAMPLE_RATE, end / SAMPLE_RATE)
                 words += _checked_words(text, heard.words, first / SAMPLE_RATE, spoken)
@@ -214,6 +215,12 @@ def pieces_with_speech(sound: np.ndarray) -> Iterator[tuple[int, int]]:
         end = spoken["end"]
     if begin is not None:
         yield begin, end
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether a text repeats a phrase over and over, as recognisers do when they are lost."""
+    content = text.encode()
+    return len(content) / len(zlib.compress(content)) > REPETITIVE
 
 
 def _checked_words(
@@ -320,7 +327,7 @@ def _load_faster_whisper(folder: Path, name: str) -> tuple[Recogniser, tuple[str
         segments, info = model.transcribe(
             sound, language, temperature=0.0, word_timestamps=True, condition_on_previous_text=False
         )
-        kept = [segment for segment in segments if segment.compression_ratio <= REPETITIVE]
+        kept = [segment for segment in segments if not is_repetitive(segment.text)]
         words = tuple(
             Word(word.word, float(word.start), float(word.end), round(float(word.probability), 3))
             for segment in kept
@@ -385,6 +392,8 @@ def _load_transformers(folder: Path, name: str) -> tuple[Recogniser, tuple[str, 
     tokens = getattr(generation, "lang_to_id", None) if is_whisper else None
     languages = tuple(token.strip("<|>") for token in tokens) if tokens else ("en",) if is_whisper else None
 
+    only = languages[0] if languages and len(languages) == 1 else None
+
     def recognise(sound: np.ndarray, language: str | None) -> _Heard:
         spoken = {"language": language, "task": "transcribe"} if tokens and language else {}
         found = pipeline(
@@ -399,6 +408,6 @@ def _load_transformers(folder: Path, name: str) -> tuple[Recogniser, tuple[str, 
             for text, start, end in timed
             if start is not None
         )
-        return _Heard(found["text"], words, language)
+        return _Heard(found["text"], words, language or only)
 
     return recognise, languages, gives_times

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feature_extractors import Clip, ClipFeatures, ExtractionSettings, FeatureCache
+from feature_extractors import Clip, ClipFeatures, ExtractionSettings, FeatureCache, get_asset
 from feature_extractors.decoding import decode_sound
 from feature_extractors.transcript import Transcript, Word
 from msa_online import MSAPipeline
@@ -24,7 +24,12 @@ from msa_online.timeline import predict_timeline
 from msa_online.training.config import DataArguments
 from msa_online.training.data import read_data
 from msa_online.training.yaml_reader import ConfigurationError
-from msa_online.transcription import Transcriber, TranscriptionError, pieces_with_speech
+from msa_online.transcription import (
+    Transcriber,
+    TranscriptionError,
+    is_repetitive,
+    pieces_with_speech,
+)
 from msa_online_cli import main
 
 SENTENCE = "the road goes along the river and turns left at the bridge"
@@ -261,6 +266,51 @@ def test_a_recogniser_of_transformers_can_be_used(ctc_folder, voice):
     assert times == sorted(times) and times[-1] <= len(voice) / 16_000
     with pytest.raises(TranscriptionError, match="no choice of language"):
         Transcriber(str(ctc_folder), language="en")
+
+
+def test_a_whisper_of_transformers_gives_times_too(tmp_path, voice):
+    """A random one, with the tokenizer of the real one."""
+    import torch
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizerFast,
+    )
+
+    tokenizer = get_asset("whisper-tiny.en") / "tokenizer.json"
+    WhisperTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(tmp_path)
+    WhisperFeatureExtractor().save_pretrained(tmp_path)
+    sizes = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    ids = {"pad_token_id": 50_256, "eos_token_id": 50_256, "bos_token_id": 50_257}
+    config = WhisperConfig(
+        vocab_size=51_864,
+        d_model=16,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_target_positions=64,
+        decoder_start_token_id=50_257,
+        **dict.fromkeys(sizes, 1),
+        **ids,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    settings = {"alignment_heads": [[0, 0]], "no_timestamps_token_id": 50_362, "is_multilingual": False}
+    settings |= {"max_length": 20, "suppress_tokens": [], "_from_model_config": False}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    transcriber = Transcriber(str(tmp_path))
+    heard = transcriber(features_of(voice))
+    assert transcriber.gives_times and heard.language == "en"
+    assert [heard.text[begin:end] for begin, end in heard.places()] == [word.text for word in heard.words]
+    with pytest.raises(TranscriptionError, match="knows English"):
+        Transcriber(str(tmp_path), language="fr")
+
+
+def test_texts_that_repeat_a_phrase_are_recognised():
+    assert is_repetitive("Thank you for watching. " * 8)
+    assert not is_repetitive("It is good, it is very good, and it is good that it is good.")
 
 
 def test_an_encoder_is_no_recogniser(tiny_text_encoder):
