@@ -51,6 +51,7 @@ EXAMPLES = {  # printed at the end of each command's --help
         "evaluate runs/mine my_clips --split test",
         "evaluate runs/mine my_clips --json -",
     ),
+    "plot-states": ("plot-states runs/mine my_clips --out states.png",),
     "predict": (
         "predict clip.mp4 --text 'I loved it' --model runs/mine",
         "predict my_clips --model runs/mine --out results.csv",
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_transcription(init)
     _add_prepare(commands)
     _add_evaluate(commands)
+    _add_plot_states(commands)
     _add_predict(commands)
     _add_describe(commands)
     _add_publish(commands)
@@ -317,6 +319,34 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     _add_extraction(evaluate)
     _add_plugin(evaluate)
     evaluate.set_defaults(refuse=evaluate.error)
+
+
+def _add_plot_states(commands: argparse._SubParsersAction) -> None:
+    plot = commands.add_parser(
+        "plot-states",
+        help="draw the fused states of a checkpoint on a split, by t-SNE",
+        description="Draw the states that the last layer of the fused prediction reads, one point a sample, "
+        "coloured by label, in a panel for each condition. Distances within a panel mean little beyond "
+        "neighbourhood; panels are drawn one by one.",
+    )
+    plot.add_argument("checkpoint", help="folder of a run, or Hub repository")
+    plot.add_argument("data", help="as for evaluate")
+    plot.add_argument("--out", required=True, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
+    plot.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    plot.add_argument(
+        "--conditions",
+        nargs="+",
+        default=["text+audio+vision"],
+        metavar="CONDITION",
+        help="visible modalities of each panel, like text audio+vision (default text+audio+vision)",
+    )
+    plot.add_argument("--label-column", help="column of the labels (default: as in training)")
+    plot.add_argument("--split-column", help="column of the splits, for features (default: as in training)")
+    plot.add_argument("--batch-size", type=_at_least(1), default=32)
+    plot.add_argument("--seed", type=int, default=1111, help="of t-SNE (default 1111)")
+    _add_extraction(plot)
+    _add_plugin(plot)
+    plot.set_defaults(refuse=plot.error, transcribe=None, language=None)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:

@@ -609,6 +609,36 @@ def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_c
     assert "0.9" in printed and "mean" in printed and "4 samples" in printed
 
 
+def test_states_of_a_checkpoint_are_drawn(capsys, feature_checkpoint, tmp_path):
+    random = np.random.default_rng(0)
+    columns = {
+        "id": np.array([f"s{number}" for number in range(6)]),
+        "label": np.linspace(-3, 3, 6),
+        "split": np.array(["test"] * 6),
+        **{
+            name: random.normal(size=(6, width)) for name, width in (("text", 4), ("audio", 3), ("vision", 2))
+        },
+    }
+    np.savez(tmp_path / "tests.npz", **columns)
+    words = [
+        "plot-states",
+        feature_checkpoint,
+        str(tmp_path / "tests.npz"),
+        "--out",
+        str(tmp_path / "new" / "x.png"),
+    ]
+    assert main([*words, "--conditions", "text", "audio+vision"]) == 0
+    assert "6 states in" in capsys.readouterr().out and (tmp_path / "new" / "x.png").stat().st_size > 5000
+
+
+def test_states_that_cannot_be_drawn_are_refused_in_one_line(capsys, archive, feature_checkpoint, tmp_path):
+    words = ["plot-states", feature_checkpoint, archive, "--out"]
+    target = str(tmp_path / "x.png")
+    assert "the name ends in one of .png" in usage_error(capsys, *words, str(tmp_path / "x.gif"))
+    assert "--conditions 'smell'" in usage_error(capsys, *words, target, "--conditions", "smell")
+    assert "test has 4 samples: t-SNE needs 5 or more" in usage_error(capsys, *words, target)
+
+
 def test_evaluate_hears_the_audio_track_of_training(capsys, checkpoint, tiny_corpus):
     path = Path(checkpoint, "config.json")
     config = json.loads(path.read_text())

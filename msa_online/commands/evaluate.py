@@ -67,11 +67,8 @@ def run(options: Namespace, console: Console) -> None:
     accelerator = Accelerator(mixed_precision=precision.name)
     model, processor = load_checkpoint(options.checkpoint)
     _require_scoring(options, model.config)
-    prepared = None
-    if model.config.feature_widths is None:
-        data = prepared = _clips_to_score(options, model.config, processor)
-    else:
-        data = _features_to_score(options, model.config)
+    data = read_split(options, model.config, processor)
+    prepared = data if isinstance(data, PreparedCorpus) else None
     dataset = make_dataset(data, options.split, processor, model.config)
     sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
     loader = accelerator.prepare(make_loader(dataset, sampler))
@@ -126,6 +123,15 @@ def run(options: Namespace, console: Console) -> None:
             console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
         for note in notes:
             console.print(note, soft_wrap=True)
+
+
+def read_split(
+    options: Namespace, config: MSAConfig, processor: MSAProcessor | None
+) -> PreparedCorpus | FeatureCorpus:
+    """The split that options of `evaluate` name, of clips or of features, as the checkpoint reads them."""
+    if config.feature_widths is None:
+        return _clips_to_score(options, config, processor)
+    return _features_to_score(options, config)
 
 
 def _require_scoring(options: Namespace, config: MSAConfig) -> None:
