@@ -597,6 +597,14 @@ def test_a_classifier_shows_the_f1_of_each_class_on_request(capsys, archive, tmp
     assert "nonzero is for scores" in usage_error(capsys, *words, "--scoring", "nonzero")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is part of Linux")
+def test_scores_are_shown_even_if_the_disk_is_full_when_they_are_written(capsys, archive, feature_checkpoint):
+    assert main(["evaluate", feature_checkpoint, archive, "--json", "/dev/full"]) == 1
+    printed = capsys.readouterr()
+    assert "test (4 samples)" in printed.out
+    assert "error: /dev/full cannot be written (No space left on device): free disk space" in printed.err
+
+
 @pytest.mark.parametrize("level", ["input", "feature"])
 def test_a_model_is_scored_at_rates_of_missing_frames(capsys, archive, feature_checkpoint, level):
     words = ["evaluate", feature_checkpoint, archive, "--frame-rates", level]

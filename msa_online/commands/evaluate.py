@@ -110,10 +110,6 @@ def run(options: Namespace, console: Console) -> None:
             report["confidence"] = {**confidence.to_dict(), "measured": measured}
             tables.append(confidence_table(confidence, measured, confidence.kind))
     report["undefined"] = undefined = undefined_of(dataset.labels, model.config)
-    if options.json:
-        if prepared:
-            report |= findings_record(prepared, processor.limits)
-        write_json(report, options.json, console)
     if options.json != "-":
         if prepared:
             show(findings_table(prepared, processor.limits), console)
@@ -123,6 +119,10 @@ def run(options: Namespace, console: Console) -> None:
             console.print(f"undefined: {METRIC_TITLES[name]} ({reason})", soft_wrap=True)
         for note in notes:
             console.print(note, soft_wrap=True)
+    if options.json:  # last, so that scores are seen even if the file cannot be written
+        if prepared:
+            report |= findings_record(prepared, processor.limits)
+        write_json(report, options.json, console)
 
 
 def read_split(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from feature_extractors import Clip, ClipError
+from feature_extractors.clip import printable
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.downloads import LAYOUTS, find
 from msa_online.corpora.downloads.layout import Files, Layout, Reading, text_of
@@ -26,6 +27,7 @@ MEDIA_SUFFIXES = (
     *VIDEO_SUFFIXES,
     *(".m4v", ".mpeg", ".wmv", ".3gp", ".ogv", ".wav", ".mp3", ".m4a", ".flac", ".ogg", ".opus", ".aac"),
 )
+NOT_UNICODE = "the file name is no UTF-8, which a table cannot hold: rename the file"
 LFS_POINTER = b"version https://git-lfs"
 WINDOW_COLUMNS = ("split", "start", "end", "speaker", "dialogue", "turn", "region")
 
@@ -129,6 +131,8 @@ def start_metadata(folder: Path, transcriber: Transcriber | None = None) -> tupl
     paths = [
         path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    unnamed = [path for path in paths if not _is_unicode(str(path.relative_to(folder)))]
+    paths = [path for path in paths if path not in unnamed]
     videos = {path.with_suffix("") for path in paths if path.suffix.lower() in VIDEO_SUFFIXES}
     clips = [
         path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES or path.with_suffix("") not in videos
@@ -151,6 +155,8 @@ def start_metadata(folder: Path, transcriber: Transcriber | None = None) -> tupl
     notes = []
     if beside := len(paths) - len(clips):
         notes.append(f"{beside:,} sounds beside a video of the same name have no row")
+    if unnamed:
+        notes.append(f"{printable(unnamed[0])}: {NOT_UNICODE}; {len(unnamed):,} such files have no row")
     found = sum(bool(row.text) for row in rows)
     notes.append(f"{found:,} texts were found in .txt files of the same name")
     if transcriber is not None:
@@ -219,7 +225,18 @@ def _usable(reading: Reading, root: Path) -> list[Row]:
     return usable
 
 
+def _is_unicode(name: str) -> bool:
+    """Whether a table in UTF-8 can hold a file name; a name on a disk can be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _fault(path: Path, real_root: str) -> str | None:
+    if not _is_unicode(str(path)):
+        return NOT_UNICODE
     try:
         if not Path(os.path.realpath(path)).is_relative_to(real_root):
             return "a link or path that leads out of the data set"

@@ -298,6 +298,24 @@ class RunFolder:
         if unexpected or not all(name.startswith(PROBES) for name in missing):
             raise ConfigurationError(f"{published}: these are the weights of another model; {REMEDY}")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Convert errors in writing to the folder to a message with the remedy.
+
+        What was complete before stays: each file, and the state as a whole, is replaced in one step.
+
+        Raises:
+            ConfigurationError: The disk is full, or the folder no longer writable.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).rpartition("error: ")[2]
+            raise ConfigurationError(
+                f"{self.path}: cannot be written ({reason}); what was saved before is complete. Free disk "
+                "space, then training.resume=true continues after the last saved epoch"
+            ) from error
+
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the record of all epochs to history.json."""
         if self.accelerator.is_main_process:

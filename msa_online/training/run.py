@@ -286,12 +286,13 @@ def fit(run: Run) -> None:
         loop.progress.history.append(entry | ({"undefined": undefined} if undefined else {}))
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         loop.progress.seconds += time.monotonic() - started
-        if best and last_stage:
-            folder.publish(loop.bare_model, run.processor)
-        elif best and stage.name in loop.bare_model.head.teachers.values():
-            folder.keep_stage(stage.name, loop.bare_model)
-        folder.save_state(loop.bare_model, run.parts)
-        folder.write_history(loop.progress.history)
+        with folder.writing():
+            if best and last_stage:
+                folder.publish(loop.bare_model, run.processor)
+            elif best and stage.name in loop.bare_model.head.teachers.values():
+                folder.keep_stage(stage.name, loop.bare_model)
+            folder.save_state(loop.bare_model, run.parts)
+            folder.write_history(loop.progress.history)
         line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
         run.console.print(line, soft_wrap=True)
 
@@ -348,8 +349,9 @@ def finish(run: Run, command: str) -> None:
         "comparison": comparison,
     }
     if accelerator.is_main_process:
-        folder.save_config(model.config)
-        write_model_card(folder.path, model.config)
+        with folder.writing():
+            folder.save_config(model.config)
+            write_model_card(folder.path, model.config)
         folder.forget_state()
     for split, scores in results.items():
         show(conditions_table(scores, f"{split}, best epoch {run.schedule.best_epoch}"), run.console)

@@ -3,6 +3,8 @@
 
 import csv
 import json
+import os
+import sys
 from pathlib import Path
 
 import h5py
@@ -556,6 +558,15 @@ def test_a_table_is_started_with_the_texts_beside_the_clips(tmp_path):
     assert list(rows_of(folder)[0]) == ["file_name", "text", "label", "speaker"]
     assert "1 sounds beside a video" in notes[0] and "1 texts" in notes[1] and "give the splits" in notes[2]
     assert len(read_corpus(folder, label_column=None).samples) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode on other systems' disks")
+def test_a_clip_with_a_name_that_a_table_cannot_hold_is_named_and_the_others_have_rows(tmp_path):
+    (tmp_path / "a 日本;'é 😀.mp4").write_bytes(b"media")
+    (tmp_path / os.fsdecode(b"b\xff.mp4")).write_bytes(b"media")
+    metadata, count, notes = start_metadata(tmp_path)
+    assert count == 1 and "a 日本;'é 😀.mp4" in metadata.read_text("utf-8")
+    assert any("is no UTF-8" in note and "1 such files have no row" in note for note in notes)
 
 
 def test_a_folder_without_clips_starts_nothing(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
@@ -452,6 +453,25 @@ def test_history_is_json_that_grows_with_the_run(begun, path):
     begun.folder.write_history([{"epoch": 1}, {"epoch": 2}])
     assert json.loads((path / "history.json").read_text()) == [{"epoch": 1}, {"epoch": 2}]
     assert not list(path.glob("*.new"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is part of Linux")
+def test_a_disk_that_fills_up_is_one_line_and_the_earlier_file_stays(begun, path):
+    begun.folder.write_history([{"epoch": 1}])
+    (path / "history.json.new").symlink_to("/dev/full")
+    with pytest.raises(ConfigurationError) as caught, begun.folder.writing():
+        begun.folder.write_history([{"epoch": 1}, {"epoch": 2}])
+    assert str(caught.value).startswith(f"{path}: cannot be written (No space left on device);")
+    assert "training.resume=true continues" in str(caught.value)
+    assert json.loads((path / "history.json").read_text()) == [{"epoch": 1}]
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_the_same_line(begun, path):
+    with (
+        pytest.raises(ConfigurationError, match="cannot be written .No space left on device"),
+        begun.folder.writing(),
+    ):  # as safetensors reports it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_too_little_disk_is_said_before_training(path, tiny_model, monkeypatch):
