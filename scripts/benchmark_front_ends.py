@@ -5,6 +5,7 @@
     python scripts/benchmark_front_ends.py
     python scripts/benchmark_front_ends.py --seconds 10 --threads 2
     python scripts/benchmark_front_ends.py --steps --rounds 5
+    python scripts/benchmark_front_ends.py --steps MiniLM Whisper --rounds 5
 
 In the loader, a clip's cache entry is read, and its sound and crops become inputs. Entries are in the
 system's page cache. "spectrogram in the cache" is how earlier versions worked. All rows take turns.
@@ -109,8 +110,9 @@ def measure_steps(options: argparse.Namespace, console: Console) -> None:
         f"{options.rounds} steps"
     )
     table = Table("", "parameters", "trained", "CPU s", "peak, GB")
+    rows = [name for name in STEPS if not options.steps or name.split(",")[0] in options.steps]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for name, cost in zip(STEPS, pool.map(cost_of_step, STEPS, repeat(options)), strict=True):
+        for name, cost in zip(rows, pool.map(cost_of_step, rows, repeat(options)), strict=True):
             counts = f"{cost.parameters:,}", f"{cost.trained:,}"
             table.add_row(name, *counts, f"{cost.seconds:.2f}", f"{cost.gigabytes:.2f}")
     console.print(table)
@@ -280,7 +282,12 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=8, help="frames of the clip, all with a face")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; a loader's worker has one")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--steps", action="store_true", help="measure steps of training")
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        choices=sorted({name.split(",")[0] for name in STEPS}),
+        help="measure steps of training; of these models alone, if any are named",
+    )
     parser.add_argument("--batch", type=int, default=8, help="clips in a step")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of each clip in a step")
     options = parser.parse_args(argv)
@@ -293,7 +300,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Run from the command line; returns the exit status."""
     options = read_options(argv)
-    run = measure_steps if options.steps else measure
+    run = measure if options.steps is None else measure_steps
     return run_command(lambda: run(options, Console()))
 
 
