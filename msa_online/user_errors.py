@@ -22,6 +22,7 @@ from msa_online.encoders.pretrained import EncoderError
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.evaluation.tables import printable_lines
 from msa_online.hub import CheckpointError
+from msa_online.page.serving import PageError
 from msa_online.publishing import PublishError
 from msa_online.results_file import ResultsError
 from msa_online.training.divergence import DivergedError
@@ -44,6 +45,7 @@ INPUT_ERRORS = (  # errors of the user's input
     CorpusError,
     DivergedError,
     EncoderError,
+    PageError,
     PublishError,
     ResultsError,
     TranscriptionError,

@@ -9,7 +9,7 @@ from threading import Event
 from rich.console import Console
 
 from msa_online.extras import why_not_installed
-from msa_online.page.serving import running_page, why_not_listening
+from msa_online.page.serving import require_free, running_page
 from msa_online.pipeline import MSAPipeline
 from msa_online.training.config_reader import import_plugins
 
@@ -19,10 +19,7 @@ def run(options: Namespace, console: Console) -> None:
     for library in ("gradio", *(("skimage", "espeakng_loader") if options.examples else ())):
         if missing := why_not_installed(library):
             options.refuse(missing)
-    if reason := why_not_listening(options.host, options.port):
-        options.refuse(
-            f"{options.host}:{options.port} cannot be used: {reason}; give another --port or --host"
-        )
+    require_free(options.host, options.port)
     if options.language and not options.transcribe:
         options.refuse("--language needs --transcribe")
     import_plugins(options.plugin, "--plugin")

@@ -22,7 +22,7 @@ from msa_online.processing_msa import clean_text
 from msa_online.timeline import Timeline, exceeds_reach, predict_timeline
 from msa_online.transcription import TranscriptionError
 
-MAX_BYTES = 200_000_000
+MAX_BYTES = 200 * 2**20
 """Size of an upload."""
 
 MAX_SECONDS = 600

@@ -11,7 +11,7 @@ STYLE = (
 .gradio-container { max-width: 1080px !important; margin: 0 auto; }
 #about { font-size: .9rem; color: var(--body-text-color-subdued); margin-top: 1rem; }
 #examples { gap: .5rem; }
-#video video { max-height: 20rem; }
+#video video { max-height: 16rem; }
 """
 )
 

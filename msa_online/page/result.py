@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from feature_extractors import ClipError
-from feature_extractors.clip import REMEDIES, printable
+from feature_extractors.clip import printable
 from msa_online.modalities import MODALITIES
 from msa_online.pipeline import HIDDEN, Prediction
 from msa_online.timeline import Timeline, draw_timeline
@@ -87,7 +87,7 @@ def problem_html(problem: str) -> str:
 
 def clip_problem(error: ClipError) -> str:
     """Why a clip cannot be used, with its name in place of its path on the server."""
-    return f"{error.path.name}: {error.detail}; {REMEDIES[error.problem]}"
+    return f"{error.path.name} cannot be used: {error.detail}. Give another recording."
 
 
 def _div(parts: Iterable[str]) -> str:

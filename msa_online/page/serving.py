@@ -17,13 +17,21 @@ MAX_WAITING = 200
 """Visitors who may wait for an answer; others are asked to come back."""
 
 
-def why_not_listening(host: str, port: int) -> str | None:
-    """The reason why nothing can be served at an address, or None."""
+class PageError(RuntimeError):
+    """The page cannot be served at an address."""
+
+
+def require_free(host: str, port: int) -> None:
+    """Check that an address can be served.
+
+    Raises:
+        PageError: It cannot; the message has the reason.
+    """
     try:
-        with socket.create_server((host, port)):
-            return None
+        socket.create_server((host, port)).close()
     except OSError as error:
-        return error.strerror or str(error)
+        reason = error.strerror or str(error)
+        raise PageError(f"{host}:{port} cannot be served: {reason}; give another --port or --host") from error
 
 
 @contextmanager
@@ -46,7 +54,7 @@ def running_page(
 
     Raises:
         ImportError: gradio is not installed, or for examples the extra `demo`.
-        OSError: The port is in use.
+        PageError: The address cannot be served.
     """
     with TemporaryDirectory(prefix="msa_online_page_") as folder:
         uploads, rendered = Path(folder, "uploads"), Path(folder, "examples")
@@ -63,6 +71,7 @@ def running_page(
 
         examples = render_examples(rendered) if with_examples else []
         page = build_page(pipeline, source, examples).queue(max_size=MAX_WAITING, status_update_rate=1)
+        require_free(host, port)
         page.launch(
             server_name=host,
             server_port=port,
