@@ -40,7 +40,7 @@ def commands(start: str) -> list[list[str]]:
     return list(found.values())
 
 
-LONG = ("train", "study", "launch", "tune")  # commands that are checked, but not run
+LONG = ("train", "study", "launch", "tune", "serve")  # commands that are checked, but not run
 SHORT = [words for words in commands("msa-online") if words[1] not in LONG]
 
 
@@ -104,6 +104,11 @@ def test_msa_online_commands_run(
         "features/control": str(tmp_path / "control"),
     }
     assert msa_online_cli.main([stand_ins.get(word, word) for word in words[1:]]) == 0
+
+
+@pytest.mark.parametrize("words", commands("msa-online serve"), ids=" ".join)
+def test_serve_commands_have_options_that_exist(words):
+    assert msa_online_cli.build_parser().parse_args(words[1:]).command == "serve"
 
 
 @pytest.mark.parametrize("words", commands("python -m feature_extractors"), ids=" ".join)

@@ -23,8 +23,7 @@ def run(options: Namespace, console: Console) -> None:
     if options.language and not options.transcribe:
         options.refuse("--language needs --transcribe")
     import_plugins(options.plugin, "--plugin")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    stopped = Event()
+    former = signal.signal(signal.SIGTERM, _interrupt)  # of service managers; ends like Ctrl-C
     try:
         with (
             MSAPipeline.from_pretrained(
@@ -39,6 +38,12 @@ def run(options: Namespace, console: Console) -> None:
             ) as address,
         ):
             console.print(f"serving {options.model} at {address} (Ctrl-C ends it)", soft_wrap=True)
-            stopped.wait()
+            Event().wait()
     except KeyboardInterrupt:
         console.print("stopped; all uploads are deleted")
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

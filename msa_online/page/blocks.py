@@ -191,6 +191,18 @@ def _checked_text(text: str | None, path: Path | None) -> str | None:
     return text
 
 
+def _take_no_addresses(component: gr.components.Component) -> None:
+    """Refuse addresses in place of uploads: gradio would download a file of any size for any client."""
+    move = component.async_move_resource_to_block_cache
+
+    async def move_upload(path: str | Path | None) -> str | None:
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("Give a file, not an address.")
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = move_upload
+
+
 def build_page(
     pipeline: MSAPipeline, source: str, examples: Sequence[Example] = (), title: str = TITLE
 ) -> gr.Blocks:
@@ -251,6 +263,8 @@ def build_page(
             with gr.Column(min_width=320):
                 result = gr.HTML(EMPTY, elem_id="result")
         gr.Markdown(ABOUT.format(source=source), elem_id="about")
+        _take_no_addresses(video)
+        _take_no_addresses(sound)
         memory = gr.State(None, time_to_live=KEPT_SECONDS)
         job = {
             "fn": answers.answer,

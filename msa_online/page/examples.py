@@ -25,7 +25,7 @@ class Example:
 SCRIPTS = {  # title: words, and the cues of text, audio and vision on the scale of the labels
     "Everything positive": ("I loved the film, it was wonderful.", (2.6, 2.5, 2.8)),
     "Everything negative": ("The service was terrible.", (-2.8, -2.5, -2.8)),
-    "Good words, unhappy face": ("I loved the film, it was wonderful.", (2.6, -2.0, -2.8)),
+    "Good words, unhappy voice and face": ("I loved the film, it was wonderful.", (2.6, -2.0, -2.8)),
 }
 
 

@@ -52,6 +52,7 @@ STYLE = """
 .msa .plot { width: 100%; background: white; border-radius: 4px; }
 @media (max-width: 480px) {
   .msa .rows { gap: .45rem .5rem; font-size: .93rem; }
+  .msa .faces { grid-template-columns: repeat(4, 1fr); }
 }
 """
 

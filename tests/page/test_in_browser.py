@@ -105,7 +105,7 @@ def test_a_visitor_uploads_a_clip_sees_an_answer_and_another_one_without_the_fac
                 time.sleep(0.1)
             assert not [*temporary.rglob("*.mp4")], "the clip stays after its visitor has left"
         finally:
-            server.send_signal(signal.SIGINT)
+            server.send_signal(signal.SIGTERM)
             out, errors = server.communicate(timeout=30)
         assert server.returncode == 0 and out == "stopped; all uploads are deleted\n" and not errors, errors
         assert not [*temporary.glob("msa_online_page_*")]

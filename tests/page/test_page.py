@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 
 from msa_online import MSAPipeline, Prediction
 from msa_online.confidence import Interval
@@ -132,6 +133,9 @@ def test_what_cannot_be_predicted_is_one_line_without_paths_of_the_server(
         with open(tmp_path / "large.mp4", "rb") as file:
             answer = httpx.post(f"{client.src}gradio_api/upload", files={"files": file})
         assert answer.status_code == 413 and "400000 bytes" in answer.text
+        address = {"path": "http://example.org/a.mp4", "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(AppError, match="not an address"):
+            client.predict(address, None, "", list(MODALITIES), api_name="/predict")
         assert "tokenizer knows no word" in words_of(ask(client, text="🎉🎉"))
     assert lines["text"] == "Nothing to predict from: give a clip, or type what was said."
     assert lines["kind"].startswith("no media.txt cannot be used: cannot be decoded")
