@@ -8,6 +8,7 @@ dataclasses that declare them.
 
 import argparse
 import ast
+import errno
 import importlib
 import json
 import math
@@ -856,7 +857,12 @@ def main(argv: list[str] | None = None, program: str | None = None) -> int:
             return _run(_parse(argv, program))
         finally:
             sys.stdout.flush()  # an error here is caught; an error at exit is not
-    except BrokenPipeError:  # the reader, such as `head`, has ended
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        if error.errno != errno.EPIPE:  # that one is no error: the reader, such as `head`, has ended
+            file = error.filename or "the output"
+            print(f"error: {file} cannot be written ({error.strerror}): free disk space", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

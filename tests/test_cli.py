@@ -749,6 +749,15 @@ def test_a_reader_that_ends_early_is_no_error(words):
     assert process.stderr.read() == b"" and process.wait() == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is part of Linux")
+def test_output_to_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "msa_online_cli", "train", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written (No space left on device): free disk space\n"
+
+
 # importing data sets, starting a table
 
 

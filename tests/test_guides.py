@@ -131,6 +131,7 @@ def test_from_a_folder_of_clips_to_a_model_in_all_ways_of_the_guide(workplace, t
     }
 
 
+@pytest.mark.needs("ogm")
 def test_every_answer_of_the_troubleshooting_page_works(workplace, tiny_corpus, mmsa_content):
     Path("unaligned_50.pkl").write_bytes(pickle.dumps(mmsa_content))
     fill_in(tiny_corpus)
