@@ -465,10 +465,14 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         description="Make a corpus with known truth. clips: talking clips with cues of given strengths. "
         "control: features on which balancing can matter; text is easy, audio and vision are hard, each "
         "carries a quarter of the label alone and a quarter is shared. The best possible error under every "
-        "condition and the true shares are printed and written to truth.json.",
+        "condition and the true shares are printed and written to truth.json. control-clips: the same as "
+        "talking clips; the cues of voice and face have a random sign, which a low or high voice and dim or "
+        "bright light show.",
     )
     synthesize.add_argument("folder")
-    synthesize.add_argument("--kind", choices=("clips", "control"), default="clips", help="default clips")
+    synthesize.add_argument(
+        "--kind", choices=("clips", "control", "control-clips"), default="clips", help="default clips"
+    )
     synthesize.add_argument("--seed", type=int, default=1111)
     for name in ("text", "audio", "vision"):
         synthesize.add_argument(
@@ -477,7 +481,7 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
             help="strength of the modality: of its cue from 0 to 1 (clips; default text 1, audio .6, vision "
             ".8), or of its own part of the label relative to the others (control; default 1)",
         )
-    clips = synthesize.add_argument_group("clips")
+    clips = synthesize.add_argument_group("clips and control-clips")
     clips.add_argument("--clips", type=_at_least(1), help="number of clips (default 240)")
     clips.add_argument("--workers", type=_at_least(1), help="processes (default: all cores)")
     control = synthesize.add_argument_group("control")

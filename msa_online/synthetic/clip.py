@@ -3,7 +3,8 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FRAMES_PER_SECOND = 8
 LOUDNESS = 0.4  # factor on the output of espeak-ng, so that the loudest voice does not clip
+DIM, BRIGHT = 0.6, 1.05  # brightness of the light that shows a sign
 FADE = 0.03  # seconds at both ends, where the utterance is cut
 
 
@@ -35,13 +37,23 @@ class SyntheticSpeaker:
         rng = generator(recipe, SPEAKERS, number + 1)  # index 0 is used for the splits
         return cls(VOICES[number % len(VOICES)], float(rng.uniform(-4, 4)), Look.draw(rng))
 
+    def showing(self, signs: Mapping[str, int]) -> "SyntheticSpeaker":
+        """The speaker in a clip of a control: a low or high voice and dim or bright light show its signs."""
+        if not signs:
+            return self
+        pair = VOICES.index(self.voice) // 2 * 2  # low and high voices alternate
+        light = DIM if signs["vision"] < 0 else BRIGHT
+        mean = sum(self.look.colour) / 3
+        look = replace(self.look, colour=tuple(light * part / mean for part in self.look.colour))
+        return replace(self, voice=VOICES[pair + (signs["audio"] > 0)], look=look)
+
 
 def write_clip(
     path: Path, recipe: CorpusRecipe, index: int, planned: PlannedClip, renderer: FaceRenderer
 ) -> None:
     """Render clip `index` of a corpus as an mp4 at `path`, written atomically."""
     rng = generator(recipe, CLIPS, index)
-    speaker = SyntheticSpeaker.of(recipe, index % recipe.speakers)
+    speaker = SyntheticSpeaker.of(recipe, index % recipe.speakers).showing(planned.signs)
     frames = round(rng.uniform(*recipe.seconds) * FRAMES_PER_SECOND)
     waveform = _talk(planned.cues["audio"], speaker, frames / FRAMES_PER_SECOND, rng)
     if planned.cues["vision"] is None:

@@ -37,9 +37,10 @@ import torch
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.splits import SPLITS
 from msa_online.layers.shapley import SUBSETS, shapley_values
-from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES
+from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, VISIBLE_SETS
 from msa_online.precomputed.corpus import FeatureSteps
 from msa_online.precomputed.files import write_feature_folder
+from msa_online.synthetic.plan import CONTROL_WEIGHT, READERS
 
 SHARED = "shared"
 FACTORS = (*MODALITIES, SHARED)
@@ -290,28 +291,68 @@ def solve(recipe: ControlRecipe, test: ControlSamples, fresh: int = FRESH_SAMPLE
         the factors in the unclipped label.
     """
     samples = ControlSamples.draw(recipe, fresh, FRESH)
-    errors, medians = {}, {}
-    for subset in SUBSETS:
-        name = next((name for name, shown in CONDITIONS.items() if set(shown) == subset), "nothing")
-        expected = posterior(recipe, samples.features, subset)
-        medians[subset] = expected.median()
-        each = expected.absolute_error(medians[subset])
+    truth = _truth({subset: posterior(recipe, samples.features, subset) for subset in SUBSETS})
+    for subset, name in _conditions().items():
         on_test = posterior(recipe, test.features, subset).median()
+        truth["bayes_mae"][name]["test"] = float(np.abs(on_test - test.labels).mean())
+    incomplete = [truth["bayes_mae"][name]["test"] for name in CONDITIONS if name != COMPLETE]
+    truth["incomplete"]["test"] = float(np.mean(incomplete))
+    return {**truth, "variance_shares": recipe.variance_shares}
+
+
+def _truth(expected: Mapping[frozenset[str], Mixture]) -> dict[str, Any]:
+    """Best errors by condition and shares of the modalities, from the distributions given each subset."""
+    errors, medians = {}, {}
+    for subset, name in _conditions().items():
+        medians[subset] = expected[subset].median()
+        each = expected[subset].absolute_error(medians[subset])
         errors[name] = {
             "mean": float(each.mean()),
-            "standard_error": float(each.std(ddof=1) / math.sqrt(fresh)),
-            "test": float(np.abs(on_test - test.labels).mean()),
+            "standard_error": float(each.std(ddof=1) / math.sqrt(len(each))),
         }
-    incomplete = [errors[name] for name in CONDITIONS if name != COMPLETE]
     values = shapley_values({subset: torch.from_numpy(median) for subset, median in medians.items()})
     sizes = {name: float(values[name].abs().mean()) for name in MODALITIES}
+    incomplete = [errors[name]["mean"] for name in CONDITIONS if name != COMPLETE]
     return {
         "bayes_mae": errors,
-        "incomplete": {key: float(np.mean([each[key] for each in incomplete])) for key in ("mean", "test")},
+        "incomplete": {"mean": float(np.mean(incomplete))},
         "shares": {name: size / sum(sizes.values()) for name, size in sizes.items()},
-        "variance_shares": recipe.variance_shares,
-        "fresh_samples": fresh,
+        "fresh_samples": len(medians[SUBSETS[0]]),
     }
+
+
+def _conditions() -> dict[frozenset[str], str]:
+    """Name of the condition of every subset of the modalities."""
+    return {frozenset(shown): name for name, shown in VISIBLE_SETS.items()}
+
+
+def solve_clips(seed: int, fresh: int = FRESH_SAMPLES) -> dict[str, Any]:
+    """The best possible errors and the true shares of a rendered control, if cues and signs are read exactly.
+
+    Each visible cue, corrected by its sign, is then a linear mix of the own and the shared factor without
+    noise. Clipping and rounding of the cues change the figures by a few thousandths.
+
+    Args:
+        seed: Seed of the samples on which expectations are measured.
+        fresh: Their number.
+
+    Returns:
+        As `solve`, without the test split.
+    """
+    factors = np.random.default_rng([seed, FRESH]).standard_normal((fresh, len(FACTORS)))
+    of_label = np.full(len(FACTORS), CONTROL_WEIGHT)
+    readers = np.zeros((len(MODALITIES), len(FACTORS)))
+    for row, name in enumerate(MODALITIES):
+        readers[row, [row, -1]] = READERS[name]
+
+    def expected(subset: Iterable[str]) -> Mixture:
+        read = readers[[row for row, name in enumerate(MODALITIES) if name in subset]]
+        known = read.T @ np.linalg.inv(read @ read.T) @ read  # projection on what is visible
+        deviation = math.sqrt(of_label @ (np.eye(len(FACTORS)) - known) @ of_label)
+        means = factors @ known @ of_label
+        return Mixture(np.ones((fresh, 1)), means[:, None], np.full((fresh, 1), deviation))
+
+    return _truth({subset: expected(subset) for subset in SUBSETS})
 
 
 def write_control(folder: str | Path, recipe: ControlRecipe) -> dict[str, Any]:

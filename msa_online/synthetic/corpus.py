@@ -90,7 +90,10 @@ def _require_libraries() -> None:
 
 def _claim(folder: Path, recipe: CorpusRecipe) -> None:
     """Create the folder and write the recipe to it; refuse a folder with other contents."""
-    content = json.dumps({"rendering": RENDERING} | asdict(recipe), indent=2, sort_keys=True) + "\n"
+    settings = {"rendering": RENDERING} | asdict(recipe)
+    if not recipe.hidden_signs:  # recipes of earlier versions lack the key
+        del settings["hidden_signs"]
+    content = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     note = folder / "recipe.json"
     if folder.exists() and not folder.is_dir():
         raise CorpusError(f"{folder} is a file: name a folder to render into")
@@ -149,10 +152,12 @@ def _render_clips(
 def _write_table(path: Path, plan: Sequence[PlannedClip]) -> None:
     handle, draft = tempfile.mkstemp(suffix=".part", dir=path.parent)
     with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        signs = list(plan[0].signs)
+        writer = csv.DictWriter(file, (*COLUMNS, *(f"{name}_sign" for name in signs)))
         writer.writeheader()
         for planned in plan:
             row = {name: getattr(planned, name) for name in COLUMNS if not name.endswith("_cue")}
-            writer.writerow(row | {f"{name}_cue": planned.cues[name] for name in MODALITIES})
+            row |= {f"{name}_cue": planned.cues[name] for name in MODALITIES}
+            writer.writerow(row | {f"{name}_sign": planned.signs[name] for name in signs})
     os.chmod(draft, 0o644)
     os.replace(draft, path)

@@ -6,6 +6,12 @@ A label is `y = 1.3 z`, `z` standard normal, clipped to [-3, 3]. Each modality h
 standard normal noise. So each cue has correlation `r` with the label, and cues are independent given the
 label. In a share of the clips the cue of one modality, drawn uniformly, is negated (contradicting). In
 another share, of other clips, one modality is missing.
+
+With `hidden_signs` the corpus is a control in which balancing can matter, as in `control`. The label is the
+sum of four independent factors: one of each modality's own and a shared one, a quarter of its variance each.
+The cue of the text is linear in its factor and the shared one. The cues of voice and face are multiplied by a
+random sign of each clip. A low voice and dim light show a negative sign, so a reader must find both and
+multiply. Light is visible in face crops, not in blendshapes.
 """
 
 from collections.abc import Mapping
@@ -23,7 +29,12 @@ SHORTEST, LONGEST = 0.5, 4.0  # seconds; two carrier sentences, spoken fast, las
 HELD_OUT = 0.2  # share of the speakers in validation, and in test
 
 # Each kind of random choice has its own random stream, so that changing one does not change the others.
-CUES, CONFLICTS, SENTENCES, SPEAKERS, CLIPS = range(5)
+CUES, CONFLICTS, SENTENCES, SPEAKERS, CLIPS, SIGNS = range(6)
+
+CONTROL_WEIGHT = 0.72  # of each factor in the label of a control
+READERS = {"text": (1.0, 1.0), "audio": (1.0, 0.3), "vision": (1.0, 0.3)}
+"""How much of its own and of the shared factor the cue of a modality contains in a control."""
+SIGNED = ("audio", "vision")
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class CorpusRecipe:
         speakers: Number of speakers, each with a voice and a face. A speaker belongs to one split: 60 % to
             training, 20 % each to validation and test.
         seconds: Length of the shortest and of the longest clip.
+        hidden_signs: Make a control, see above. Strengths are not used; nothing contradicts or is missing.
 
     Raises:
         CorpusError: A value is out of range, or there are too few clips or speakers for three splits.
@@ -52,6 +64,7 @@ class CorpusRecipe:
     missing: float = 0.1
     speakers: int = 15
     seconds: tuple[float, float] = (1.2, 2.2)
+    hidden_signs: bool = False
 
     def __post_init__(self) -> None:
         if set(self.strengths) != set(MODALITIES):
@@ -66,6 +79,8 @@ class CorpusRecipe:
                 f"contradicting {self.contradicting} and missing {self.missing} are shares of different "
                 "clips: lower one until they add up to at most 1"
             )
+        if self.hidden_signs and (self.contradicting or self.missing):
+            raise CorpusError("in a control nothing contradicts or is missing: set both shares to 0")
         if self.seed < 0:
             raise CorpusError(f"seed is {self.seed}: choose 0 or more")
         if self.speakers < 3:
@@ -93,6 +108,7 @@ class PlannedClip:
         cues: Actual cue of each modality, in [-3, 3]; None for the missing one.
         contradicting: Name of the modality whose cue was negated, or "".
         missing: Name of the missing modality, or "".
+        signs: 1 or -1 that multiplied the cues of voice and face; empty unless the corpus is a control.
     """
 
     file_name: str
@@ -103,11 +119,13 @@ class PlannedClip:
     cues: Mapping[str, float | None]
     contradicting: str
     missing: str
+    signs: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan_corpus(recipe: CorpusRecipe) -> list[PlannedClip]:
     """Draw labels, cues, sentences and splits of all clips; renders nothing."""
-    labels, cues = _draw_cues(recipe)
+    hidden = _draw_signs(recipe)
+    labels, cues = _draw_control(recipe, hidden) if recipe.hidden_signs else _draw_cues(recipe)
     contradicting, missing = _draw_conflicts(recipe)
     splits = _speaker_splits(recipe)
     plan = []
@@ -126,6 +144,7 @@ def plan_corpus(recipe: CorpusRecipe) -> list[PlannedClip]:
                 cues=carried,
                 contradicting=contradicting[index],
                 missing=missing[index],
+                signs={name: int(values[index]) for name, values in hidden.items()},
             )
         )
     return plan
@@ -178,6 +197,27 @@ def _draw_cues(recipe: CorpusRecipe) -> tuple[np.ndarray, dict[str, np.ndarray]]
         strength = recipe.strengths[name]
         cues[name] = _on_label_scale(strength * sentiment + np.sqrt(1 - strength**2) * noise)
     return _on_label_scale(sentiment), cues
+
+
+def _draw_signs(recipe: CorpusRecipe) -> dict[str, np.ndarray]:
+    """Sign of each clip `(clips,)` for the modalities that have one; empty unless the corpus is a control."""
+    if not recipe.hidden_signs:
+        return {}
+    rng = generator(recipe, SIGNS)
+    return {name: rng.choice((-1, 1), recipe.clips) for name in SIGNED}
+
+
+def _draw_control(
+    recipe: CorpusRecipe, signs: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Labels `(clips,)` and the cues of each modality `(clips,)` of a control."""
+    *own, shared = generator(recipe, CUES).standard_normal((1 + len(MODALITIES), recipe.clips))
+    cues = {}
+    for name, factor in zip(MODALITIES, own, strict=True):
+        of_own, of_shared = READERS[name]
+        cue = (of_own * factor + of_shared * shared) / np.hypot(of_own, of_shared)
+        cues[name] = _on_label_scale(cue * signs.get(name, 1))
+    return (CONTROL_WEIGHT * (sum(own) + shared)).clip(-LIMIT, LIMIT), cues
 
 
 def _on_label_scale(standard: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import csv
 import json
 from dataclasses import replace
 
@@ -6,16 +7,23 @@ import numpy as np
 import pytest
 
 import msa_online_cli
+from feature_extractors.clip import Clip
+from feature_extractors.decoding import decode
+from feature_extractors.face import FaceExtractor
 from msa_online.corpora.corpus import CorpusError
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.precomputed.reading import read_features
+from msa_online.synthetic.clip import SyntheticSpeaker
 from msa_online.synthetic.control import (
     FACTORS,
     ControlRecipe,
     ControlSamples,
     posterior,
     solve,
+    solve_clips,
 )
+from msa_online.synthetic.corpus import CorpusRecipe, plan_corpus, render_corpus
+from msa_online.synthetic.voice import HIGH_VARIANTS, LOW_VARIANTS
 
 SMALL = ControlRecipe(sizes=(40, 10, 20))
 CLEAR = ControlRecipe(noise=dict.fromkeys(MODALITIES, 0.01))
@@ -122,7 +130,8 @@ def test_recipes_that_cannot_be_drawn_are_refused_with_the_value(changes, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kind", "control", "--clips", "10"], "--clips is for --kind clips"),
+        (["--kind", "control", "--clips", "10"], "--clips is for --kind clips and control-clips"),
+        (["--kind", "control-clips", "--text", "1"], "--text is for --kind clips and control"),
         (["--noise", "text=1"], "--noise is for --kind control"),
         (["--kind", "control", "--difficulty", "smell=1"], "give text=, audio= or vision="),
     ],
@@ -131,3 +140,51 @@ def test_options_of_the_other_kind_and_unknown_modalities_are_refused(tmp_path, 
     with pytest.raises(SystemExit):
         msa_online_cli.main(["synthesize", str(tmp_path / "out"), *options])
     assert message in capsys.readouterr().err
+
+
+CLIPS = CorpusRecipe(clips=8, speakers=4, contradicting=0, missing=0, seconds=(0.8, 1.0), hidden_signs=True)
+
+
+def test_cues_of_voice_and_face_tell_nothing_of_the_label_without_their_signs():
+    plan = plan_corpus(replace(CLIPS, clips=4000))
+    labels = np.array([planned.label for planned in plan])
+    for name in ("audio", "vision"):
+        cues = np.array([planned.cues[name] for planned in plan])
+        signs = np.array([planned.signs[name] for planned in plan])
+        assert abs(np.corrcoef(cues, labels)[0, 1]) < 0.06
+        assert np.corrcoef(cues * signs, labels)[0, 1] == pytest.approx(1.3 / 2 / 1.09**0.5, abs=0.04)
+    text = np.array([planned.cues["text"] for planned in plan])
+    assert np.corrcoef(text, labels)[0, 1] == pytest.approx(2 / 2 / 2**0.5, abs=0.04)
+
+
+def test_the_stated_error_of_control_clips_is_that_of_the_best_linear_reader_of_corrected_cues():
+    plan = plan_corpus(replace(CLIPS, clips=6000))
+    labels = np.array([planned.label for planned in plan])
+    truth = solve_clips(seed=1, fresh=5000)["bayes_mae"]
+    for name, visible in CONDITIONS.items():
+        cues = np.array([[each.cues[m] * each.signs.get(m, 1) for m in visible] for each in plan])
+        weights = np.linalg.lstsq(cues, labels, rcond=None)[0]
+        found = np.abs((cues @ weights).clip(-3, 3) - labels).mean()
+        assert found == pytest.approx(truth[name]["mean"], abs=0.03)
+
+
+def test_a_rendered_control_shows_the_signs_in_voice_and_light(tmp_path):
+    folder = render_corpus(tmp_path / "clips", CLIPS, workers=2)
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    brightness: dict[int, list[float]] = {1: [], -1: []}
+    with FaceExtractor() as extractor:
+        for row, planned in zip(rows, plan_corpus(CLIPS), strict=True):
+            assert int(row["vision_sign"]) == planned.signs["vision"]
+            frames = decode(Clip(folder / row["file_name"])).frames
+            assert extractor.extract(frames).found.all()
+            brightness[planned.signs["vision"]].append(frames.mean())
+    assert max(brightness[-1]) < min(brightness[1])
+    speaker = SyntheticSpeaker.of(CLIPS, 0)
+    voices = {sign: speaker.showing({"audio": sign, "vision": 1}).voice.split("+")[1] for sign in (1, -1)}
+    assert voices[-1] in LOW_VARIANTS and voices[1] in HIGH_VARIANTS
+
+
+def test_a_control_has_no_contradictions():
+    with pytest.raises(CorpusError, match="set both shares to 0"):
+        CorpusRecipe(hidden_signs=True)
