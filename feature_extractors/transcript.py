@@ -4,6 +4,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+DOUBTFUL = 0.5
+"""Transcripts whose words have a lower probability on average are probably wrong (docs/transcripts.md)."""
+
 
 @dataclass(frozen=True)
 class Word:
@@ -37,6 +40,16 @@ class Transcript:
     words: tuple[Word, ...]
     language: str | None
     model: str
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the text is probably wrong, as in a language that the recogniser does not know.
+
+        None if the words are probable enough, or if the recogniser gives no probabilities.
+        """
+        given = [word.probability for word in self.words if word.probability is not None]
+        mean = sum(given) / len(given) if given else 1.0
+        return f"doubtful, mean probability of a word {mean:.2f}" if mean < DOUBTFUL else None
 
     def places(self) -> list[tuple[int, int]]:
         """Where each word is in the text: its first character, and the one after its last."""

@@ -249,6 +249,7 @@ class MSAPipeline:
                 their numbers differ, or a value has a wrong type or shape. Of an iterator, raised when the
                 item is reached.
             UndefinedScoreError: The model's predictions are not finite.
+            TranscriptionError: The recogniser failed.
         """
         parts = {"audio": audio, "sampling_rate": sampling_rate, "frames": frames, "start": start, "end": end}
         options = {"batch_size": batch_size, "attribute": attribute}
@@ -415,6 +416,11 @@ class MSAPipeline:
             findings=(
                 *(each for each in features.findings if each not in chain(*LACKS.values())),
                 *([f"text: {unknown.description}"] if unknown.unknown and "text" in used else []),
+                *(
+                    [f"transcript: {doubt}"]
+                    if (doubt := sample.transcript and sample.transcript.doubt)
+                    else []
+                ),
             ),
             interval=confidence and confidence.interval(outputs[0], used, config.label_range),
             confidence=max(outputs) if is_calibrated else None,

@@ -113,6 +113,18 @@ def test_words_of_a_window_have_its_times():
     assert part.words[1].start == pytest.approx(0.3) and whole.between(5, 6).text == ""
 
 
+def test_speech_in_a_language_that_the_recogniser_does_not_know_is_doubtful(recogniser, voice):
+    german = speak("die besprechung wurde in den zweiten stock verlegt", Speech("de", 48, 50, 150))
+    times = np.arange(round(len(german) / VOICE_RATE * 16_000)) / 16_000
+    sound = np.pad(np.interp(times, np.arange(len(german)) / VOICE_RATE, german), 4000)
+    heard = recogniser(features_of(sound))
+    assert heard.text == "" or heard.doubt.startswith("doubtful, mean probability of a word 0.")
+    assert recogniser(features_of(voice)).doubt is None
+    sure = Transcript("a b", (Word("a", 0, 1, 0.3), Word("b", 1, 2, 0.6)), "en", "m")
+    assert sure.doubt == "doubtful, mean probability of a word 0.45"
+    assert Transcript("a", (Word("a", 0, 1),), "en", "m").doubt is None
+
+
 def test_long_speech_is_cut_at_pauses_into_pieces_that_a_recogniser_reads(voice):
     pauses = [np.zeros(20_000, np.float32), np.zeros(60_000, np.float32)]
     sound = np.concatenate([part for number in range(12) for part in (voice, pauses[number % 2])])

@@ -22,7 +22,7 @@ from feature_extractors.clip import (
     ClipExtent,
     printable,
 )
-from feature_extractors.transcript import Transcript
+from feature_extractors.transcript import DOUBTFUL, Transcript
 from msa_online.corpora.corpus import BrokenRow, Corpus, ReadyCorpus, Sample, place
 from msa_online.modalities import MODALITIES
 from msa_online.processing_msa import Cut, InputLimits, UnknownTokens
@@ -35,6 +35,7 @@ LACKS = {"text": (EMPTY_TEXT,), "audio": (NO_AUDIO, SILENT_AUDIO, LATE_SOUND), "
 LEFT_OUT = "left out: broken"
 TRANSCRIBED = "text recognised by a machine"
 NO_SPEECH = "no speech recognised"
+DOUBTFUL_TEXT = "recognised text doubtful"
 ALL_UNKNOWN = "text all unknown"
 PARTLY_UNKNOWN = "text partly unknown"
 SHOWN_CLASSES = 12  # of a split, in the table
@@ -148,6 +149,8 @@ def all_findings(prepared: PreparedCorpus, limits: InputLimits) -> list[Finding]
     for name, is_text in ((TRANSCRIBED, True), (NO_SPEECH, False)):
         if rows := [sample for sample in asked if bool(sample.text) == is_text]:
             found.append(Finding(name, rows, f"by {prepared.transcripts[rows[0].id].model}"))
+    if doubtful := [sample for sample in asked if prepared.transcripts[sample.id].doubt]:
+        found.append(Finding(DOUBTFUL_TEXT, doubtful, f"mean probability of a word below {DOUBTFUL:g}"))
     titles = {
         "text": f"text cut at {limits.max_text_tokens:,} tokens",
         "audio": f"sound cut at {limits.max_audio_seconds:g} s",
