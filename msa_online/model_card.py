@@ -114,7 +114,7 @@ def write_model_card(
         seed=record["seed"],
         precision=record["mixed_precision"],
         selection=record["selection"],
-        epoch=record["epoch"],
+        epoch=_epoch(record),
         protocol=record["protocol"],
         findings=_findings(record.get("findings", {})) + _transcripts(record.get("transcripts")),
         picture=_picture(folder, config, record),
@@ -193,6 +193,12 @@ def _about_languages(languages: Sequence[str]) -> str:
     if languages:
         return f"Languages: {', '.join(languages)}. Other languages were not tested."
     return "Only the languages of the training data were tested."
+
+
+def _epoch(record: Mapping[str, Any]) -> str:
+    """The published epoch, and the best of each earlier phase of the modulator."""
+    earlier = [f"{phase['epoch']} before the last phase" for phase in record.get("earlier_phases", ())]
+    return f"{record['epoch']}" + (f"; best epoch {', '.join(earlier)}" if earlier else "")
 
 
 def _effort(record: Mapping[str, Any]) -> str:

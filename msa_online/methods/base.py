@@ -232,8 +232,21 @@ class GradientModulator:
     def modulate(self, context: ModulationContext) -> Modulation | None:
         """Change `p.grad` in place, or return factors for the learning rates; None changes nothing."""
 
-    def on_validation(self, score: float) -> None:
-        """Receive the validation score that selects the best epoch; higher is better."""
+    def on_validation(self, score: float) -> bool | None:
+        """Receive the validation score that selects the best epoch; higher is better.
+
+        Returns:
+            True if a phase starts that trains differently from the next epoch on. The search for the best
+            epoch, the patience and the decay of the learning rates then restart.
+        """
+
+    def on_patience_end(self) -> bool:
+        """Patience would end the stage: start the next phase instead, if there is one.
+
+        Returns:
+            Whether a phase starts, as in `on_validation`.
+        """
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """State that a resumed run needs to continue exactly."""

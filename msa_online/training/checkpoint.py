@@ -32,6 +32,7 @@ from msa_online.training.yaml_reader import ConfigurationError, read_document
 
 STATE = "state"
 STAGES = "stages"
+PHASES = "phases"
 DATA = "data.json"
 PREDICTIONS = "predictions.npz"
 ADAPTER = "adapter"
@@ -51,7 +52,8 @@ class RunFolder:
         predictions.npz                                                            of validation and test
         adapter/                                                                   of LoRA, in peft's format
         data.json                                                                  fingerprint of the data
-        stages/                                                                    teachers of later stages
+        stages/                                                                    teachers of later stages,
+                                                                                   best of earlier phases
         state/                                                                     the last epoch
         logs/                                                                      files of the tracker
 
@@ -243,6 +245,18 @@ class RunFolder:
             save_model(model, str(draft))
             os.replace(draft, kept)
 
+    def keep_phase(self, number: int) -> None:
+        """Keep the published weights as the best of phase `number`, which has ended, until the run has."""
+        if self.accelerator.is_main_process:
+            kept = self._phase_file(number)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            draft = kept.with_suffix(".new")
+            shutil.copyfile(self.path / SAFE_WEIGHTS_NAME, draft)
+            os.replace(draft, kept)
+
+    def _phase_file(self, number: int) -> Path:
+        return self.path / STAGES / PHASES / f"{number}.safetensors"
+
     def publish(self, model: MSAModel, processor: MSAProcessor | None) -> None:
         """Save a checkpoint of `model` in the folder; each file is replaced atomically.
 
@@ -292,6 +306,13 @@ class RunFolder:
             raise ConfigurationError(
                 f"{self.path}: no epoch had a finite validation score; lower the learning rates"
             )
+        self._load(published, model)
+
+    def load_phase(self, number: int, model: MSAModel) -> None:
+        """Load the weights that `keep_phase` kept, as `load_best` does."""
+        self._load(self._phase_file(number), model)
+
+    def _load(self, published: Path, model: MSAModel) -> None:
         remove_lora(model)  # they are merged into the published weights
         with _published(published):
             missing, unexpected = load_model(model, published, strict=False)

@@ -3,13 +3,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.lora import adapted_modalities
@@ -122,10 +122,50 @@ def scaled_rates(optimizer: Optimizer, factors: Mapping[str, float]) -> Iterator
             group["lr"] = rate
 
 
-def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LRScheduler:
+@dataclass
+class WarmupAndDecay:
+    """Factor on all peak learning rates, by the number of optimizer steps taken.
+
+    The fields are plain data, which torch saves with the state of the scheduler.
+
+    Attributes:
+        warmup: Steps in which it rises to 1.
+        steps: Steps of the run.
+        decay: "linear" falls to zero at the last step, "constant" stays at 1.
+        start: Step at which the decay starts.
+    """
+
+    warmup: int
+    steps: int
+    decay: str
+    start: int
+
+    def __call__(self, step: int) -> float:
+        """The factor after `step` steps, in [0, 1]."""
+        if step < self.warmup:
+            return step / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        return max(0.0, (self.steps - step) / max(1, self.steps - self.start))
+
+
+def make_scheduler(optimizer: AdamW, *, steps: int, warmup: float, decay: str = "linear") -> LambdaLR:
     """Learning rate that rises over the first `warmup` share of `steps` optimizer steps.
 
     After that, `decay` "linear" falls to zero at the last step, and "constant" stays.
     """
-    name = {"linear": "linear", "constant": "constant_with_warmup"}[decay]
-    return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
+    rising = round(warmup * steps)
+    return LambdaLR(optimizer, WarmupAndDecay(rising, steps, decay, start=rising))
+
+
+def restart_decay(scheduler: LambdaLR) -> None:
+    """Let the decay start again now, at the peak learning rates; it ends at the same step as before.
+
+    The warm-up is not repeated, and one that has not ended goes on.
+    """
+    for factor in scheduler.lr_lambdas:
+        factor.start = max(factor.warmup, scheduler.last_epoch)
+        rates = [base * factor(scheduler.last_epoch) for base in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

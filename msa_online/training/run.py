@@ -2,7 +2,7 @@
 """A training run in three steps: build and check, fit epoch by epoch, finish with scores and a card."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ from msa_online.training.model import (
     require_encoders,
 )
 from msa_online.training.modulator import fit_modulator, make_modulator
-from msa_online.training.optimizer import make_optimizer, make_scheduler
+from msa_online.training.optimizer import make_optimizer, make_scheduler, restart_decay
 from msa_online.training.stages import StageSchedule, make_schedule
 from msa_online.training.state import Stateful
 from msa_online.training.teacher import appoint_teacher
@@ -279,22 +279,34 @@ def fit(run: Run) -> None:
             training.diagnostics, loop.bare_model, run.for_teacher, run.for_validation, accelerator
         )
         score = selection_score(metrics, loop.bare_model.config.is_regression)
-        loop.modulator.on_validation(score)
-        best = schedule.advance(score)
+        starts_phase = loop.modulator.on_validation(score) or (
+            schedule.patience_ends_with(score) and loop.modulator.on_patience_end()
+        )
+        best = schedule.advance(score, bool(starts_phase))
         entry = {"epoch": epoch + 1, "stage": stage.name, "losses": losses, "valid": metrics}
         undefined = undefined_of(run.loaders["valid"].dataset.labels, loop.bare_model.config)
         loop.progress.history.append(entry | ({"undefined": undefined} if undefined else {}))
         accelerator.log({f"valid/{name}": value for name, value in metrics.items()}, step=loop.progress.step)
         loop.progress.seconds += time.monotonic() - started
+        if schedule.phase_starts:
+            restart_decay(loop.scheduler)
         with folder.writing():
             if best and last_stage:
                 folder.publish(loop.bare_model, run.processor)
             elif best and stage.name in loop.bare_model.head.teachers.values():
                 folder.keep_stage(stage.name, loop.bare_model)
+            if schedule.phase_starts and last_stage:
+                folder.keep_phase(len(schedule.earlier_phases))
             folder.save_state(loop.bare_model, run.parts)
             folder.write_history(loop.progress.history)
         line = epoch_line(title, losses, metrics, best=best, skipped=loop.progress.skipped)
         run.console.print(line, soft_wrap=True)
+        if schedule.phase_starts:
+            run.console.print(
+                f"the next phase of training.modulator={training.modulator} starts: best epoch, patience and "
+                "decay of the learning rates start again",
+                soft_wrap=True,
+            )
 
 
 def finish(run: Run, command: str) -> None:
@@ -306,12 +318,18 @@ def finish(run: Run, command: str) -> None:
     model, training = run.loop.bare_model, run.arguments.training
     parameters = count_parameters(model)  # before adapters are removed
     accelerator.wait_for_everyone()  # the main process has published the best epoch
-    folder.load_best(model)
     model.head.start_stage(model.head.stages[-1])  # the stage that predicts
 
     conditions = (training.condition,) if training.condition else tuple(CONDITIONS)
+    condition = MISSING_RATES if run.masks else conditions[-1]  # as in validation
     splits = [split for split in ("valid", "test") if split in loaders]
     names = conditions if training.condition else (NOTHING, *conditions)
+    phases = []
+    for number, phase in enumerate(run.schedule.earlier_phases, 1):
+        folder.load_phase(number, model)
+        scored = {split: _predict(run, split, conditions).metrics(model.config) for split in splits}
+        phases.append({"epoch": phase["epoch"], "results": without_nan(scored)})
+    folder.load_best(model)
     predictions = {split: _predict(run, split, names) for split in splits}
     folder.write_predictions(predictions)
     results = {split: of_split.metrics(model.config) for split, of_split in predictions.items()}
@@ -329,7 +347,6 @@ def finish(run: Run, command: str) -> None:
         shares = {split: modality_shares(model, loaders[split], accelerator) for split in splits}
     constant = run.constant
     floors = {split: constant.metrics(loaders[split].dataset.labels) for split in splits}
-    condition = MISSING_RATES if run.masks else conditions[-1]  # as in validation
     comparison = [
         constant_line(split, scores[condition], floors[split], constant.title)
         for split, scores in results.items()
@@ -338,6 +355,7 @@ def finish(run: Run, command: str) -> None:
         **_record(run, command, parameters),
         "selection": "validation MAE" if model.config.is_regression else "validation weighted F1",
         "results": without_nan(results),
+        **({"earlier_phases": phases} if phases else {}),
         "undefined": {
             split: reasons
             for split in splits
@@ -366,7 +384,28 @@ def finish(run: Run, command: str) -> None:
     if lacking := too_few_line(confidence):
         run.console.print(lacking, soft_wrap=True)
     run.console.print(Text("\n".join(map(printable, comparison))), soft_wrap=True)
+    for line in phase_lines([*phases, {"epoch": run.schedule.best_epoch, "results": results}], condition):
+        run.console.print(line, soft_wrap=True, highlight=False)
     run.console.print(f"checkpoint and model card: {folder.path}", soft_wrap=True)
+
+
+def phase_lines(phases: Sequence[Mapping[str, Any]], condition: str) -> list[str]:
+    """One line for each phase of a modulator, the published one last; none if there was one phase.
+
+    Args:
+        phases: Number of the best epoch, and metrics by split and condition, of each phase.
+        condition: The condition that selects the best epoch.
+    """
+    if len(phases) < 2:
+        return []
+    lines = []
+    for number, phase in enumerate(phases, 1):
+        scores = {split: of_split[condition] for split, of_split in phase["results"].items()}
+        name, measure = ("mae", "MAE") if "mae" in scores["valid"] else ("f1_weighted", "weighted F1")
+        shown = ", ".join(f"{split} {measure} {metrics[name]:.3f}" for split, metrics in scores.items())
+        published = " (published)" if number == len(phases) else ""
+        lines.append(f"phase {number}, best epoch {phase['epoch']}: {shown}{published}")
+    return lines
 
 
 def _predict(run: Run, split: str, conditions: tuple[str, ...]) -> ConditionPredictions:

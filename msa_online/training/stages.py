@@ -13,10 +13,15 @@ class StageSchedule:
     """Sequence of stages that end after a number of epochs, or earlier at a validation plateau.
 
     The search for the best epoch restarts with each stage, because stages have different validation scores.
-    The state is plain data and part of the checkpoint.
+    It also restarts with each phase of a modulator within a stage: the later phase trains differently, and
+    its best epoch is published even if an earlier phase had a better one. So a comparison measures what the
+    phase does. The state is plain data and part of the checkpoint.
 
     Args:
         stages: The stages in order, at least one.
+
+    Attributes:
+        earlier_phases: Best epoch and its score of each finished phase of the current stage.
     """
 
     def __init__(self, stages: Sequence[StageArguments]) -> None:
@@ -24,8 +29,10 @@ class StageSchedule:
         self.position = 0
         self.epoch = 0
         self.epoch_in_stage = 0
+        self.epoch_in_phase = 0
         self.best_score = -math.inf
         self.best_epoch: int | None = None
+        self.earlier_phases: list[dict[str, Any]] = []
 
     @property
     def finished(self) -> bool:
@@ -53,32 +60,46 @@ class StageSchedule:
         return self.position == len(self.stages) - 1
 
     @property
+    def phase_starts(self) -> bool:
+        """Whether a phase of the modulator, not the first of its stage, starts with the next epoch."""
+        return bool(self.earlier_phases) and self.epoch_in_phase == 0 and not self.finished
+
+    @property
     def total_epochs(self) -> int:
         """Number of epochs of all stages if none ends early."""
         return sum(stage.epochs for stage in self.stages)
 
-    def advance(self, score: float) -> bool:
-        """Record the validation `score` of a finished epoch; returns whether it is the best of the stage.
+    def patience_ends_with(self, score: float) -> bool:
+        """Whether patience ends the stage after an epoch with this validation score."""
+        if self.stage.patience is None or score > self.best_score:
+            return False
+        before = self.epoch - self.epoch_in_phase if self.best_epoch is None else self.best_epoch
+        return self.epoch + 1 - before >= self.stage.patience
 
-        Higher is better; NaN is never the best.
+    def advance(self, score: float, starts_phase: bool = False) -> bool:
+        """Record the validation `score` of a finished epoch; returns whether it is the best of its phase.
+
+        Args:
+            score: Higher is better; NaN is never the best.
+            starts_phase: A phase of the modulator starts with the next epoch, if the stage has one.
         """
+        out_of_patience = self.patience_ends_with(score)
         self.epoch += 1
         self.epoch_in_stage += 1
+        self.epoch_in_phase += 1
         improved = score > self.best_score
         if improved:
             self.best_score, self.best_epoch = score, self.epoch
-        if self._stage_is_over():
+        if self.epoch_in_stage >= self.stage.epochs or (out_of_patience and not starts_phase):
             self.position += 1
-            self.epoch_in_stage = 0
+            self.epoch_in_stage = self.epoch_in_phase = 0
             if not self.finished:
-                self.best_score, self.best_epoch = -math.inf, None
+                self.best_score, self.best_epoch, self.earlier_phases = -math.inf, None, []
+        elif starts_phase:
+            self.earlier_phases.append({"epoch": self.best_epoch, "score": self.best_score})
+            self.epoch_in_phase = 0
+            self.best_score, self.best_epoch = -math.inf, None
         return improved
-
-    def _stage_is_over(self) -> bool:
-        if self.epoch_in_stage >= self.stage.epochs:
-            return True
-        without_gain = self.epoch - (self.best_epoch or self.epoch - self.epoch_in_stage)
-        return self.stage.patience is not None and without_gain >= self.stage.patience
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the schedule."""

@@ -7,7 +7,7 @@ from transformers import WhisperConfig
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import HEADS, MODULATORS
-from msa_online.training.optimizer import make_optimizer, make_scheduler, scaled_rates
+from msa_online.training.optimizer import make_optimizer, make_scheduler, restart_decay, scaled_rates
 
 RATES = {"learning_rate": 1e-3, "learning_rates": {"text": 2e-5}, "weight_decay": 0.1}
 
@@ -134,6 +134,25 @@ def test_the_learning_rates_rise_to_their_peaks_and_fall_to_zero(tiny_model):
     assert (text[55], rest[55]) == pytest.approx((1e-5, 5e-4))  # half of the ninety after it
     assert (text[100], rest[100]) == (0.0, 0.0)
     assert max(rest) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("at", "after"), [(60, [1e-3, 5e-4, 0.0]), (5, [5e-4, 4.44444e-4, 0.0])])
+def test_a_restart_returns_to_the_peak_rates_and_still_ends_at_zero(at, after, tiny_model):
+    """A warm-up that has not ended goes on: nothing is skipped by a restart in step 5 of 10."""
+    optimizer = make_optimizer(tiny_model, **RATES)
+    scheduler = make_scheduler(optimizer, steps=100, warmup=0.1)
+    rates = {}
+    for step in range(101):
+        if step == at:
+            restart_decay(scheduler)
+        assert scheduler.get_last_lr()[-1] == optimizer.param_groups[-1]["lr"]
+        rates[step] = scheduler.get_last_lr()[-1]
+        optimizer.step()
+        scheduler.step()
+    assert [rates[at], rates[80 if at == 60 else 60], rates[100]] == pytest.approx(after, rel=1e-5)
+    resumed = make_scheduler(make_optimizer(tiny_model, **RATES), steps=100, warmup=0.1)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.lr_lambdas[0].start == max(at, 10)
 
 
 def test_without_warmup_the_first_step_takes_the_peak_rate(tiny_model):

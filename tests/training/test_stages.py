@@ -46,6 +46,36 @@ def test_the_next_stage_has_its_own_best_epoch_and_its_own_patience():
     assert schedule.total_epochs == 20
 
 
+def test_a_phase_of_the_modulator_has_its_own_best_epoch_and_its_own_patience():
+    schedule = StageSchedule([StageArguments("train", 20, patience=3)])
+    run(schedule, [0.1, 0.9, 0.5])
+    assert not schedule.advance(0.4, starts_phase=True)
+    assert schedule.phase_starts and schedule.earlier_phases == [{"epoch": 2, "score": 0.9}]
+    assert run(schedule, [0.2, 0.3, 0.1, 0.1]) == [True, True, False, False]
+    assert not schedule.phase_starts and not schedule.finished
+    run(schedule, [0.1])
+    assert schedule.finished and (schedule.best_epoch, schedule.best_score) == (6, 0.3)
+
+
+def test_a_phase_that_starts_when_patience_ends_keeps_the_stage_alive_but_adds_no_epochs():
+    schedule = StageSchedule([StageArguments("train", 5, patience=2)])
+    run(schedule, [0.9, 0.5])
+    assert schedule.patience_ends_with(0.9) and not schedule.patience_ends_with(0.95)
+    schedule.advance(0.5, starts_phase=True)
+    assert not schedule.finished
+    run(schedule, [0.4])
+    schedule.advance(0.4, starts_phase=True)  # after the last epoch, so no phase follows
+    assert schedule.finished and not schedule.phase_starts and schedule.best_epoch == 4
+
+
+def test_the_next_stage_forgets_the_phases_of_the_one_before():
+    schedule = StageSchedule([StageArguments("enhance", 2), StageArguments("balance", 2)])
+    schedule.advance(0.9, starts_phase=True)
+    schedule.advance(0.5)
+    assert schedule.stage.name == "balance"
+    assert schedule.earlier_phases == [] and not schedule.phase_starts
+
+
 def test_only_the_last_of_several_stages_is_published():
     schedule = StageSchedule([StageArguments("enhance", 1), StageArguments("balance", 1)])
     assert not schedule.is_last_stage

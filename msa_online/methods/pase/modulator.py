@@ -45,7 +45,9 @@ class ShapleyModulator(GradientModulator):
 
     The utility is measured in every `interval`-th step and averaged over an epoch. The coefficients of an
     epoch come from the last epoch before it that was measured. Contributions are recorded in both phases.
-    Each stage of the head starts in the first phase, because stages have different validation scores.
+    Each stage of the head starts in the first phase, because stages have different validation scores. With
+    the second phase the search for the best epoch, patience and learning-rate decay restart, and its best
+    epoch is published (P9).
 
     u is either "task": l(s(none), y) - l(s(S), y) on the training batch, with the encoders run once and
     absent modalities as in prediction; or "prototype", that of the published code: computed from the
@@ -63,7 +65,7 @@ class ShapleyModulator(GradientModulator):
         utility: "task"; or "prototype", which needs the head `pase`.
         apply: "gradient" as published, "lr", or "off", which records contributions and changes nothing.
         switch: "plateau" starts the second phase when validation no longer improves, "fixed" after `latest`
-            epochs.
+            epochs. Either starts it when the patience of the run or the stage would end the training.
         warmup: Epochs in which a plateau does not start the second phase yet.
         patience: Epochs without improvement that count as a plateau.
         min_delta: Smallest improvement that counts, relative to the best score.
@@ -199,7 +201,7 @@ class ShapleyModulator(GradientModulator):
             self.coefficients = equilibrium(self.contributions)
         self.epoch, self.measured = epoch, []
 
-    def on_validation(self, score: float) -> None:
+    def on_validation(self, score: float) -> bool:
         """Detect the plateau; once started, the second phase lasts to the end of the stage."""
         self.validated += 1
         margin = self.min_delta * abs(self.best_score) if math.isfinite(self.best_score) else 0.0
@@ -208,7 +210,13 @@ class ShapleyModulator(GradientModulator):
         else:
             self.waited += 1
         plateau = self.validated > self.warmup and self.waited >= self.patience
-        self.balancing |= self.validated >= self.latest or (self.switch == "plateau" and plateau)
+        due = self.validated >= self.latest or (self.switch == "plateau" and plateau)
+        return due and self.on_patience_end()
+
+    def on_patience_end(self) -> bool:
+        """Start the second phase, if it has not started; measuring alone is no phase of training."""
+        starts, self.balancing = not self.balancing, True
+        return starts and self.apply != "off"
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, plateau, measurements and coefficients."""

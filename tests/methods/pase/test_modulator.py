@@ -298,6 +298,20 @@ def test_every_stage_of_the_head_starts_in_the_first_phase():
     assert validate(modulator, [-0.9, -0.8, -0.7, -0.7, -0.7]) == [False] * 4 + [True]
 
 
+def test_the_second_phase_is_announced_once_and_starts_rather_than_the_run_ends():
+    modulator = ShapleyModulator(latest=2)
+    assert [modulator.on_validation(-1.0) for _ in range(4)] == [False, True, False, False]
+    impatient = ShapleyModulator(switch="fixed", latest=100)
+    assert not impatient.on_validation(-1.0)
+    assert impatient.on_patience_end() and impatient.balancing
+    assert not impatient.on_patience_end()
+
+
+def test_measuring_contributions_starts_no_phase_of_training():
+    modulator = ShapleyModulator(latest=1, apply="off")
+    assert not modulator.on_validation(-1.0) and not modulator.on_patience_end()
+
+
 def with_gradients(model: MSAModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     for value in model.parameters():

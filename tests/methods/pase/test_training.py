@@ -223,6 +223,29 @@ def test_a_stopped_run_lands_where_an_uninterrupted_one_does(utility, stop, trai
     assert load_file(whole / "model.safetensors")["head.prototypes.means"].any()
 
 
+def test_the_second_phase_starts_before_patience_ends_the_run_and_its_best_epoch_is_published(
+    train, tmp_path, capsys
+):
+    archive = write_archive(tmp_path / "features.npz", SCORES, {})
+    settings = {"patience": 2, "learning_rate": 3e-3, "epochs": 30}
+    modulator = {"modulator_kwargs": {"latest": 100, "patience": 50, "interval": 1}}
+    run = train(described(tmp_path / "run", archive, **settings, **modulator))
+    phases = [epoch["losses"]["phase/balancing"] for epoch in history(run)]
+    switch = phases.index(1.0)
+    maes = [epoch["valid"]["mae"] for epoch in history(run)]
+    record = MSAConfig.from_pretrained(run).trained_on
+    (first,) = record["earlier_phases"]
+    assert first["epoch"] == maes.index(min(maes[:switch])) + 1 == switch - 2
+    assert record["epoch"] == switch + maes[switch:].index(min(maes[switch:])) + 1 == len(maes) - 2
+    for phase in (first, record):
+        found = phase["results"]["valid"]["text+audio+vision"]["mae"]
+        assert found == pytest.approx(maes[phase["epoch"] - 1], abs=1e-5)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"phase 1, best epoch {first['epoch']}: valid MAE" in output and "(published)" in output
+    assert f"epoch {record['epoch']}; best epoch {first['epoch']} before" in (run / "README.md").read_text()
+    assert not (run / "stages").exists()
+
+
 TRAINING = np.arange(48) < 32
 BAD = {
     "one class in all": (np.full(48, 1.2), {}, {}),
