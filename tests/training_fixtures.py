@@ -132,7 +132,7 @@ class Trial:
         self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)
         self.loader = accelerator.prepare(DataLoader(rows, batch_sampler=self.sampler))
         self.modulator = Recording(modulator)
-        mask = ModalityDropout({}, len(rows), seed=3)
+        mask = ModalityDropout({}, torch.ones(len(rows), 3, dtype=torch.bool), seed=3)
         self.loop = TrainingLoop(accelerator, model, optimizer, scheduler, self.modulator, mask, clip_norm, 3)
 
     def train(self, epochs: int = 2, stage: str = "train") -> dict[str, torch.Tensor]:

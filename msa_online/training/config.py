@@ -164,7 +164,8 @@ class TrainingArguments:
         warmup: Share of all steps in which the learning rate rises.
         decay: Learning rate after the warm-up: "linear" falls to zero, "constant" stays.
         clip_norm: Largest gradient norm; larger gradients are scaled down to it.
-        modality_dropout: Share of training samples from which each modality is hidden, by name.
+        modality_dropout: Share of training samples from which each modality is hidden in an epoch, by name.
+            Each sample keeps at least one modality, so three rates must sum to less than 2.
         frame_dropout: Drop words, sound steps and faces of training samples at random rates; validation then
             drops half of them.
         condition: Modalities, like "text+audio", that the last stage sees in training and evaluation

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import LoggerType
 
+from msa_online.missing.modalities import dropout_problem
 from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.model_card import REPOSITORY
@@ -97,6 +98,8 @@ def problems(arguments: RunArguments) -> Iterator[str]:
             yield f"training.modality_dropout names {name!r}: one of {', '.join(MODALITIES)}"
         elif not 0 <= rate < 1:
             yield f"training.modality_dropout of {name} is {rate!r}: at least 0 and below 1"
+    if problem := dropout_problem(training.modality_dropout):
+        yield f"training.modality_dropout: {problem}"
 
 
 def _problems_of_inputs(model: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 
 from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
-from msa_online.missing.modalities import InputMask, ModalityDropout
+from msa_online.missing.modalities import InputMask, ModalityDropout, dropout_problem
 from msa_online.missing.rates import SplitMask
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import MissingArguments, TrainingArguments
+from msa_online.training.yaml_reader import ConfigurationError
 
 
 def draw_split_masks(data: ReadyCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
@@ -71,6 +72,7 @@ def make_input_masks(
         processor: Its processor; None for a model of precomputed features.
 
     Raises:
+        ConfigurationError: The rates of modality dropout cannot be realised on the training split.
         EncoderError: Words have to be dropped, and the tokenizer has no unknown token.
     """
     if masks:
@@ -84,5 +86,8 @@ def make_input_masks(
             "valid": FramesAt(drop, VALIDATION_RATE),
             "teacher": InputMask(),
         }
-    dropout = ModalityDropout(training.modality_dropout, data.sizes["train"], training.seed)
+    present = data.present("train")
+    if problem := dropout_problem(training.modality_dropout, present):
+        raise ConfigurationError(f"training.modality_dropout: {problem}")
+    dropout = ModalityDropout(training.modality_dropout, present, training.seed)
     return {"train": dropout, "valid": InputMask(), "teacher": InputMask()}

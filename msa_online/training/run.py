@@ -194,6 +194,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
     fit_modulator(modulator, training, occurring, console)
     input_masks = make_input_masks(data, training, masks, model, processor)
+    if line := input_masks["train"].line:
+        console.print(line, soft_wrap=True, highlight=False)
     states = compute_frozen_states(model, processor, data, training, accelerator, console)
     loaders = make_loaders(data, processor, model.config, arguments, accelerator, states)
     console.print(parameters_line(model), highlight=False)

@@ -1,36 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from msa_online.missing.modalities import FixedCondition, InputMask, ModalityDropout
+from msa_online.missing.modalities import FixedCondition, InputMask, ModalityDropout, dropout_problem
 from msa_online.modalities import CONDITIONS, MODALITIES
 
 SAMPLES = 20_000
 
 
+def complete(samples: int) -> torch.Tensor:
+    return torch.ones(samples, 3, dtype=torch.bool)
+
+
 def hidden(dropout: ModalityDropout, order: torch.Tensor | None = None) -> torch.Tensor:
     """What is hidden from each sample, `(samples, 3)` bool, in dataset order; batches come in `order`."""
-    order = torch.arange(dropout.samples) if order is None else order
-    result = torch.zeros(dropout.samples, 3, dtype=torch.bool)
+    order = torch.arange(len(dropout.present)) if order is None else order
+    result = torch.zeros(len(dropout.present), 3, dtype=torch.bool)
     for index in order.split(64):
         batch = {"index": index, "modality_present": torch.ones(len(index), 3, dtype=torch.bool)}
         result[index] = ~dropout.apply(batch)["modality_present"]
     return result
 
 
-def test_each_modality_is_hidden_at_its_rate():
-    dropout = ModalityDropout({"text": 0.5, "audio": 0.3, "vision": 0.2}, SAMPLES, seed=1)
+@pytest.mark.parametrize("rates", [(0.5, 0.3, 0.2), (0.3, 0.1, 0.2), (0.5, 0.7, 0.7), (0.6, 0.65, 0.7)])
+def test_each_modality_is_hidden_at_its_rate_and_no_sample_loses_all(rates):
+    dropout = ModalityDropout(dict(zip(MODALITIES, rates, strict=True)), complete(SAMPLES), seed=1)
+    assert list(dropout.realised.values()) == pytest.approx(rates, abs=1e-6)
     dropout.start_epoch(0)
-    # 3 % of the samples would lose all three (0.5 x 0.3 x 0.2) and keep all three instead
-    for share, expected in zip(
-        hidden(dropout).double().mean(dim=0).tolist(), (0.47, 0.27, 0.17), strict=True
-    ):
+    lost = hidden(dropout)
+    for share, expected in zip(lost.double().mean(dim=0).tolist(), rates, strict=True):
         assert share == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / SAMPLES))
+    assert not lost.all(dim=1).any()
+
+
+def test_samples_with_two_modalities_lose_them_at_the_same_rates():
+    having = torch.tensor([[False, True, True]]).expand(SAMPLES, 3)
+    dropout = ModalityDropout({"text": 0.3, "audio": 0.5, "vision": 0.4}, having, seed=1)
+    assert dropout.realised["audio"] == pytest.approx(0.5) and np.isnan(dropout.realised["text"])
+    assert "text never occurs, audio 50.0, vision 40.0" in dropout.line
+    dropout.start_epoch(0)
+    batch = {"index": torch.arange(SAMPLES), "modality_present": having}
+    shown = dropout.apply(batch)["modality_present"]
+    assert shown.any(dim=1).all() and not shown[:, 0].any()
+    assert shown[:, 1].double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert shown[:, 2].double().mean().item() == pytest.approx(0.6, abs=0.02)
+
+
+def test_what_incomplete_samples_cannot_lose_is_printed_beside_what_was_asked_for():
+    having = complete(4).clone()
+    having[0] = torch.tensor([True, False, False])
+    dropout = ModalityDropout({"text": 0.5, "audio": 0.25}, having, seed=1)
+    assert dropout.realised["text"] == pytest.approx(0.375)
+    assert dropout.line.endswith("text 37.5 (asked for: 50.0), audio 25.0")
+
+
+@pytest.mark.parametrize(
+    ("rates", "having", "message"),
+    [
+        ((0.5, 0.7, 0.9), (1, 1, 1), "sum to 2.1, .* below 2"),
+        ((0.9, 0.5, 0.5), (0, 1, 1), "the rates of audio, vision sum to 1, .* below 1"),
+        ((0.9, 0.9, 0.0), (1, 1, 1), None),
+        ((0.5, 0.7, 0.7), (1, 1, 1), None),
+        ((0.9, 0.9, 0.9), (1, 0, 0), None),  # nothing can be hidden, and the line says so
+    ],
+)
+def test_rates_that_no_sample_could_lose_are_refused(rates, having, message):
+    by_name = dict(zip(MODALITIES, rates, strict=True))
+    problem = dropout_problem(by_name, torch.tensor([having], dtype=torch.bool))
+    assert problem is None if message is None else re.search(message, problem)
 
 
 def test_modalities_are_hidden_independently_of_one_another():
-    dropout = ModalityDropout({"text": 0.5, "audio": 0.4}, SAMPLES, seed=1)
+    dropout = ModalityDropout({"text": 0.5, "audio": 0.4}, complete(SAMPLES), seed=1)
     dropout.start_epoch(0)
     lost = hidden(dropout)
     both = (lost[:, 0] & lost[:, 1]).double().mean().item()
@@ -38,14 +82,8 @@ def test_modalities_are_hidden_independently_of_one_another():
     assert not lost[:, 2].any()  # vision was not named
 
 
-def test_no_sample_loses_all_three():
-    dropout = ModalityDropout({"text": 0.9, "audio": 0.9, "vision": 0.9}, SAMPLES, seed=1)
-    dropout.start_epoch(0)
-    assert not hidden(dropout).all(dim=1).any()
-
-
 def test_a_sample_that_has_one_modality_only_keeps_it():
-    dropout = ModalityDropout({"text": 0.9, "audio": 0.5}, 100, seed=1)
+    dropout = ModalityDropout({"text": 0.9, "audio": 0.5}, complete(100), seed=1)
     dropout.start_epoch(0)
     text_alone = torch.tensor([True, False, False]).expand(100, 3)
     batch = {"index": torch.arange(100), "modality_present": text_alone}
@@ -53,11 +91,11 @@ def test_a_sample_that_has_one_modality_only_keeps_it():
 
 
 def test_what_a_sample_loses_does_not_depend_on_the_order_of_batches():
-    dropout = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, 500, seed=1)
+    dropout = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, complete(500), seed=1)
     dropout.start_epoch(3)
     forward = hidden(dropout)
     assert torch.equal(hidden(dropout, torch.arange(499, -1, -1)), forward)
-    resumed = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, 500, seed=1)
+    resumed = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, complete(500), seed=1)
     resumed.start_epoch(3)  # without the epochs before it
     assert torch.equal(hidden(resumed, torch.randperm(500)), forward)
 
@@ -65,14 +103,14 @@ def test_what_a_sample_loses_does_not_depend_on_the_order_of_batches():
 def test_every_epoch_and_every_seed_hides_something_else():
     draws = []
     for seed, epoch in ((1, 0), (1, 1), (2, 0)):
-        dropout = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, 500, seed=seed)
+        dropout = ModalityDropout({"text": 0.5, "audio": 0.5, "vision": 0.5}, complete(500), seed=seed)
         dropout.start_epoch(epoch)
         draws.append(hidden(dropout))
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_without_rates_a_batch_stays_as_it_is(make_batch):
-    dropout = ModalityDropout({}, samples=4, seed=1)
+    dropout = ModalityDropout({}, complete(4), seed=1)
     dropout.start_epoch(0)
     batch = make_batch(present=(True, False, True))
     untouched = {name: value.clone() for name, value in batch.items()}
@@ -82,7 +120,7 @@ def test_without_rates_a_batch_stays_as_it_is(make_batch):
 
 
 def test_hiding_never_brings_back_what_was_absent(make_batch):
-    dropout = ModalityDropout({"audio": 0.9}, samples=4, seed=1)
+    dropout = ModalityDropout({"audio": 0.9}, complete(4), seed=1)
     dropout.start_epoch(0)
     batch = make_batch(present=(True, False, True))
     assert torch.equal(dropout.apply(batch)["modality_present"], batch["modality_present"])

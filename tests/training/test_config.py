@@ -233,6 +233,10 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ),
         ("training: {modality_dropout: {audio: 1}}", "modality_dropout of audio is 1"),
         ("training: {modality_dropout: {audio: -0.1}}", "modality_dropout of audio is -0.1"),
+        (
+            "training: {modality_dropout: {text: 0.5, audio: 0.7, vision: 0.9}}",
+            "training.modality_dropout: the rates of text, audio, vision sum to 2.1",
+        ),
         ("training: {output_dir: ''}", "training.output_dir"),
         ("training: {push_to_hub: sentiment}", "training.push_to_hub is 'sentiment': .* like ORG/NAME"),
         ("data: {task: sorting}", "data.task is 'sorting'"),

@@ -58,7 +58,7 @@ class Trial:
         model, optimizer = accelerator.prepare(model, optimizer)
         self.sampler = BucketBatchSampler([1] * len(rows), batch_size, accumulation, seed=3)
         self.loader = accelerator.prepare(DataLoader(rows, batch_sampler=self.sampler))
-        mask = ModalityDropout({}, len(rows), seed=3)
+        mask = ModalityDropout({}, torch.ones(len(rows), 3, dtype=torch.bool), seed=3)
         self.loop = TrainingLoop(
             accelerator, model, optimizer, scheduler, modulator or GradientModulator(), mask, 1.0, 3
         )
