@@ -135,12 +135,14 @@ def _clip_shapes(
     """Shapes of the inputs of one clip, and empty states of its modalities; no network runs."""
     sound, steps = _sound_shape(model.config)
     frames, size = settings.num_frames, settings.face_size
-    pretrained = model.config.vision_config is not None
     shapes = {
         "token ids": [EXAMPLE_TOKENS],
         "log-mel" if model.config.audio_config is None else "sound": list(sound),
-        "face crops": [frames, 3, size, size] if pretrained else [frames, size, size, 3],
+        "face crops": [frames, size, size, 3],
     }
+    if (network := model.config.vision_config) is not None:
+        size = FAMILIES[network.model_type].picture_size
+        shapes["pictures"] = [frames, 3, size, size]
     lengths = {"text": EXAMPLE_TOKENS, "audio": steps, "vision": frames}
     states = {name: torch.zeros(1, lengths[name], width) for name, width in model.config.widths.items()}
     return shapes, {

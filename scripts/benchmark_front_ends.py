@@ -103,19 +103,18 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def measure_steps(options: argparse.Namespace, console: Console) -> None:
-    """A table of the CPU time and the memory of a training step, each row from a fresh process."""
+    """Print a table in Markdown: CPU time and memory of a training step, each row from a fresh process."""
     console.print(
         f"a step of {options.batch} clips of {options.seconds:g} s with {options.frames} faces and "
         f"{options.tokens} tokens; bf16; torch has {options.threads} threads; CPU time, median of "
         f"{options.rounds} steps"
     )
-    table = Table("", "parameters", "trained", "CPU s", "peak, GB")
+    console.out("| | parameters | trained | CPU s | peak, GB |\n|---|---:|---:|---:|---:|")
     rows = [name for name in STEPS if not options.steps or name.split(",")[0] in options.steps]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for name, cost in zip(rows, pool.map(cost_of_step, rows, repeat(options)), strict=True):
-            counts = f"{cost.parameters:,}", f"{cost.trained:,}"
-            table.add_row(name, *counts, f"{cost.seconds:.2f}", f"{cost.gigabytes:.2f}")
-    console.print(table)
+            counts = f"{cost.parameters:,} | {cost.trained:,}"
+            console.out(f"| {name} | {counts} | {cost.seconds:.2f} | {cost.gigabytes:.2f} |")
 
 
 @dataclass(frozen=True)

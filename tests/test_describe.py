@@ -93,7 +93,10 @@ def test_the_shapes_are_those_of_the_extraction_that_is_configured(write_config)
 @pytest.mark.parametrize(("encoder", "size"), [("dlib-face-resnet", 150), ("facebook/dinov2-small", 224)])
 def test_face_crops_have_the_size_of_the_pictures_that_the_encoder_reads(encoder, size, write_config):
     path = write_config(text_encoder="bert-base-uncased", vision_encoder=encoder)
-    assert describe(path).shapes["face crops"] == [8, 3, size, size]
+    assert describe(path).shapes["face crops"] == [8, size, size, 3]
+    path = write_config(text_encoder="bert-base-uncased", vision_encoder=encoder, data={"face_size": 96})
+    shapes = describe(path).shapes
+    assert shapes["face crops"] == [8, 96, 96, 3] and shapes["pictures"] == [8, 3, size, size]
 
 
 @pytest.mark.parametrize("head", HEADS)
