@@ -24,9 +24,8 @@ import sys
 import tempfile
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,8 @@ def measure_steps(options: argparse.Namespace, console: Console) -> None:
     )
     console.out("| | parameters | trained | CPU s | peak, GB |\n|---|---:|---:|---:|---:|")
     rows = [name for name in STEPS if not options.steps or name.split(",")[0] in options.steps]
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for name, cost in zip(rows, pool.map(cost_of_step, rows, repeat(options)), strict=True):
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name, cost in zip(rows, pool.imap(partial(cost_of_step, options=options), rows), strict=True):
             counts = f"{cost.parameters:,} | {cost.trained:,}"
             console.out(f"| {name} | {counts} | {cost.seconds:.2f} | {cost.gigabytes:.2f} |")
 
