@@ -2,9 +2,9 @@
 """`msa-online serve`: a web page to try a checkpoint."""
 
 import signal
+import time
 from argparse import Namespace
 from pathlib import Path
-from threading import Event
 
 from rich.console import Console
 
@@ -38,7 +38,8 @@ def run(options: Namespace, console: Console) -> None:
             ) as address,
         ):
             console.print(f"serving {options.model} at {address} (Ctrl-C ends it)", soft_wrap=True)
-            Event().wait()
+            while True:  # a signal that another thread receives does not end a wait without a limit
+                time.sleep(0.5)
     except KeyboardInterrupt:
         console.print("stopped; all uploads are deleted")
     finally:

@@ -216,7 +216,7 @@ def build_page(
     """
     uploads = Uploads({example.path.name for example in examples})
     answers = Answers(pipeline, uploads)
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(30, KEPT_SECONDS)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION.format(title=title))
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):

@@ -3,10 +3,12 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 
 from msa_online.pipeline import MSAPipeline
 
@@ -15,6 +17,10 @@ PORT = 7860
 
 MAX_WAITING = 200
 """Visitors who may wait for an answer; others are asked to come back."""
+
+
+CLEANED_SECONDS = 30
+"""Time between two searches for uploads to delete."""
 
 
 class PageError(RuntimeError):
@@ -65,7 +71,7 @@ def running_page(
             "GRADIO_ANALYTICS_ENABLED": "False",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        from msa_online.page.blocks import MAX_BYTES, build_page
+        from msa_online.page.blocks import KEPT_SECONDS, MAX_BYTES, build_page
         from msa_online.page.examples import render_examples
         from msa_online.page.look import STYLE, make_theme
 
@@ -90,6 +96,29 @@ def running_page(
             css=STYLE,
         )
         try:
-            yield f"http://{host}:{port}"
+            with _without_old_files(uploads, KEPT_SECONDS):
+                yield f"http://{host}:{port}"
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def _without_old_files(folder: Path, seconds: float) -> Iterator[None]:
+    """Delete files of that age; gradio's own `delete_cache` does not know the parts of aborted uploads."""
+    ended = Event()
+
+    def clean() -> None:
+        while not ended.wait(CLEANED_SECONDS):
+            oldest = time.time() - seconds
+            for path in [path for path in folder.rglob("*") if not path.is_dir()]:
+                with suppress(FileNotFoundError):  # its visitor has just left
+                    if path.stat().st_ctime < oldest:
+                        path.unlink()
+
+    cleaner = Thread(target=clean, daemon=True)
+    cleaner.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        cleaner.join()
