@@ -347,7 +347,7 @@ def _add_plot_states(commands: argparse._SubParsersAction) -> None:
     plot.add_argument("--seed", type=int, default=1111, help="of t-SNE (default 1111)")
     _add_extraction(plot)
     _add_plugin(plot)
-    plot.set_defaults(refuse=plot.error, transcribe=None, language=None)
+    plot.set_defaults(refuse=plot.error)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -448,10 +448,15 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         "needs no network, and deletes what visitors give. Needs the extra `serve`.",
     )
     serve.add_argument("model", metavar="RUN", help="folder of a run, or Hub repository")
+    serving = _Source("page/serving.py")
     serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this computer only)"
+        "--host",
+        default=serving.constant("LOOPBACK"),
+        help="address to listen on (default %(default)s: this computer only)",
     )
-    serve.add_argument("--port", type=_port, default=7860, help="port to listen on (default 7860)")
+    serve.add_argument(
+        "--port", type=_port, default=serving.constant("PORT"), help="port to listen on (default %(default)s)"
+    )
     serve.add_argument("--examples", action="store_true", help="offer synthetic clips (needs the extra demo)")
     _add_transcription(serve)
     _add_plugin(serve)
@@ -646,9 +651,18 @@ def _add_plugin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _number(text: str, kind: Callable[[str], float] = float) -> float:
+    """A number, or an error in words; argparse itself would name the Python function that failed."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no {whole}number") from error
+
+
 def _share(text: str) -> float:
     """Option type: numbers between 0 and 1."""
-    if not 0 < float(text) < 1:
+    if not 0 < _number(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share: give a number between 0 and 1")
     return float(text)
 
@@ -658,7 +672,7 @@ def _modality_value(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     if name not in ("text", "audio", "vision") or not value:
         raise argparse.ArgumentTypeError(f"{text!r}: give text=, audio= or vision= with a number")
-    return name, float(value)
+    return name, _number(value)
 
 
 def _layer(text: str) -> str | int:
@@ -675,14 +689,14 @@ def _layer(text: str) -> str | int:
 
 def _positive(text: str) -> float:
     """Option type: finite numbers above 0."""
-    if not 0 < float(text) < math.inf:
+    if not 0 < _number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return float(text)
 
 
 def _port(text: str) -> int:
     """Option type: numbers of ports."""
-    if not 0 < int(text) < 65536:
+    if not 0 < _number(text, int) < 65536:
         raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
     return int(text)
 
@@ -691,7 +705,7 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     """Option type: whole numbers from `lowest` on."""
 
     def whole_number(text: str) -> int:
-        if int(text) < lowest:
+        if _number(text, int) < lowest:
             raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
         return int(text)
 

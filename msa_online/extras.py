@@ -9,6 +9,7 @@ EXTRAS = {
     "skimage": "demo",
     "gradio": "serve",
     "faster_whisper": "transcribe",
+    "optuna": "tune",
 }
 """Extra of the package that brings a library, by the name under which it is imported."""
 

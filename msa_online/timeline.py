@@ -29,7 +29,7 @@ STEP = 2.5
 TICKS = (30, 60, 120, 300, 600, 1200, 3600)
 """Seconds between the marks on the axis of long recordings."""
 
-Word = tuple[float, float, str]
+TimedWord = tuple[float, float, str]
 """Start and end of a word in seconds from the start of the file, and the word."""
 
 
@@ -90,7 +90,7 @@ def predict_timeline(
     *,
     seconds: float = WINDOW,
     step: float = STEP,
-    words: Sequence[Word] | None = None,
+    words: Sequence[TimedWord] | None = None,
     batch_size: int = BATCH_SIZE,
     hidden: Collection[str] = (),
 ) -> Timeline:
@@ -125,7 +125,7 @@ def _windows(
     clip: Clip,
     seconds: float,
     step: float,
-    words: Transcript | Sequence[Word] | None,
+    words: Transcript | Sequence[TimedWord] | None,
     batch_size: int,
     hidden: Collection[str],
 ) -> Iterator[WindowPrediction]:
@@ -139,7 +139,7 @@ def _windows(
                 yield WindowPrediction(sample.source.start, sample.source.end, sample.text, prediction)
 
 
-def _sample(window: Clip, words: Transcript | Sequence[Word] | None, origin: float) -> Sample:
+def _sample(window: Clip, words: Transcript | Sequence[TimedWord] | None, origin: float) -> Sample:
     """A window with the words spoken in it; the times of a transcript count from `origin` in the file."""
     if words is None:
         return Sample(window, None)

@@ -96,7 +96,7 @@ class Transcriber:
         if reason := why_not_installed("faster_whisper"):
             raise TranscriptionError(f"clips cannot be transcribed: {reason}")
         folder = _folder_of(model)
-        self.name = Path(model).name if Path(model).is_dir() else model
+        self.name = folder.name if Path(model).expanduser().is_dir() else model
         self.language, self.cache, self.made = language, cache, 0
         is_for_ctranslate = (folder / "model.bin").is_file()
         load = _load_faster_whisper if is_for_ctranslate else _load_transformers

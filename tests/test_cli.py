@@ -203,6 +203,19 @@ def test_a_wrong_call_is_answered_with_the_usage(capsys, words):
     assert usage_error(capsys, *words).startswith("msa-online")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "x", "--workers", "y"],
+        ["serve", "x", "--port", "y"],
+        ["synthesize", "x", "--noise", "audio=y"],
+        ["convert-features", "x", "y", "--valid-share", "y"],
+    ],
+)
+def test_a_word_in_place_of_a_number_is_answered_in_words(capsys, words):
+    assert "'y' is no " in usage_error(capsys, *words)
+
+
 @pytest.mark.parametrize("command", [["describe"], ["predict", "--text", "good", "--model"], ["evaluate"]])
 def test_a_checkpoint_of_another_kind_is_refused_in_one_line(capsys, other_checkpoint, command):
     words = [*command, other_checkpoint, *(["clips"] if command == ["evaluate"] else [])]
@@ -642,7 +655,7 @@ def test_states_of_a_checkpoint_are_drawn(capsys, feature_checkpoint, tmp_path):
 def test_states_that_cannot_be_drawn_are_refused_in_one_line(capsys, archive, feature_checkpoint, tmp_path):
     words = ["plot-states", feature_checkpoint, archive, "--out"]
     target = str(tmp_path / "x.png")
-    assert "the name ends in one of .png" in usage_error(capsys, *words, str(tmp_path / "x.gif"))
+    assert "end its name with .png" in usage_error(capsys, *words, str(tmp_path / "x.gif"))
     assert "--conditions 'smell'" in usage_error(capsys, *words, target, "--conditions", "smell")
     assert "test has 4 samples: t-SNE needs 5 or more" in usage_error(capsys, *words, target)
 

@@ -269,7 +269,7 @@ def ctc_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_recogniser_of_transformers_can_be_used(ctc_folder, voice):
+def test_a_recogniser_of_transformers_can_be_used(ctc_folder, voice, monkeypatch):
     transcriber = Transcriber(str(ctc_folder))
     heard = transcriber(features_of(voice))
     assert transcriber.gives_times and heard.model == ctc_folder.name
@@ -278,6 +278,8 @@ def test_a_recogniser_of_transformers_can_be_used(ctc_folder, voice):
     assert times == sorted(times) and times[-1] <= len(voice) / 16_000
     with pytest.raises(TranscriptionError, match="no choice of language"):
         Transcriber(str(ctc_folder), language="en")
+    monkeypatch.setenv("HOME", str(ctc_folder.parent))
+    assert Transcriber(f"~/{ctc_folder.name}").name == ctc_folder.name, "a model card holds no local path"
 
 
 def test_a_whisper_of_transformers_gives_times_too(tmp_path, voice):

@@ -38,9 +38,9 @@ def run(options: Namespace, console: Console) -> None:
     except ValueError as error:  # options that exclude each other
         raise ConfigurationError(str(error)) from error
     except ChildFailedError as error:
-        # SIGTERM is from the launcher, which ends the other processes
-        innocent = {-signal.SIGTERM, *range(256)}
-        if killed := [each for each in error.failures.values() if each.exitcode not in innocent]:
+        # negative: ended by a signal; SIGTERM is from the launcher, which ends the other processes
+        failures = error.failures.values()
+        if killed := [each for each in failures if each.exitcode < 0 and each.exitcode != -signal.SIGTERM]:
             raise UnfinishedError(
                 f"process {killed[0].local_rank} was ended by {killed[0].signal_name()}; SIGKILL often means "
                 "that memory ran out: lower training.batch_size. training.resume=true continues the run"

@@ -10,20 +10,19 @@ from rich.console import Console
 from feature_extractors.clip import printable
 from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
 from msa_online.commands.evaluate import read_split
+from msa_online.commands.predict import PLOTS
 from msa_online.corpora.validation import why_not_writable
 from msa_online.evaluation.states import LEAST_SAMPLES, draw_states, embed, fused_states
 from msa_online.hub import load_checkpoint
 from msa_online.modalities import CONDITIONS
 from msa_online.training.config_reader import import_plugins
 
-KINDS = (".png", ".svg", ".pdf")
-
 
 def run(options: Namespace, console: Console) -> None:
     """Draw the states of a split."""
     target = Path(options.out)
-    if target.suffix not in KINDS:
-        options.refuse(f"--out {target}: the name ends in one of {', '.join(KINDS)}")
+    if target.suffix not in PLOTS:
+        options.refuse(f"--out {target}: end its name with {', '.join(PLOTS)}")
     if reason := "it is a folder" if target.is_dir() else why_not_writable(target):
         options.refuse(f"--out {target} cannot be written: {reason}")
     if unknown := [name for name in options.conditions if name not in CONDITIONS]:

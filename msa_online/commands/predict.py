@@ -299,7 +299,7 @@ def _row(
 ) -> Row:
     """The row of a sample; JSON has the windows of a divided clip, the other formats their number."""
     shown = result.overall if isinstance(result, Timeline) else result
-    heard = getattr(shown, "transcript", None)
+    heard = None if isinstance(shown, ClipError) else shown.transcript
     text = heard.text if heard else sample.text
     part = {"start": sample.source.start, "end": sample.source.end, "text": text}
     if not isinstance(result, Timeline):

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`msa-online tune`: search settings of a configuration by the validation score."""
 
-import importlib.util
-import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 from rich.console import Console
 
-from msa_online.evaluation.tables import UNLIMITED, PlainConsole
+from msa_online.commands.study import console_beside_runs, require_one_process
+from msa_online.extras import why_not_installed
 from msa_online.shipped_configs import find_configuration
 from msa_online.studies.tuning import carry_out_search, read_search
 from msa_online.training.yaml_reader import ConfigurationError
@@ -17,17 +15,12 @@ from msa_online.training.yaml_reader import ConfigurationError
 
 def run(options: Namespace, console: Console) -> None:
     """Search until the asked number of trials is finished."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError("a search runs in one process: start it without accelerate launch")
-    if importlib.util.find_spec("optuna") is None:
-        options.refuse("optuna is not installed: pip install 'msa_online[tune]'")
+    require_one_process("a search")
+    if missing := why_not_installed("optuna"):
+        options.refuse(missing)
     config = find_configuration(options.config)
     search = read_search(config, _find_space(options.space, config), options.changes)
-    # bound to the terminal, because the output of each trial is redirected to a file
-    console = PlainConsole(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = UNLIMITED
-    carry_out_search(search, options.trials, console)
+    carry_out_search(search, options.trials, console_beside_runs())
 
 
 def _find_space(name: str | None, config: Path) -> Path:

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from feature_extractors import Clip, ClipError
 from feature_extractors.clip import printable
+from msa_online.corpora.cache_filling import progress_bar
 from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.downloads import LAYOUTS, find
 from msa_online.corpora.downloads.layout import Files, Layout, Reading, text_of
@@ -171,14 +169,15 @@ def start_metadata(folder: Path, transcriber: Transcriber | None = None) -> tupl
 def _with_transcripts(rows: Sequence[Row], transcriber: Transcriber) -> tuple[list[Row], list[str]]:
     """Rows with what a recogniser hears in clips without a text, and notes on them."""
     filled, heard, broken = [], 0, 0
-    for row in track(rows, "recognising speech", transient=True, console=Console(stderr=True)):
-        if not row.text:
-            try:
-                row = replace(row, text=transcriber.recording(Clip(row.folder / row.file)).text)
-                heard += bool(row.text)
-            except ClipError:  # `prepare` reports it, with the reason
-                broken += 1
-        filled.append(row)
+    with progress_bar() as progress:
+        for row in progress.track(rows, description="recognising speech"):
+            if not row.text:
+                try:
+                    row = replace(row, text=transcriber.recording(Clip(row.folder / row.file)).text)
+                    heard += bool(row.text)
+                except ClipError:  # `prepare` reports it, with the reason
+                    broken += 1
+            filled.append(row)
     notes = [f"{heard:,} texts were recognised by {transcriber.name}: check them before you train"]
     if broken:
         notes.append(f"{broken:,} clips cannot be read and have no text; `msa-online prepare` says why")

@@ -66,14 +66,8 @@ def difference_in_error(
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)
         weights = rng.multinomial(clips, np.full(clips, 1 / clips), size) / clips
-        of_system, of_reference = (
-            ((rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size) @ each) * weights).sum(
-                axis=1
-            )
-            / len(each)
-            for each in (errors, reference)
-        )
-        drawn.append(of_system - of_reference)
+        of_system = _resampled_means(errors, weights, rng)
+        drawn.append(of_system - _resampled_means(reference, weights, rng))
     low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     paired = errors.mean(axis=0) - reference.mean(axis=0)
     over_clips = permutation_test(
@@ -104,6 +98,19 @@ def difference_in_error(
         p_runs=over_runs,
         p_runs_least=least,
     )
+
+
+def _resampled_means(errors: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mean error in each resample, `(resamples,)`, of runs drawn here and of clips by `weights`.
+
+    Args:
+        errors: `(runs, clips)`.
+        weights: Share of each clip in each resample, `(resamples, clips)`.
+        rng: Draws the runs.
+    """
+    runs = len(errors)
+    counts = rng.multinomial(runs, np.full(runs, 1 / runs), len(weights))  # (resamples, runs)
+    return (counts @ errors * weights).sum(axis=1) / runs
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
