@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from gradio_client import Client, handle_file
 
+PATIENCE = 120  # seconds for one request, as long as a browser waits
 POLL = 0.5  # seconds between two looks at the place in the queue
 
 
@@ -43,7 +44,7 @@ def visit(address: str, clip: Path, until: float) -> Visits:
     """Ask the page again and again until a time on the monotonic clock; the last answer is awaited."""
     visits = Visits()
     try:
-        client = Client(address, verbose=False, download_files=False)
+        client = Client(address, verbose=False, download_files=False, httpx_kwargs={"timeout": PATIENCE})
     except Exception as error:  # of any kind: each counts
         visits.errors.append(f"{type(error).__name__}: {error}")
         return visits

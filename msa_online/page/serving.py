@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve the page, with its uploads in a folder of its own that is deleted at the end."""
 
+import logging
 import os
 import socket
 import time
@@ -14,6 +15,9 @@ from msa_online.pipeline import MSAPipeline
 
 LOOPBACK = "127.0.0.1"
 PORT = 7860
+
+SWEEPING = 30
+"""Seconds between two looks for old uploads."""
 
 MAX_WAITING = 200
 """Visitors who may wait for an answer; others are asked to come back."""
@@ -38,6 +42,20 @@ def require_free(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise PageError(f"{host}:{port} cannot be served: {reason}; give another --port or --host") from error
+
+
+def delete_older(folder: Path, seconds: float) -> None:
+    """Delete the files below a folder that were written longer ago, those of broken uploads too."""
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another thread was faster
+            if path.is_file() and time.time() - path.stat().st_ctime > seconds:
+                path.unlink()
+
+
+def _is_worth_reporting(record: logging.LogRecord) -> bool:
+    """Whether a message of the server is not about a visitor who left during an upload."""
+    error = record.exc_info and record.exc_info[1]
+    return type(error).__name__ != "ClientDisconnect"
 
 
 @contextmanager
@@ -78,6 +96,7 @@ def running_page(
         examples = render_examples(rendered) if with_examples else []
         page = build_page(pipeline, source, examples).queue(max_size=MAX_WAITING, status_update_rate=1)
         require_free(host, port)
+        logging.getLogger("uvicorn.error").addFilter(_is_worth_reporting)
         page.launch(
             server_name=host,
             server_port=port,
@@ -95,10 +114,18 @@ def running_page(
             theme=make_theme(),
             css=STYLE,
         )
+        stopped = Event()
+
+        def sweep() -> None:
+            while not stopped.wait(SWEEPING):
+                delete_older(uploads, KEPT_SECONDS)
+
+        Thread(target=sweep, daemon=True).start()
         try:
             with _without_old_files(uploads, KEPT_SECONDS):
                 yield f"http://{host}:{port}"
         finally:
+            stopped.set()
             page.close(verbose=False)
 
 

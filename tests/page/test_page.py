@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page as visitors use it: over HTTP, with a real server and a tiny model."""
 
+import logging
 import re
 import socket
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 import httpx
@@ -144,6 +146,31 @@ def test_what_cannot_be_predicted_is_one_line_without_paths_of_the_server(
     assert lines["length"] == "long.wav lasts 2 seconds: give a clip of at most 1 second."
     assert lines["characters"] == "The text has 5,001 characters: give at most 5,000."
     assert not [line for line in lines.values() if str(folder) in line or len(line) > 200]
+
+
+def test_a_broken_upload_is_deleted_like_others_and_fills_no_log(serve, folder, caplog):
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999\r\n"
+    head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    part = '--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n' + 9_999 * "x"
+    with serve() as client:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+        (uploads,) = folder.glob("msa_online_page_*/uploads")
+        with socket.create_connection(("127.0.0.1", urlsplit(client.src).port)) as connection:
+            connection.sendall((head + part).encode())
+            wait_for(lambda: any(path.is_file() for path in uploads.rglob("*")))
+        wait_for(lambda: "ClientDisconnect" in caplog.text, seconds=1)
+        serving.delete_older(uploads, 60)
+        assert any(path.is_file() for path in uploads.rglob("*"))
+        serving.delete_older(uploads, -1)
+        assert not any(path.is_file() for path in uploads.rglob("*"))
+    assert "ClientDisconnect" not in caplog.text
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until something is so, at most so many seconds."""
+    until = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def test_a_long_clip_without_words_is_shown_over_time(serve, make_clip, tmp_path):
