@@ -125,7 +125,8 @@ def _hint_at_transcription(pipeline: MSAPipeline, samples: Sequence[Sample | Cli
     if without := sum(isinstance(each, Sample) and each.text is None for each in samples):
         name, language = trained["model"], trained["language"]
         command = f"--transcribe {name}" + (f" --language {language}" if language else "")
-        line = f"note: {without:,} clips have no text; this model was trained on texts made by {command}"
+        missing = f"{without:,} of {len(samples):,} clips have no text"
+        line = f"note: {missing}; the model was trained with {command}"
         Console(stderr=True).print(Text(printable(line)), soft_wrap=True)
 
 
