@@ -49,6 +49,7 @@ LIMIT = 3.0
 LABEL_DEVIATION = 1.44  # of the label before it is clipped
 NUISANCES, NUISANCE = 10, 0.5  # number and size of the nuisance factors of a modality of difficulty 1
 HIDDEN_SHARE = 0.7  # by which the shared factor is weaker in a modality of difficulty 1
+BISECTIONS = 40  # steps that find a median to 1e-11
 FRESH_SAMPLES = 20_000  # new samples on which the best possible error is measured
 TRUTH = "truth.json"
 
@@ -207,7 +208,7 @@ class Mixture:
     def median(self) -> np.ndarray:
         """Median of the clipped label, `(samples,)`: the prediction with the least absolute error."""
         low, high = np.full(len(self.means), -LIMIT), np.full(len(self.means), LIMIT)
-        for _ in range(40):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             below = self._below(middle) < 0.5
             low, high = np.where(below, middle, low), np.where(below, high, middle)
