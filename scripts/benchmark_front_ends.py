@@ -95,7 +95,6 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CLIP, tuned": (CLIP, {}),
     "CLIP, tuned, checkpointing": (CLIP, {"gradient_checkpointing": ["vision"]}),
     "MPNet": (MPNET, {}),
-    "MPNet, checkpointing": (MPNET, {"gradient_checkpointing": ["text"]}),
     "MPNet, lower half frozen": (MPNET, {"freeze": {"text": 6}}),
 }
 """Sections `model` and `training` of what `--steps` measures; the first row is compared with the others."""
