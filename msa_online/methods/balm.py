@@ -108,7 +108,8 @@ class RebalancingModulator(GradientModulator):
     state of m that the fusion reads. Probes read z_m detached. They do not affect encoders or clipping, and
     published checkpoints do not contain them.
 
-    Losses, weighted (3.10): `probe`, which trains the probes; `balm`, tau L_mod.
+    Losses, weighted (3.10): `probe`, which trains the probes; `balm`, tau L_mod. Recorded beside them:
+    `cosine/<modality>`, the cos_m of L_mod, from the second step on.
 
     Deviations and readings: progress is smoothed, because otherwise batch noise alone makes coefficients
     negative (B5). The paper's equation of L_mod is unavailable; ours has the form of CGGM, its ancestor, and
@@ -203,26 +204,34 @@ class RebalancingModulator(GradientModulator):
         probe_loss = loss_alone(output.probe_logits, labels, output.present)
         spatial = torch.zeros_like(probe_loss)
         if self.kappa and output.fused_valid and self.spatial == "latent" and self.spatial_weight:
-            spatial = self.spatial_weight * self._spatial_loss(output, labels)
-        return {"probe": probe_loss, "balm": spatial}
+            cosines = self._cosines(output, labels)
+            spatial = self.spatial_weight * self._spatial_loss(cosines)
+            logged = {f"cosine/{name}": value.detach() for name, value in cosines.items()}
+        else:
+            logged = {}
+        return {"probe": probe_loss, "balm": spatial, **logged}
 
-    def _spatial_loss(self, output: Any, labels: Tensor) -> Tensor:
-        """L_mod (3.9) on the gradients by z_m; those of the probes are constants."""
+    def _cosines(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """cos_m of (3.9) on the gradients by z_m, a mean over the samples with m; probes are constants."""
         states = [output.of_head.features[name] for name in self.modalities]
         # gradient of the sum over samples: that of the mean could underflow in half precision
         loss = output.of_head.losses["task"] * len(labels)
         task_gradients = torch.autograd.grad(loss, states, create_graph=True)
-        terms = []
+        cosines = {}
         for name, state, task_gradient in zip(self.modalities, states, task_gradients, strict=True):
             state = in_fp32(state.detach()).requires_grad_()
             probe_loss = task_loss(self.probes[name](state), labels) * len(labels)
             (probe_gradient,) = torch.autograd.grad(probe_loss, state)
             cosine = F.cosine_similarity(in_fp32(task_gradient), probe_gradient, dim=-1)
-            terms.append(self.kappa[name] * mean_where(cosine, output.present[name]))
-        cosines = torch.stack(terms)
+            cosines[name] = mean_where(cosine, output.present[name])
+        return cosines
+
+    def _spatial_loss(self, cosines: Mapping[str, Tensor]) -> Tensor:
+        """L_mod (3.9) from the cosines of the modalities."""
+        terms = torch.stack([self.kappa[name] * cosine for name, cosine in cosines.items()])
         if self.mod_form == "abs":
-            return cosines.abs().mean()
-        return sum(abs(value) for value in self.kappa.values()) / len(terms) - cosines.mean()
+            return terms.abs().mean()
+        return sum(abs(value) for value in self.kappa.values()) / len(terms) - terms.mean()
 
     def modulate(self, context: ModulationContext) -> Modulation:
         """Update kappa from the divergences of the step, and scale each modality by rho kappa."""

@@ -222,7 +222,10 @@ class GradientModulator:
         return {}
 
     def extra_losses(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted loss terms by name, to add to those of the head."""
+        """Weighted loss terms by name, to add to those of the head.
+
+        Names with a slash are detached scalars for the log and are added to nothing.
+        """
         return {}
 
     def measure(self, modality_parameters: Mapping[str, list[Parameter]]) -> dict[str, Tensor]:

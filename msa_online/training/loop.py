@@ -150,7 +150,7 @@ class TrainingLoop:
             self._measure(output.losses)
         observed = self.modulator.observe(output, batch["labels"])
         extra = self.modulator.extra_losses(output, batch["labels"])
-        loss = output.loss + sum(extra.values())
+        loss = output.loss + sum(value for name, value in extra.items() if "/" not in name)
         self.accelerator.backward(weight * loss)
         reported = {"loss": loss, **output.losses, **extra, **output.diagnostics}
         return MicroBatch(_detached(reported), _detached(observed), weight)

@@ -124,6 +124,10 @@ def test_the_spatial_term_is_what_one_sample_at_a_time_gives(outputs, form, pres
     assert max(abs(value) for values in found.values() for value in values) > 0.05
     expected = expected_spatial(found, KAPPA, form)
     assert_equation("3.9", "spatial term", case.spatial(), expected, atol=1e-12)
+    logged = case.modulator.extra_losses(case.ask(), case.labels)
+    for name, values in found.items():
+        mean = sum(values) / max(len(values), 1)
+        assert_equation("3.9", f"cosine of {name}", logged[f"cosine/{name}"].item(), mean, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["cggm", "abs"])
