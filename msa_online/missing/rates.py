@@ -33,14 +33,18 @@ def rate_problems(rates: Mapping[str, float], rounding: str) -> Iterator[str]:
 
 
 def pattern_counts(
-    samples: int, rates: Mapping[str, float], rounding: str = "largest_remainder"
+    samples: int,
+    rates: Mapping[str, float],
+    rounding: str = "largest_remainder",
+    used: Sequence[str] = MODALITIES,
 ) -> dict[str, int]:
     """Number of samples with each pattern of visible modalities, given the missing rate of each modality.
 
     A pattern e has the share prod_m [e_m (1 - r_m) + (1 - e_m) r_m] ((3.13) of docs/methods/balm.md). The
-    share of the empty pattern goes to the three patterns of one modality; this lowers every realised rate by
-    a third of the product of the rates. Shares are computed with exact fractions of the decimal rates:
-    products of floats fall below whole numbers (1000 x 0.5 x 0.7 x 0.7 is 244.99...).
+    share of the empty pattern goes to the patterns of one modality in equal parts; with three modalities,
+    this lowers every realised rate by a third of the product of the rates. Shares are computed with exact
+    fractions of the decimal rates: products of floats fall below whole numbers (1000 x 0.5 x 0.7 x 0.7 is
+    244.99...).
 
     Args:
         samples: Number of samples in the split.
@@ -49,35 +53,37 @@ def pattern_counts(
             a rate of 0 hides nothing; of equal remainders, the pattern that shows more gets the sample.
             "official" rounds down and gives the rest to the patterns of one modality, odd ones to text, as
             BALM's code intends: even a rate of 0 can then hide a few samples.
+        used: Modalities of the run; the others are in no pattern.
 
     Returns:
-        The count of each pattern under its name in `CONDITIONS`; they sum to `samples`.
+        The count of each pattern of used modalities under its name in `CONDITIONS`; they sum to `samples`.
 
     Raises:
         ValueError: A rate is outside [0, 1), or a modality or the rounding is unknown.
     """
     if problem := next(rate_problems(rates, rounding), None):
         raise ValueError(problem)
-    missing = {name: Fraction(str(rates.get(name, 0))) for name in MODALITIES}
+    missing = {name: Fraction(str(rates.get(name, 0))) for name in MODALITIES if name in used}
     expected = {
         pattern: samples
-        * math.prod(1 - missing[name] if name in visible else missing[name] for name in MODALITIES)
+        * math.prod(1 - missing[name] if name in visible else missing[name] for name in missing)
         for pattern, visible in CONDITIONS.items()
+        if missing.keys() >= set(visible)
     }
     if rounding == "official":
         counts = {pattern: math.floor(count) for pattern, count in expected.items()}
         left = samples - sum(counts.values())
-        for name in MODALITIES:
-            counts[name] += left // 3
-        counts["text"] += left % 3
+        for name in missing:
+            counts[name] += left // len(missing)
+        counts[next(iter(missing))] += left % len(missing)
         return counts
     empty = math.floor(samples * math.prod(missing.values()))
-    for name in MODALITIES:
-        expected[name] += Fraction(empty, 3)
+    for name in missing:
+        expected[name] += Fraction(empty, len(missing))
     counts = {pattern: math.floor(count) for pattern, count in expected.items()}
     left = samples - sum(counts.values())
     by_remainder = sorted(
-        CONDITIONS, key=lambda pattern: (counts[pattern] - expected[pattern], -len(CONDITIONS[pattern]))
+        counts, key=lambda pattern: (counts[pattern] - expected[pattern], -len(CONDITIONS[pattern]))
     )
     for pattern in by_remainder[:left]:
         counts[pattern] += 1
@@ -100,6 +106,7 @@ class SplitMask(InputMask):
         split: Name of the split; part of the hash.
         rounding: As in `pattern_counts`.
         seed: Seed of the mask.
+        used: Modalities of the run; the others are hidden from all samples.
 
     Attributes:
         counts: Number of samples of each pattern in the mask.
@@ -121,20 +128,23 @@ class SplitMask(InputMask):
         split: str,
         rounding: str = "largest_remainder",
         seed: int = 1111,
+        used: Sequence[str] = MODALITIES,
     ) -> None:
-        self.rates = {name: rates.get(name, 0.0) for name in MODALITIES}
-        self.counts = pattern_counts(len(ids), rates, rounding)
+        self.used = tuple(used)
+        self.rates = {name: rates.get(name, 0.0) if name in self.used else 1.0 for name in MODALITIES}
+        self.counts = pattern_counts(len(ids), rates, rounding, self.used)
         shown = [CONDITIONS[pattern] for pattern, count in self.counts.items() for _ in range(count)]
         drawn = sorted(range(len(ids)), key=lambda number: _rank(seed, split, ids[number]))
         self.kept = torch.empty(len(ids), len(MODALITIES), dtype=torch.bool)
         self.kept[drawn] = torch.tensor([[name in visible for name in MODALITIES] for visible in shown])
+        present = present & self._visible(present)
         self.seen = apply_mask(present, self.kept)
         self.spared = int((present & ~self.kept & self.seen).any(dim=1).sum())
         self._require_enough(split)
 
     def _require_enough(self, split: str) -> None:
         for name, rate, hidden in zip(MODALITIES, self.rates.values(), (~self.kept).sum(dim=0), strict=True):
-            if (rate > 0 and hidden == 0) or hidden == len(self.kept):
+            if name in self.used and ((rate > 0 and hidden == 0) or hidden == len(self.kept)):
                 raise CorpusError(
                     f"the {split} split has {len(self.kept)} samples, too few for missing rates of "
                     f"{self.rates}: {name} would be hidden from {int(hidden)} of them; give a larger split "
@@ -144,8 +154,11 @@ class SplitMask(InputMask):
     def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Hide modalities of a batch."""
         self.kept = self.kept.to(batch["index"].device)
-        kept = self.kept[batch["index"]]
-        return {**batch, "modality_present": apply_mask(batch["modality_present"], kept)}
+        kept, present = self.kept[batch["index"]], batch["modality_present"]
+        return {**batch, "modality_present": apply_mask(present & self._visible(present), kept)}
+
+    def _visible(self, like: Tensor) -> Tensor:
+        return torch.tensor([name in self.used for name in MODALITIES], device=like.device)
 
     @property
     def realised(self) -> dict[str, float]:

@@ -185,9 +185,22 @@ def _problems_of_missing(missing: MissingArguments, training: TrainingArguments)
     """Problems with the missing rates, and settings that exclude them."""
     problems = rate_problems(missing.by_name, missing.rounding)
     yield from (f"data.missing: {problem}" for problem in problems)
-    for key in ("modality_dropout", "frame_dropout", "condition"):
+    for key in ("modality_dropout", "frame_dropout"):
         if missing.rates is not None and getattr(training, key):
             yield (
                 f"data.missing.rates and training.{key} exclude each other: what is missing is fixed for the "
                 "whole run"
+            )
+    if missing.rates is not None and training.condition:
+        named = missing.rates if isinstance(missing.rates, dict) else {}
+        used = CONDITIONS.get(training.condition, MODALITIES)
+        if len(used) == 1 and missing.by_name.get(used[0]):
+            yield (
+                f"data.missing.rates hides {used[0]}, the only modality of training.condition: no sample can "
+                "lose it; name two or three modalities"
+            )
+        if unused := [name for name in named if name not in used]:
+            yield (
+                f"data.missing.rates names {unused[0]}, which training.condition={training.condition} never "
+                "shows: leave it out"
             )

@@ -7,15 +7,22 @@ from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
 from msa_online.missing.modalities import InputMask, ModalityDropout, dropout_problem
 from msa_online.missing.rates import SplitMask
-from msa_online.modalities import CONDITIONS, MODALITIES
+from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
 from msa_online.training.config import MissingArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
 
 
-def draw_split_masks(data: ReadyCorpus, missing: MissingArguments) -> dict[str, SplitMask]:
+def draw_split_masks(
+    data: ReadyCorpus, missing: MissingArguments, condition: str | None = None
+) -> dict[str, SplitMask]:
     """The mask of each split with samples; empty without missing rates.
+
+    Args:
+        data: The data of the run.
+        missing: The rates.
+        condition: The modalities of the run, a name in `CONDITIONS`; None for all.
 
     Raises:
         CorpusError: A split is too small for the rates.
@@ -30,6 +37,7 @@ def draw_split_masks(data: ReadyCorpus, missing: MissingArguments) -> dict[str, 
             split=name,
             rounding=missing.rounding,
             seed=missing.seed,
+            used=CONDITIONS[condition or COMPLETE],
         )
         for name in data.sizes
     }

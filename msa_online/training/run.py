@@ -187,7 +187,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber)
-    masks = draw_split_masks(data, arguments.data.missing)
+    masks = draw_split_masks(data, arguments.data.missing, training.condition)
     if masks:
         show(rates_table(masks), console)
     fit_encoders(model, data, arguments, masks)
@@ -266,7 +266,7 @@ def fit(run: Run) -> None:
             stage = schedule.stage
             loop.bare_model.head.start_stage(stage.name)
             loop.teacher = appoint_teacher(loop.bare_model, schedule, folder, run.for_teacher, accelerator)
-            if schedule.is_last_stage and training.condition:
+            if schedule.is_last_stage and training.condition and not run.masks:
                 condition = training.condition
                 loop.input_mask = FixedCondition(CONDITIONS[condition])
         started = time.monotonic()
@@ -468,8 +468,11 @@ def protocol_of(training: TrainingArguments, masks: Mapping[str, SplitMask]) -> 
     """Name of the training protocol, for the record."""
     if masks:
         realised = masks["train"].realised
-        rates = (f"{name} {rate} ({realised[name]:.3f})" for name, rate in masks["train"].rates.items())
-        return f"{MISSING_RATES}: missing rates, in brackets realised in training: {', '.join(rates)}"
+        rates = (
+            f"{name} {masks['train'].rates[name]} ({realised[name]:.3f})" for name in masks["train"].used
+        )
+        used = f" ({training.condition})" if training.condition else ""
+        return f"{MISSING_RATES}{used}: missing rates, in brackets realised in training: {', '.join(rates)}"
     if training.condition:
         return f"per_condition ({training.condition})"
     return "single_model, frames dropped in training" if training.frame_dropout else "single_model"

@@ -249,3 +249,26 @@ def test_the_mean_gradient_over_all_masks_is_scaled_by_how_often_a_branch_is_see
         probability = math.prod(1 - rate if bit else rate for bit in bits)
         expected += probability * gradient(torch.tensor(bits))
     torch.testing.assert_close(expected, (1 - rate) * gradient(torch.ones(samples, dtype=torch.bool)))
+
+
+def test_a_run_on_two_modalities_draws_its_patterns_from_these_alone():
+    counts = pattern_counts(1000, {"text": 0.5, "vision": 0.3}, used=("text", "vision"))
+    assert counts == {"text": 225, "vision": 425, "text+vision": 350}  # 150 of no modality are shared equally
+    official = pattern_counts(11, {"text": 0.5, "vision": 0.3}, "official", used=("text", "vision"))
+    assert sum(official.values()) == 11 and official.keys() == counts.keys()
+
+
+def test_the_other_modality_is_hidden_even_from_samples_that_have_no_other():
+    present = torch.ones(100, 3, dtype=torch.bool)
+    present[:10] = torch.tensor([False, True, False])
+    mask = SplitMask(
+        [str(number) for number in range(100)],
+        present,
+        {"text": 0.4, "vision": 0.2},
+        split="train",
+        used=("text", "vision"),
+    )
+    assert mask.realised["audio"] == 1.0 and not mask.seen[:10].any()
+    assert mask.seen[10:].any(dim=1).all() and mask.spared == 0
+    shown = mask.apply({"index": torch.arange(100), "modality_present": present})["modality_present"]
+    assert torch.equal(shown, mask.seen)

@@ -262,7 +262,11 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
         ),
         (
             "data: {missing: {rates: 0.5}}\ntraining: {condition: text}",
-            "data.missing.rates and training.condition exclude",
+            "data.missing.rates hides text, the only modality of training.condition",
+        ),
+        (
+            "data: {missing: {rates: {vision: 0.5}}}\ntraining: {condition: text+audio}",
+            r"data.missing.rates names vision, which training.condition=text\+audio never shows",
         ),
         (
             "data: {missing: {rates: 0.5}}\ntraining: {frame_dropout: true}",
