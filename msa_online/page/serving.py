@@ -23,10 +23,6 @@ MAX_WAITING = 200
 """Visitors who may wait for an answer; others are asked to come back."""
 
 
-CLEANED_SECONDS = 30
-"""Time between two searches for uploads to delete."""
-
-
 class PageError(RuntimeError):
     """The page cannot be served at an address."""
 
@@ -122,30 +118,7 @@ def running_page(
 
         Thread(target=sweep, daemon=True).start()
         try:
-            with _without_old_files(uploads, KEPT_SECONDS):
-                yield f"http://{host}:{port}"
+            yield f"http://{host}:{port}"
         finally:
             stopped.set()
             page.close(verbose=False)
-
-
-@contextmanager
-def _without_old_files(folder: Path, seconds: float) -> Iterator[None]:
-    """Delete files of that age; gradio's own `delete_cache` does not know the parts of aborted uploads."""
-    ended = Event()
-
-    def clean() -> None:
-        while not ended.wait(CLEANED_SECONDS):
-            oldest = time.time() - seconds
-            for path in [path for path in folder.rglob("*") if not path.is_dir()]:
-                with suppress(FileNotFoundError):  # its visitor has just left
-                    if path.stat().st_ctime < oldest:
-                        path.unlink()
-
-    cleaner = Thread(target=clean, daemon=True)
-    cleaner.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        cleaner.join()
