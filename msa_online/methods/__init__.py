@@ -17,6 +17,7 @@ from msa_online.methods.base import (
 from msa_online.methods.cpsl import ConflictModulator, CPSLHead
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.methods.late_fusion import LateFusionHead
+from msa_online.methods.misa import MISAHead
 from msa_online.methods.ogm import OGMModulator
 from msa_online.methods.pase.head import PaSEHead
 from msa_online.methods.pase.modulator import ShapleyModulator
@@ -26,6 +27,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "ebmc": EBMCHead,
     "cpsl": CPSLHead,
     "pase": PaSEHead,
+    "misa": MISAHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -54,6 +56,7 @@ __all__ = [
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",
+    "MISAHead",
     "Modulation",
     "ModulationContext",
     "OGMModulator",
