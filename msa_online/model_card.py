@@ -23,6 +23,7 @@ from msa_online.evaluation.tables import (
     format_metric,
     markdown_table,
     markdown_text,
+    selection_metric,
 )
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 from msa_online.modalities import COMPLETE, MODALITIES
@@ -173,7 +174,7 @@ def draw_robustness(
 def _picture(folder: Path, config: MSAConfig, record: Mapping[str, Any]) -> str:
     """Draw the results by condition, as a paragraph of the card; nothing for a single condition."""
     split, results = _scored(record)
-    metric = "mae" if config.is_regression else "f1_weighted"
+    metric = selection_metric(config.is_regression)
     if len(results) < 2 or all(scores[metric] is None for scores in results.values()):
         return ""
     title = f"{HEADLINES[metric]} on {split} by visible modalities"

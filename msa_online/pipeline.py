@@ -36,7 +36,7 @@ from msa_online.modalities import MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.pipeline_inputs import Sample, is_lazy, sample_of, samples_of
 from msa_online.processing_msa import MSAProcessor, UnknownTokens
-from msa_online.transcription import Transcriber
+from msa_online.transcription import Transcriber, transcriber_of
 
 BATCH_SIZE = 16  # clips in one forward pass
 FROM_NOTHING = "no text, sound or face: this is the model's baseline, independent of the clip"
@@ -124,7 +124,7 @@ class MSAPipeline:
         language: Code of the spoken language for a recogniser given by name.
 
     Raises:
-        TranscriptionError: The recogniser cannot be used.
+        TranscriptionError: The recogniser cannot be used, or there is a language without the name of one.
         ValueError: `device` is given for a model with a device map.
     """
 
@@ -147,9 +147,7 @@ class MSAPipeline:
         self.processor = processor
         self.confidence = Confidence.of(model.config.confidence)
         self.cache = FeatureCache(cache) if isinstance(cache, str | Path) else cache
-        if isinstance(transcribe, str):
-            transcribe = Transcriber(transcribe, language, self.cache)
-        self.transcriber = transcribe
+        self.transcriber = transcriber_of(transcribe, language, self.cache)
 
     @classmethod
     def from_pretrained(

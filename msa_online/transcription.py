@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -183,20 +182,22 @@ class Transcriber:
         return Transcript(" ".join(texts), tuple(words), language, self.name)
 
 
-def transcriber_of(arguments: Any, cache: FeatureCache | None = None) -> Transcriber | None:
-    """The recogniser of a command or of a run's data, from its `transcribe` and `language`; None for none.
+def transcriber_of(
+    transcribe: Transcriber | str | None, language: str | None, cache: FeatureCache | None
+) -> Transcriber | None:
+    """The recogniser that is asked for: as given, or made from its name and a language; None for none.
 
     Raises:
         AssetError: As for `Transcriber`.
-        TranscriptionError: As for `Transcriber`; or there is a language without a recogniser.
+        TranscriptionError: As for `Transcriber`; or there is a language without the name of a recogniser.
     """
-    if arguments.transcribe is not None:
-        return Transcriber(arguments.transcribe, arguments.language, cache or FeatureCache())
-    if arguments.language is not None:
+    if isinstance(transcribe, str):
+        return Transcriber(transcribe, language, cache)
+    if language is not None:
         raise TranscriptionError(
-            f"language {arguments.language} applies to recognised speech only: ask for it with transcribe"
+            f"language {language} applies to recognised speech only: name a recogniser with transcribe"
         )
-    return None
+    return transcribe
 
 
 def pieces_with_speech(sound: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -286,8 +287,8 @@ def _folder_of(model: str) -> Path:
         return path
     if path.is_file():
         raise TranscriptionError(
-            f"--transcribe {printable(model)}: this is a file, not a speech recogniser; name clips before "
-            "--transcribe, or give the recogniser too"
+            f"{printable(model)} is a file, not a speech recogniser; on a command line, name clips before "
+            "--transcribe"
         )
     if DEFAULT_MODEL in (model, f"whisper-{model}", asset_of_model(model)):
         return get_asset(DEFAULT_MODEL)
@@ -357,8 +358,8 @@ def _load_transformers(folder: Path, name: str) -> tuple[Recogniser, tuple[str, 
 
     if not (folder / "config.json").is_file():
         raise refuse(
-            f"{printable(folder)} has neither model.bin (CTranslate2) nor config.json (transformers); name a "
-            "folder of clips before --transcribe"
+            f"{printable(folder)} has neither model.bin (CTranslate2) nor config.json (transformers); on a "
+            "command line, name clips before --transcribe"
         )
     local = {"local_files_only": True, **NO_CODE}
     try:

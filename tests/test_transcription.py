@@ -207,7 +207,7 @@ def test_predict_transcribes_a_folder_once_and_its_rows_say_so(
         (["--transcribe", "tiny.en", "--language", "de"], "tiny.en knows English (en) only"),
         (["--transcribe", "nonsense/model"], "neither a folder nor in the cache of models"),
         (["--transcribe", "large-v9"], "neither a folder nor in the cache of models"),
-        (["--transcribe", "{clip}"], "this is a file, not a speech recogniser"),
+        (["--transcribe", "{clip}"], "is a file, not a speech recogniser"),
         (["--transcribe", "{folder}"], "has neither model.bin (CTranslate2) nor config.json"),
     ],
 )
@@ -221,7 +221,9 @@ def test_a_recogniser_that_cannot_be_used_is_one_line_before_anything_is_read(
     assert message in line
 
 
-def test_a_language_without_a_recogniser_is_refused(capsys):
+def test_a_language_without_a_recogniser_is_refused(tiny_model, tiny_processor, capsys):
+    with pytest.raises(TranscriptionError, match="language de applies to recognised speech only"):
+        MSAPipeline(tiny_model, tiny_processor, language="de")
     assert main(["predict", "a.mp4", "--model", "run", "--language", "de"]) == 1
     assert "language de applies to recognised speech only" in capsys.readouterr().err
 

@@ -177,7 +177,7 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
             f"{options.data} means precomputed features, but {options.checkpoint} reads raw clips: give "
             "such clips"
         )
-    transcriber = transcriber_of(options)
+    transcriber = transcriber_of(options.transcribe, options.language, FeatureCache())
     corpus = read_corpus(
         options.data,
         **_labels_to_read(options, config),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from feature_extractors import FeatureCache
 from msa_online.commands.convert_features import show_features
 from msa_online.corpora.prepared_corpus import findings_table
 from msa_online.corpora.reading import read_corpus
@@ -21,7 +22,7 @@ def run(options: Namespace, console: Console) -> None:
         if getattr(options, name) is not None and options.audio_encoder is None:
             options.refuse(f"--{name.replace('_', '-')} applies to the states of an --audio-encoder")
     require_new_folder(Path(options.folder))
-    transcriber = transcriber_of(options)
+    transcriber = transcriber_of(options.transcribe, options.language, FeatureCache())
     corpus = read_corpus(
         options.data,
         texts_optional=transcriber is not None,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from feature_extractors import FeatureCache
 from msa_online.corpora.importing import start_metadata
 from msa_online.transcription import transcriber_of
 
 
 def run(options: Namespace, console: Console) -> None:
     """Write a row for every clip of a folder, and say what to fill in."""
-    transcriber = transcriber_of(options)
+    transcriber = transcriber_of(options.transcribe, options.language, FeatureCache())
     metadata, rows, notes = start_metadata(Path(options.folder).expanduser(), transcriber)
     console.print(f"wrote {metadata}: {rows:,} clips", soft_wrap=True)
     for note in notes:

@@ -49,7 +49,7 @@ def run(options: Namespace, console: Console) -> None:
     import_plugins(options.plugin, "--plugin")
     _require_consistent(options)
     results_file = ResultsFile(Path(options.out)) if options.out else None
-    transcriber = transcriber_of(options)
+    transcriber = transcriber_of(options.transcribe, options.language, FeatureCache())
     samples = _samples(options)
     if results_file:
         with MSAPipeline.from_pretrained(options.model, transcribe=transcriber) as pipeline:

@@ -29,7 +29,7 @@ def run(options: Namespace, console: Console) -> None:
     tokenizer = load_tokenizer(options.text_encoder) if options.text_encoder else None
     image_processor = load_image_processor(options.vision_encoder) if options.vision_encoder else None
     pixels = options.face_size or face_size(image_processor)
-    transcriber = transcriber_of(options)
+    transcriber = transcriber_of(options.transcribe, options.language, FeatureCache())
     corpus = _read(options)
     if options.task != "classification":
         corpus = replace(corpus, samples=tuple(with_scores(corpus.samples)))

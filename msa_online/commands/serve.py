@@ -20,8 +20,6 @@ def run(options: Namespace, console: Console) -> None:
         if missing := why_not_installed(library):
             options.refuse(missing)
     require_free(options.host, options.port)
-    if options.language and not options.transcribe:
-        options.refuse("--language needs --transcribe")
     import_plugins(options.plugin, "--plugin")
     former = signal.signal(signal.SIGTERM, _interrupt)  # of service managers; ends like Ctrl-C
     try:

@@ -17,6 +17,7 @@ from msa_online.evaluation.metrics import (
     regression_metrics,
     undefined_metrics,
 )
+from msa_online.evaluation.tables import selection_metric
 from msa_online.layers.losses import sample_losses
 from msa_online.missing.frames import FRAME_RATES, LEVELS, FrameDrop
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES, NOTHING, VISIBLE_SETS, ModalitySequence
@@ -294,4 +295,5 @@ def undefined_of(labels: Sequence[float], config: MSAConfig) -> dict[str, str]:
 
 def selection_score(metrics: Mapping[str, float], is_regression: bool) -> float:
     """Score that selects the best epoch, higher is better: -MAE in regression, else weighted F1."""
-    return -metrics["mae"] if is_regression else metrics["f1_weighted"]
+    score = metrics[selection_metric(is_regression)]
+    return -score if is_regression else score

@@ -49,6 +49,11 @@ Results = Mapping[str, Mapping[str, float]]
 """Metrics by name, by condition."""
 
 
+def selection_metric(is_regression: bool) -> str:
+    """Key of the metric that selects the best epoch and leads the tables."""
+    return "mae" if is_regression else "f1_weighted"
+
+
 class PlainConsole(Console):
     """Prints names, labels and texts of users as they are.
 

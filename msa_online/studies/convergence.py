@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from msa_online.evaluation.tables import selection_metric
 from msa_online.modalities import MODALITIES
 from msa_online.studies.study import StudyRun
 from msa_online.training.yaml_reader import ConfigurationError
@@ -203,5 +204,5 @@ def _scores_alone(ends: Sequence[RunEnd]) -> dict[str, float]:
     for end in ends:
         if (condition := end.run.arguments.training.condition) in MODALITIES:
             metrics = history_of(end.run)[end.best - 1]["valid"]
-            scores.setdefault(condition, []).append(metrics.get("mae", metrics.get("f1_weighted")))
+            scores.setdefault(condition, []).append(metrics[selection_metric("mae" in metrics)])
     return {modality: fmean(values) for modality, values in scores.items()}

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from msa_online.evaluation.conditions import LABELS
 from msa_online.evaluation.json_text import json_text
-from msa_online.evaluation.tables import HEADLINES, as_markdown, show
+from msa_online.evaluation.tables import HEADLINES, as_markdown, selection_metric, show
 from msa_online.studies.comparison import (
     DIFFERENCES_LEGEND,
     RunScore,
@@ -208,7 +208,7 @@ def draw_curves(compared: Mapping[str, Mapping[str, Any]], study: Study, split: 
     """
     from matplotlib.figure import Figure  # takes a second
 
-    metric = next(name for name in ("mae", "f1_weighted") if name in _scored(next(iter(compared.values()))))
+    metric = selection_metric("mae" in _scored(next(iter(compared.values()))))
     figure = Figure(figsize=(2 + 0.7 * len(study.settings), 4.2), layout="constrained")
     axis = figure.subplots()
     for variant in study.variants:

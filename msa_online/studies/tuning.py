@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from msa_online.evaluation.conditions import UndefinedScoreError
-from msa_online.evaluation.tables import format_metric, show
+from msa_online.evaluation.tables import format_metric, selection_metric, show
 from msa_online.studies.runner import quietly
 from msa_online.studies.study import as_options
 from msa_online.training.checkpoint import write_atomically
@@ -103,7 +103,7 @@ class Search:
     @property
     def metric(self) -> str:
         """The metric that is optimised."""
-        return "mae" if self.arguments.data.task == "regression" else "f1_weighted"
+        return selection_metric(self.arguments.data.task == "regression")
 
     def with_values(self, values: Mapping[str, Any], output_dir: Path) -> RunArguments:
         """The configuration with values of the searched keys; raises `ConfigurationError`."""

@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.evaluation.conditions import DIVERGED, metrics_of, selection_score
+from msa_online.evaluation.tables import HEADLINES, selection_metric
 
 LARGEST_MAE = 10.0
 """Largest validation MAE of a run, in widths of the label range; above it, the run has diverged."""
@@ -89,8 +90,10 @@ def is_worse(metrics: Mapping[str, float], constant: Mapping[str, float], is_reg
 
 def constant_line(split: str, metrics: Mapping[str, float], constant: Mapping[str, float], title: str) -> str:
     """One line that compares a model with the constant model on a split."""
-    name, measure = ("mae", "MAE") if "mae" in metrics else ("f1_weighted", "weighted F1")
-    line = f"{split}: {measure} {metrics[name]:.3f}; always predicting {title} gives {constant[name]:.3f}"
-    if not is_worse(metrics, constant, name == "mae"):
+    is_regression = "mae" in metrics
+    name = selection_metric(is_regression)
+    measured = f"{split}: {HEADLINES[name]} {metrics[name]:.3f}"
+    line = f"{measured}; always predicting {title} gives {constant[name]:.3f}"
+    if not is_worse(metrics, constant, is_regression):
         return line
     return f"warning: {line}: the model is worse than that, do not use it; train longer, or check the labels"

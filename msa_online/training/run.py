@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
 
+from feature_extractors import FeatureCache
 from feature_extractors.clip import printable
 from msa_online.batching import BucketBatchSampler, in_order
 from msa_online.confidence import shortfall_line, too_few_line
@@ -27,10 +28,12 @@ from msa_online.evaluation.conditions import (
 from msa_online.evaluation.json_text import without_nan
 from msa_online.evaluation.metrics import METRIC_TITLES
 from msa_online.evaluation.tables import (
+    HEADLINES,
     conditions_table,
     confidence_table,
     epoch_line,
     open_console,
+    selection_metric,
     shares_table,
     show,
 )
@@ -179,7 +182,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     folder = RunFolder(training.output_dir, accelerator)
     folder.check(arguments)
     require_encoders(arguments)
-    transcriber = transcriber_of(arguments.data)
+    transcriber = transcriber_of(arguments.data.transcribe, arguments.data.language, FeatureCache())
     corpus = read_data(arguments.data)
     seed_everything(training.seed)
     model, processor = build_model(arguments, class_names(corpus, arguments.data), console)
@@ -355,7 +358,7 @@ def finish(run: Run, command: str) -> None:
     ]
     model.config.trained_on = {
         **_record(run, command, parameters),
-        "selection": "validation MAE" if model.config.is_regression else "validation weighted F1",
+        "selection": f"validation {HEADLINES[selection_metric(model.config.is_regression)]}",
         "results": without_nan(results),
         **({"earlier_phases": phases} if phases else {}),
         "undefined": {
@@ -403,8 +406,10 @@ def phase_lines(phases: Sequence[Mapping[str, Any]], condition: str) -> list[str
     lines = []
     for number, phase in enumerate(phases, 1):
         scores = {split: of_split[condition] for split, of_split in phase["results"].items()}
-        name, measure = ("mae", "MAE") if "mae" in scores["valid"] else ("f1_weighted", "weighted F1")
-        shown = ", ".join(f"{split} {measure} {metrics[name]:.3f}" for split, metrics in scores.items())
+        name = selection_metric("mae" in scores["valid"])
+        shown = ", ".join(
+            f"{split} {HEADLINES[name]} {metrics[name]:.3f}" for split, metrics in scores.items()
+        )
         published = " (published)" if number == len(phases) else ""
         lines.append(f"phase {number}, best epoch {phase['epoch']}: {shown}{published}")
     return lines

@@ -66,6 +66,6 @@ def test_a_model_worse_than_a_constant_is_named():
     )
     assert (
         better
-        == "test: weighted F1 0.700; always predicting the most frequent training class (b) gives 0.400"
+        == "test: F1 weighted 0.700; always predicting the most frequent training class (b) gives 0.400"
     )
     assert not np.isnan(ConstantModel.fit([0.0], MSAConfig(label_range=[-1, 1])).logits).any()
