@@ -18,6 +18,7 @@ from msa_online.methods.cpsl import ConflictModulator, CPSLHead
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.methods.late_fusion import LateFusionHead
 from msa_online.methods.misa import MISAHead
+from msa_online.methods.mult import MulTHead
 from msa_online.methods.ogm import OGMModulator
 from msa_online.methods.pase.head import PaSEHead
 from msa_online.methods.pase.modulator import ShapleyModulator
@@ -28,6 +29,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "cpsl": CPSLHead,
     "pase": PaSEHead,
     "misa": MISAHead,
+    "mult": MulTHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -59,6 +61,7 @@ __all__ = [
     "MISAHead",
     "Modulation",
     "ModulationContext",
+    "MulTHead",
     "OGMModulator",
     "PaSEHead",
     "RebalancingModulator",

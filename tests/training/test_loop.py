@@ -79,7 +79,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], t
 
 def assert_as_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """To 1e-5; but keys' biases change no attention: their gradient is rounding, which Adam makes large."""
-    biases = {name for name in one if name.endswith("query_key.bias")}
+    biases = {name for name in one if name.endswith(("query_key.bias", "key_value.bias"))}
     assert_close({name: one[name] for name in one.keys() - biases}, other, 1e-5)
     assert_close({name: one[name] for name in biases}, other, 1e-4)
 
