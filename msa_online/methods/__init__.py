@@ -18,6 +18,7 @@ from msa_online.methods.cpsl import ConflictModulator, CPSLHead
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.methods.late_fusion import LateFusionHead
 from msa_online.methods.misa import MISAHead
+from msa_online.methods.mmim import MMIMHead
 from msa_online.methods.mult import MulTHead
 from msa_online.methods.ogm import OGMModulator
 from msa_online.methods.pase.head import PaSEHead
@@ -30,6 +31,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "pase": PaSEHead,
     "misa": MISAHead,
     "mult": MulTHead,
+    "mmim": MMIMHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -59,6 +61,7 @@ __all__ = [
     "HeadOutput",
     "LateFusionHead",
     "MISAHead",
+    "MMIMHead",
     "Modulation",
     "ModulationContext",
     "MulTHead",
