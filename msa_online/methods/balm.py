@@ -121,8 +121,9 @@ class RebalancingModulator(GradientModulator):
         modalities: Modalities to rebalance.
         strength: rho; 1.5 keeps the mean coefficient of three modalities at 1 (B6).
         spatial_weight: tau, weight of L_mod.
-        progress: "kl", the divergence of the probe's distribution from the fused one; or "mse", their squared
-            distance (BALM-M).
+        progress: What a modality's progress lowers. "kl", the divergence of the probe's distribution from the
+            fused one; "mse", their squared distance (BALM-M); "errors", the share of samples that the probe
+            gets wrong (3.14), which with `mod_form` "cggm" is CGGM.
         guard: "smooth", or "none" as printed (B5).
         spatial: "latent", or "off" (BALM-D).
         mod_form: "cggm", or "abs" as in the published code: sum |kappa_m cos_m| (B8).
@@ -151,7 +152,7 @@ class RebalancingModulator(GradientModulator):
     ) -> None:
         check_modalities(modalities)
         check_window(epochs)
-        check_choice("progress", progress, tuple(DIVERGENCES))
+        check_choice("progress", progress, (*DIVERGENCES, "errors"))
         check_choice("guard", guard, ("smooth", "none"))
         check_choice("spatial", spatial, ("latent", "off"))
         check_choice("mod_form", mod_form, ("cggm", "abs"))
@@ -195,7 +196,11 @@ class RebalancingModulator(GradientModulator):
         for name in self.modalities:
             fused, alone = in_fp32(output.logits.detach()), in_fp32(output.probe_logits[name].detach())
             present = output.present[name] & output.fused_valid
-            statistics[f"divergence/{name}"] = (DIVERGENCES[self.progress](fused, alone) * present).mean()
+            if self.progress == "errors":
+                distance = wrong(alone, labels)
+            else:
+                distance = DIVERGENCES[self.progress](fused, alone)
+            statistics[f"divergence/{name}"] = (distance * present).mean()
             statistics[f"observed/{name}"] = present.float().mean()
         return statistics
 
@@ -311,6 +316,16 @@ def squared_distance(fused: Tensor, alone: Tensor) -> Tensor:
     """Mean squared distance of a sample's distributions, `(batch, outputs)` to `(batch,)` (BALM-M)."""
     p_fused, p_alone = (_log_probabilities(logits).exp() for logits in (fused, alone))
     return (p_fused - p_alone).square().mean(dim=-1)
+
+
+def wrong(alone: Tensor, labels: Tensor) -> Tensor:
+    """1 for each sample that is misjudged, else 0; `(batch, outputs)` and `(batch,)` to `(batch,)` (3.14).
+
+    Of a score, whether its sign differs from that of the label; 0 counts as negative.
+    """
+    if alone.shape[-1] > 1:
+        return (alone.argmax(dim=-1) != labels).to(alone.dtype)
+    return ((alone.squeeze(-1) > 0) != (labels > 0)).to(alone.dtype)
 
 
 DIVERGENCES = {"kl": kl_from_fused, "mse": squared_distance}

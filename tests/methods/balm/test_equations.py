@@ -393,6 +393,31 @@ def test_a_modality_is_judged_on_the_samples_that_have_it(progress):
         assert modulation.log[f"divergence/{name}"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_share_of_errors_is_that_of_the_samples_that_have_the_modality(outputs):
+    """CGGM's progress; a sample without the modality is neither right nor wrong."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.tensor([0.0, 2.0, -1.0, 0.4, 3.0]) if outputs == 1 else torch.tensor([0, 2, 1, 1, 0])
+    present = torch.tensor([[True, False, True]] * 2 + [[True, True, True]] * 3)
+    output = MSAOutput(
+        logits=torch.randn(5, outputs, generator=generator),
+        probe_logits={name: torch.randn(5, outputs, generator=generator) for name in MODALITIES},
+        present={name: present[:, column] for column, name in enumerate(MODALITIES)},
+        fused_valid=True,
+    )
+    seen = MODULATORS["rebalance"](progress="errors", strength=1.3, spatial_weight=0.2).observe(
+        output, labels
+    )
+    for name in MODALITIES:
+        errors = []
+        for row in range(5):
+            values, label = output.probe_logits[name][row].tolist(), labels[row].item()
+            right = (values[0] > 0) == (label > 0) if outputs == 1 else values.index(max(values)) == label
+            errors += [0.0 if right else 1.0] * bool(output.present[name][row])
+        found = seen[f"divergence/{name}"] / seen[f"observed/{name}"]
+        assert_equation("3.14", f"errors of {name}", found.double(), sum(errors) / len(errors), rtol=1e-6)
+
+
 def test_squared_distance_takes_the_place_of_the_divergence_and_of_nothing_else():
     outputs = [make_output(logits=torch.full((6, 1), value)) for value in (1.0, 0.8, 0.1)]
     for settings in ({}, {"guard": "none"}):

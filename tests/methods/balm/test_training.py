@@ -78,6 +78,7 @@ def test_a_whole_balm_changes_what_is_learned(still_config, rows, make_trial):
         ("BALM-D", {"spatial": "off"}),
         ("BALM-S", {"apply": "off"}),
         ("BALM-M", {"progress": "mse"}),
+        ("CGGM", {"progress": "errors", "strength": 1.3, "spatial_weight": 0.2}),
         ("as printed", {"guard": "none"}),
         ("abs", {"mod_form": "abs"}),
         ("rates", {"apply": "lr"}),
