@@ -205,7 +205,7 @@ def test_attention_that_a_text_encoder_lacks_is_refused_in_words(make_model, tmp
 # --- torch.export ---
 
 SMALL_HEADS = {
-    head: {"hidden_size": 8, **({"depth": 1} if head in ("ebmc", "pase") else {})} for head in HEADS
+    head: {"hidden_size": 8, **({"depth": 1} if head in ("ebmc", "pase", "mult") else {})} for head in HEADS
 }
 
 
