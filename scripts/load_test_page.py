@@ -13,16 +13,20 @@ import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from gradio_client import Client, handle_file
+from gradio_client.utils import QueueError, TooManyRequestsError
+from httpx import HTTPError
 
 PATIENCE = 120  # seconds for one request, as long as a browser waits
 POLL = 0.5  # seconds between two looks at the place in the queue
+NO_ANSWER = (OSError, HTTPError, ValueError, QueueError, TooManyRequestsError, CancelledError)
+"""Errors of a visit: the connection, HTTP, what the page or the client reports, a full queue."""
 
 
 @dataclass
@@ -45,7 +49,7 @@ def visit(address: str, clip: Path, until: float) -> Visits:
     visits = Visits()
     try:
         client = Client(address, verbose=False, download_files=False, httpx_kwargs={"timeout": PATIENCE})
-    except Exception as error:  # of any kind: each counts
+    except NO_ANSWER as error:
         visits.errors.append(f"{type(error).__name__}: {error}")
         return visits
     used = ["text", "audio", "vision"]
@@ -58,7 +62,7 @@ def visit(address: str, clip: Path, until: float) -> Visits:
                     visits.places.add(place)
                 time.sleep(POLL)
             answer = job.result()
-        except Exception as error:
+        except NO_ANSWER as error:
             visits.errors.append(f"{type(error).__name__}: {error}")
             continue
         if "Predicted score" in answer or "Most probable class" in answer:

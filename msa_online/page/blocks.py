@@ -113,7 +113,7 @@ class Answers:
         try:
             result, memory = self._predict(path, _checked_text(text, path), hidden, memory)
         except ClipError as error:
-            return problem_html(DELETED if error.problem == "missing" else clip_problem(error)), None
+            return problem_html(_unusable(error)), None
         except (Refusal, UndefinedScoreError, TranscriptionError) as error:
             return problem_html(str(error)), None
         crops = np.zeros((0, 0, 0, 3), np.uint8)
@@ -138,8 +138,7 @@ class Answers:
             if not heard.text:
                 raise Refusal(NO_SPEECH)
         except ClipError as error:
-            line = DELETED if error.problem == "missing" else clip_problem(error)
-            return gr.skip(), problem_html(line), None
+            return gr.skip(), problem_html(_unusable(error)), None
         except (Refusal, TranscriptionError) as error:
             return gr.skip(), problem_html(str(error)), memory
         return heard.text, EMPTY, memory
@@ -168,6 +167,11 @@ class Answers:
         if memory is not None and memory[0] == path:
             return memory
         return path, self.pipeline.extract(Sample(Clip(path), None))
+
+
+def _unusable(error: ClipError) -> str:
+    """What a visitor is told of a clip that cannot be used."""
+    return DELETED if error.problem == "missing" else clip_problem(error)
 
 
 def _check_length(path: Path) -> None:
