@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 CLIP_COLUMNS = ("video", "file_name")
-CELLS = ("text", "split", "start", "end", "speaker", "region", "audio_track")
+CELLS = ("text", "split", "start", "end", "speaker", "region", "audio_track", "dialogue", "turn")
 ROWS_AT_ONCE = 1024
 TOO_MANY_ROWS = 4  # exit status
 

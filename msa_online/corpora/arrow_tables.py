@@ -124,6 +124,8 @@ def _row(source: Path, split: str | None, number: int, record: Mapping[str, Any]
         speaker=record.get("speaker", ""),
         region=record.get("region", ""),
         audio_track=record.get("audio_track", ""),
+        dialogue=record.get("dialogue", ""),
+        turn=record.get("turn", ""),
     )
 
 

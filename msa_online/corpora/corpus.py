@@ -32,6 +32,8 @@ class Sample:
         source: The file that contains the row.
         line: The row's first line in `source`, counted from 1 (in an Arrow table: its row, counted from 1).
         id: Unique within the corpus and equal on every machine: path within the corpus, and window.
+        dialogue: Name of the conversation or recording that the clip is a part of; None if unknown.
+        turn: Place in the dialogue, as written; see `dialogues`.
     """
 
     clip: Clip
@@ -42,6 +44,8 @@ class Sample:
     source: Path
     line: int
     id: str
+    dialogue: str | None = None
+    turn: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ LONGEST_CELL = 131_072  # characters; the default limit of the csv module
 SEPARATOR_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 KNOWN_COLUMNS = {
     *("file_name", "text", "label", "split", "start", "end", "speaker", "id", "video_id", "clip_id", "mode"),
-    *("utterance", "emotion", "sentiment", "dialogue_id", "utterance_id", "raw_text"),
+    *("utterance", "emotion", "sentiment", "dialogue_id", "utterance_id", "raw_text", "dialogue", "turn"),
 }
 """Column names, in lower case, by which the separator of a header is recognised."""
 

@@ -115,7 +115,7 @@ def meld_tables(folder: Path) -> dict[str, Path | None]:
 
 
 def read_metadata(source: Path, label_column: str | None, texts_optional: bool = False) -> RowTable:
-    """Read one metadata.csv: file_name, text, label; maybe split, start, end, speaker, region, audio_track.
+    """Read one metadata.csv: file_name, text, label, and the optional columns of docs/data.md.
 
     Beside an imported.json, file names may be absolute paths below the folder that it names.
     Without a split column, clips in train/, valid/ (validation/, val/, dev/) and test/ belong to the split
@@ -238,6 +238,8 @@ def _metadata_rows(
             speaker=cells.get("speaker", ""),
             region=cells.get("region", ""),
             audio_track=cells.get("audio_track", ""),
+            dialogue=cells.get("dialogue", ""),
+            turn=cells.get("turn", ""),
         )
 
 

@@ -82,6 +82,8 @@ def check_rows(
                     source=row.source,
                     line=row.line,
                     id=_identity(file, clip),
+                    dialogue=row.dialogue.strip() or None,
+                    turn=row.turn.strip() or None,
                 )
             )
     return samples, sorted(broken, key=lambda each: (str(each.source), each.line))
@@ -113,7 +115,7 @@ def check_label_column(
     if label_range is None:
         return
     low, high = label_range
-    words = [row for row in filled if _number(row.label) is None]
+    words = [row for row in filled if number_in(row.label) is None]
     if len(words) > len(filled) / 2:
         raise CorpusError(
             f"{place(words[0].source, words[0].line)}: the label column {column!r} contains words "
@@ -121,7 +123,7 @@ def check_label_column(
             f"numbers from {low:g} to {high:g}: train with data.task=classification, or name a column of "
             "numbers (data.label_column, or --label-column)"
         )
-    values = [(row, _number(row.label)) for row in filled]
+    values = [(row, number_in(row.label)) for row in filled]
     numbers = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
     outside = [row for row, value in numbers if not low <= value <= high]
     if not skip_broken and len(outside) > max(2, OUTSIDE * len(rows)):
@@ -150,10 +152,10 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
             f"{source}: the label column {column!r} contains one class only, {next(iter(names))!r}: a "
             "classification needs two or more; name another column with data.label_column"
         )
-    numbers = [_number(name) for name in names]
+    numbers = [number_in(name) for name in names]
     if None in numbers or not all(map(math.isfinite, numbers)):
         return
-    if fractions := sorted(name for name in names if not _number(name).is_integer()):
+    if fractions := sorted(name for name in names if not number_in(name).is_integer()):
         raise CorpusError(
             f"{source}: the label column {column!r} contains scores ({len(numbers):,} distinct numbers, like "
             f"{fractions[0]!r}), and data.task=classification would make a class of each: set "
@@ -171,7 +173,7 @@ def check_class_names(source: Path, column: str, names: Collection[str]) -> None
 
 def with_scores(samples: Sequence[Sample]) -> list[Sample]:
     """The samples with floats for labels if all labels are numbers; else as they are."""
-    numbers = {sample.label: _number(sample.label) for sample in samples if sample.label is not None}
+    numbers = {sample.label: number_in(sample.label) for sample in samples if sample.label is not None}
     if None in numbers.values() or not all(map(math.isfinite, numbers.values())):
         return list(samples)
     return [replace(sample, label=numbers.get(sample.label)) for sample in samples]
@@ -211,7 +213,7 @@ def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | 
         return cell
     low, high = label_range
     wanted = f"write a number from {low:g} to {high:g}"
-    value = _number(cell)
+    value = number_in(cell)
     if value is None:
         raise RowProblem(f"label {cell!r} is not a number: {wanted}")
     if not math.isfinite(value):
@@ -247,7 +249,7 @@ def _region(row: Row) -> Region | None:
     cell = row.region.strip().strip("[]()")
     if not cell:
         return None
-    shares = [_number(share) for share in re.split(r"[\s,;]+", cell)]
+    shares = [number_in(share) for share in re.split(r"[\s,;]+", cell)]
     if None in shares or not is_region(shares):
         raise RowProblem(
             f"region {row.region!r} is not a part of the frame: write x y width height as shares of it, such "
@@ -260,7 +262,7 @@ def _audio_track(row: Row) -> int | None:
     cell = row.audio_track.strip()
     if not cell:
         return None
-    number = _number(cell)
+    number = number_in(cell)
     if number is None or not number.is_integer() or not 1 <= number <= limits.MAX_STREAMS:
         raise RowProblem(f"audio_track {cell!r} is no track: write its number among the audio tracks, from 1")
     return int(number)
@@ -270,13 +272,13 @@ def _seconds(column: str, cell: str) -> float | None:
     cell = cell.strip()
     if not cell:
         return None
-    value = _number(cell)
+    value = number_in(cell)
     if value is None or not math.isfinite(value) or value < 0:
         raise RowProblem(f"{column} {cell!r} is not a time: write seconds, like 2.5")
     return value
 
 
-def _number(cell: str) -> float | None:
+def number_in(cell: str) -> float | None:
     """The number in a cell, also with a decimal comma or the minus sign of typesetting; None for words."""
     cell = clean_text(cell).replace("\N{MINUS SIGN}", "-")
     if re.fullmatch(r"[-+]?\d*,\d+", cell):

@@ -118,6 +118,8 @@ class FeatureSample:
         source: The file that contains the row.
         line: The row's first line in `source` (in an .npz: its row), counted from 1.
         row: Index of the sample in the features.
+        dialogue: Name of the conversation or recording that the sample is a part of; None if unknown.
+        turn: Place in the dialogue, as written; see `corpora.dialogues`.
         clip: None: there is no media file.
     """
 
@@ -129,6 +131,8 @@ class FeatureSample:
     source: Path
     line: int
     row: int
+    dialogue: str | None = None
+    turn: str | None = None
     clip: ClassVar[None] = None
 
 

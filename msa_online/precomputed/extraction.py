@@ -135,6 +135,7 @@ def extract_features(
         cpu_seconds[name] = time.process_time() - began
     if level == "utterance":
         steps = pool(steps)
+    in_dialogues = any(sample.dialogue for sample in prepared.samples)
     rows = [
         {
             "id": sample.id,
@@ -142,6 +143,7 @@ def extract_features(
             "label": str(sample.label),
             "split": sample.split,
             "speaker": sample.speaker or "",
+            **({"dialogue": sample.dialogue or "", "turn": sample.turn or ""} if in_dialogues else {}),
         }
         for sample in prepared.samples
     ]

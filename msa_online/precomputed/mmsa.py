@@ -95,7 +95,10 @@ def _read_in_a_process(path: Path, folder: str) -> None:
 def _joined_columns(
     path: Path, columns: Mapping[str, Mapping[str, list[str]]], splits: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """The columns that all splits have, concatenated over splits; adds `split` and `speaker`."""
+    """The columns that all splits have, concatenated over splits, and `split`.
+
+    Ids that join a video and a clip give `speaker`, `dialogue` and `turn` too.
+    """
     for split, of_split in columns.items():
         for key, cells in of_split.items():
             if len(cells) != len(of_split["id"]):
@@ -106,8 +109,10 @@ def _joined_columns(
     shared = [key for key in next(iter(columns.values())) if all(key in each for each in columns.values())]
     joined = {key: [cell for of_split in columns.values() for cell in of_split[key]] for key in shared}
     joined["split"] = [splits[split] for split, of_split in columns.items() for _ in of_split["id"]]
-    videos = [name.rpartition(SEPARATOR)[0] for name in joined["id"]]
-    return {"speaker": videos, **joined} if all(videos) else joined
+    videos, _, clips = zip(*(name.rpartition(SEPARATOR) for name in joined["id"]), strict=True)
+    if not all(videos):
+        return joined
+    return {"speaker": [*videos], "dialogue": [*videos], "turn": [*clips], **joined}
 
 
 def _joined_steps(

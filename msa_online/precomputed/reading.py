@@ -93,9 +93,19 @@ def check_features(
         if problems:
             broken.append(BrokenRow(metadata.path, line, "; ".join(problems)))
         else:
-            speaker = written.speaker.strip() or None
             samples.append(
-                FeatureSample(written.file, written.text, label, split, speaker, metadata.path, line, row)
+                FeatureSample(
+                    id=written.file,
+                    text=written.text,
+                    label=label,
+                    split=split,
+                    speaker=written.speaker.strip() or None,
+                    source=metadata.path,
+                    line=line,
+                    row=row,
+                    dialogue=written.dialogue.strip() or None,
+                    turn=written.turn.strip() or None,
+                )
             )
     return samples, sorted(broken, key=lambda each: each.line)
 
@@ -114,6 +124,8 @@ def _rows(table: FeatureTable, label_column: str, split_column: str) -> list[Row
             label=cells[label_column],
             split=cells[split_column],
             speaker=cells.get("speaker", ""),
+            dialogue=cells.get("dialogue", ""),
+            turn=cells.get("turn", ""),
         )
         for line, cells in metadata.rows
     ]

@@ -273,8 +273,8 @@ def test_iemocap_gives_every_utterance_its_window_speaker_and_side(tree, tmp_pat
     woman, man = rows[:2]
     assert (woman["start"], woman["end"], woman["region"]) == ("006.2901", "008.2357", "0 0 0.5 1")
     assert (man["speaker"], man["region"], man["text"]) == ("Ses01M", "0.5 0 0.5 1", "Great: your forms!")
-    assert (man["emotion"], man["valence"], man["turn"]) == ("happiness", "4.0000", "M000")
-    assert man["dialogue"] == "Ses01F_impro01"
+    assert (man["emotion"], man["valence"], man["turn"]) == ("happiness", "4.0000", "2")
+    assert (man["dialogue"], woman["turn"]) == ("Ses01F_impro01", "1")
     assert left_out == {
         "a line of a transcript without a window": 5,
         "frustration: no class of this protocol": 5,

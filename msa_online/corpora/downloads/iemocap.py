@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """IEMOCAP: dialogues of two actors side by side; each utterance has a window and a half of the frame."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from msa_online.corpora.downloads.layout import Files, Layout, Reading, text_of,
 from msa_online.corpora.layouts import Row
 from msa_online.corpora.splits import tenth_of
 
-UTTERANCE = r"(Ses0(\d)([FM])_\w+?)_([FM])(\w+)"  # dialogue (session, leading actor), speaker, turn
+UTTERANCE = r"(Ses0(\d)([FM])_\w+?)_([FM])(\w+)"  # dialogue (session, leading actor), speaker, number
 RATING = re.compile(rf"\[(\S+) - (\S+)\]\t({UTTERANCE})\t(\w+)\t\[(\S+), (\S+), (\S+)\]")
 SENTENCE = re.compile(r"(\w+) \[(\S+?)-(\S+?)\]:(.*)")
 EMOTIONS = {
@@ -54,11 +55,11 @@ def _read(root: Path, protocol: str, files: Files) -> Reading:
         session = source.parents[2]
         transcript = session / "dialog" / "transcriptions" / source.name
         sentences = _sentences(reading, transcript) if transcript.is_file() else {}
-        rated = set()
-        for rating in RATING.finditer(text_of(source)):
-            rated.add(rating[3])
-            _add(reading, root, session, rating, sentences, chosen)
-        unrated = [name for name in sentences if name not in rated]
+        ratings = list(RATING.finditer(text_of(source)))
+        turns = {rating[3]: turn for turn, rating in enumerate(sorted(ratings, key=_start), 1)}
+        for rating in ratings:
+            _add(reading, root, session, rating, turns[rating[3]], sentences, chosen)
+        unrated = [name for name in sentences if name not in turns]
         reading.left_out["a line of a transcript without a rating"] += unrated
     if chosen.tested:
         _split(reading, chosen.tested)
@@ -69,6 +70,14 @@ def _read(root: Path, protocol: str, files: Files) -> Reading:
             "repeated: these splits are sessions, and their scores do not compare with published ones"
         )
     return reading
+
+
+def _start(rating: re.Match) -> float:
+    """Start of a rated utterance in seconds; one whose start is no number comes last."""
+    try:
+        return float(rating[1])
+    except ValueError:
+        return math.inf
 
 
 def _sentences(reading: Reading, transcript: Path) -> dict[str, tuple[str, str, str]]:
@@ -90,13 +99,12 @@ def _add(
     root: Path,
     session: Path,
     rating: re.Match,
+    turn: int,
     sentences: dict[str, tuple[str, str, str]],
     protocol: Protocol,
 ) -> None:
-    """Add the row of a rated utterance, or the reason why it is left out."""
-    start, end, name, dialogue, _, leading, speaker, turn, code, valence, activation, dominance = (
-        rating.groups()
-    )
+    """Add the row of a rated utterance, or the reason why it is left out; `turn` is its place in time."""
+    start, end, name, dialogue, _, leading, speaker, _, code, valence, activation, dominance = rating.groups()
     if code == "xxx":
         reading.left_out["no emotion has a majority (xxx)"].append(name)
         return
@@ -121,7 +129,7 @@ def _add(
             speaker=f"{dialogue[:5]}{speaker}",
             region=("0 0 0.5 1" if speaker == leading else "0.5 0 0.5 1") if in_dialogue else "",
             dialogue=dialogue,
-            turn=f"{speaker}{turn}",
+            turn=str(turn),
             labels=(*labels.items(), ("dominance", dominance)),
         )
     )
