@@ -569,13 +569,18 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "continues. The space is a YAML file with lines like `training.learning_rate: {log: [1e-4, 3e-3]}`, "
         "`model.head_kwargs.dropout: {uniform: [0, 0.6]}` or `training.batch_size: {choice: [32, 64]}`.",
     )
-    tune.add_argument("config", metavar="CONFIG", help="a file, or a shipped configuration")
+    tune.add_argument(
+        "config", metavar="CONFIG", help="a file, or a shipped configuration; with --variant, a study"
+    )
     tune.add_argument("changes", metavar="key=value", nargs="*", default=[])
     tune.add_argument("--trials", type=_at_least(1), required=True, metavar="N", help="trials in all")
     tune.add_argument(
         "--space",
         metavar="SPACE",
         help="a file, or a shipped space (default: spaces/NAME beside the configuration)",
+    )
+    tune.add_argument(
+        "--variant", help="search settings of this variant of the study CONFIG, with its first seed"
     )
     tune.set_defaults(refuse=tune.error)
 

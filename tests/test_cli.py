@@ -744,7 +744,11 @@ def test_configs_lists_what_is_shipped_and_prints_one(capsys):
         ("train late_fusion plugins=[no_such_package]", "cannot import 'no_such_package'"),
         ("train late_fusion plugins=mine", "plugins is 'mine', but must be list[str]"),
         ("study STUDY plugins=[no_such_package]", "cannot import 'no_such_package'"),
-        ("study STUDY --only absent data.path=x", "--only 'absent' is no variant"),
+        ("study STUDY --only absent data.path=x", "'absent' is no variant of the study: one of"),
+        (
+            "tune STUDY --variant absent --space ebmc_offline --trials 1 data.path=x",
+            "'absent' is no variant of the study: one of",
+        ),
         ("predict --text a --model x --plugin no_such_package", "--plugin: cannot import"),
     ],
 )

@@ -126,6 +126,29 @@ def test_classes_are_named_by_the_data_and_fine_tuning_keeps_the_scaling(documen
 MISSING = {"rates": {"audio": 0.5, "text": 0.3, "vision": 0.4}, "seed": 3}
 
 
+@pytest.mark.parametrize("lacking", [None, "text"])
+def test_the_best_epoch_may_be_chosen_by_the_mean_of_all_conditions_the_data_allow(
+    document, archive, train, tmp_path, capsys, lacking
+):
+    if lacking:
+        with np.load(archive) as arrays:
+            kept = {name: arrays[name] for name in arrays if name != lacking}
+        np.savez(tmp_path / "features.npz", **kept)
+        document["data"]["path"] = str(tmp_path / "features.npz")
+    document["training"]["selection"] = "conditions"
+    train(document)
+    (epoch,) = json.loads((tmp_path / "run" / "history.json").read_text())
+    record = load_checkpoint(tmp_path / "run")[0].config.trained_on
+    counted = [name for name in CONDITIONS if not lacking or lacking not in CONDITIONS[name]]
+    assert len(counted) == (3 if lacking else 7)
+    scores = [record["results"]["valid"][name]["mae"] for name in counted]
+    assert epoch["valid"]["mae"] == pytest.approx(np.mean(scores))
+    assert record["selection"] == f"validation MAE, mean of {len(counted)} conditions"
+    assert (
+        f"validation MAE, mean of {len(counted)} conditions" in (tmp_path / "run" / "README.md").read_text()
+    )
+
+
 def test_a_run_at_missing_rates_is_judged_and_scored_on_incomplete_splits(document, train, tmp_path, capsys):
     document["data"]["missing"] = MISSING
     document["training"]["epochs"] = 3

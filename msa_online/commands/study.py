@@ -20,10 +20,7 @@ def run(options: Namespace, console: Console) -> None:
     path = find_configuration(options.study, "ablations/")
     study = read_study(path, options.changes)
     runs = study.runs()
-    if unknown := set(options.only) - set(study.combinations):
-        raise ConfigurationError(
-            f"--only {unknown.pop()!r} is no variant: one of {', '.join(map(repr, study.combinations))}"
-        )
+    study.require_variants(options.only)
     console = console_beside_runs()
     if not options.table:
         carry_out([run for run in runs if not options.only or run.variant in options.only], study, console)

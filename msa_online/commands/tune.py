@@ -9,6 +9,7 @@ from rich.console import Console
 from msa_online.commands.study import console_beside_runs, require_one_process
 from msa_online.extras import why_not_installed
 from msa_online.shipped_configs import find_configuration
+from msa_online.studies.study import read_study
 from msa_online.studies.tuning import carry_out_search, read_search
 from msa_online.training.yaml_reader import ConfigurationError
 
@@ -18,8 +19,13 @@ def run(options: Namespace, console: Console) -> None:
     require_one_process("a search")
     if missing := why_not_installed("optuna"):
         options.refuse(missing)
-    config = find_configuration(options.config)
-    search = read_search(config, _find_space(options.space, config), options.changes)
+    if options.variant and not options.space:
+        options.refuse("--variant needs --space: the settings to search differ between variants")
+    config = find_configuration(options.config, "ablations/" if options.variant else "")
+    changes = options.changes
+    if options.variant:
+        config, changes = read_study(config, changes).search_of(options.variant)
+    search = read_search(config, _find_space(options.space, config), changes)
     carry_out_search(search, options.trials, console_beside_runs())
 
 

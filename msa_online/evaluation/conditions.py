@@ -179,12 +179,12 @@ def evaluate_frame_rates(
 
 
 def validate(
-    model: MSAModel, batches: Batches, accelerator: Accelerator, condition: str = COMPLETE
+    model: MSAModel, batches: Batches, accelerator: Accelerator, conditions: Sequence[str] = (COMPLETE,)
 ) -> dict[str, float]:
     """Validation metrics of the current training stage.
 
-    They are those of the fused prediction under `condition`. In a stage that does not train the fused
-    prediction, they are means over the modalities' own predictions, each on the samples that have the
+    They are means over `conditions` of those of the fused prediction. In a stage that does not train the
+    fused prediction, they are means over the modalities' own predictions, each on the samples that have the
     modality. "loss" is the supervised loss, to be compared with that of training.
 
     Raises:
@@ -193,13 +193,14 @@ def validate(
 
     def logits_and_presence(batch: Mapping[str, Tensor]) -> Tensor:
         sequences = model.encode(**batch)
-        output = decide_under(model, sequences, CONDITIONS[condition])
-        if output.fused_valid:
-            return torch.cat([output.logits, torch.ones_like(output.logits[:, :1])], dim=-1).unsqueeze(1)
+        outputs = [decide_under(model, sequences, CONDITIONS[condition]) for condition in conditions]
+        if outputs[0].fused_valid:
+            logits = torch.stack([output.logits for output in outputs], dim=1)
+            return torch.cat([logits, torch.ones_like(logits[..., :1])], dim=-1)
         alone = []
-        for name in MODALITIES:
+        for name, logits in outputs[0].modality_logits.items():
             present = sequences[name].present.unsqueeze(-1)
-            alone.append(torch.cat([output.modality_logits[name].where(present, 0.0), present], dim=-1))
+            alone.append(torch.cat([logits.where(present, 0.0), present], dim=-1))
         return torch.stack(alone, dim=1)  # (batch, predictions, outputs + 1)
 
     outputs, labels = over_split(model, batches, accelerator, logits_and_presence)

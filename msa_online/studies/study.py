@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,24 @@ class Study:
             ConfigurationError: The configuration of a variant is invalid; the message names the variant.
         """
         return [self._run(variant, seed) for seed in self.seeds for variant in self.combinations]
+
+    def require_variants(self, names: Iterable[str]) -> None:
+        """Raise `ConfigurationError` for a name that is no variant, with those there are."""
+        for name in names:
+            if name not in self.combinations:
+                known = ", ".join(map(repr, self.combinations))
+                raise ConfigurationError(f"{name!r} is no variant of the study: one of {known}")
+
+    def search_of(self, variant: str) -> tuple[Path, list[str]]:
+        """Configuration and changes for a search over the settings of a variant, with the first seed.
+
+        Raises:
+            ConfigurationError: There is no such variant, or its configuration is invalid.
+        """
+        self.require_variants([variant])
+        run = self._run(variant, self.seeds[0])
+        folder = as_options({"training.output_dir": str(run.folder.with_name("search"))})
+        return find_configuration(self.config), [*run.changes, *folder]
 
     def _run(self, variant: str, seed: int) -> "StudyRun":
         folder = Path(self.output_dir, folder_name(variant), str(seed))

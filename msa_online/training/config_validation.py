@@ -11,7 +11,13 @@ from msa_online.missing.modalities import dropout_problem
 from msa_online.missing.rates import rate_problems
 from msa_online.modalities import CONDITIONS, MODALITIES
 from msa_online.model_card import REPOSITORY
-from msa_online.training.config import ALL, MissingArguments, RunArguments, TrainingArguments
+from msa_online.training.config import (
+    ALL,
+    OVER_CONDITIONS,
+    MissingArguments,
+    RunArguments,
+    TrainingArguments,
+)
 from msa_online.training.diagnostics import DIAGNOSTICS, SHARES
 from msa_online.training.precision import PRECISIONS
 
@@ -22,6 +28,7 @@ CHOICES = {  # None is null in YAML
     "training.decay": ("linear", "constant"),
     "training.cache_states": ("auto", "off"),
     "training.condition": (None, *CONDITIONS),
+    "training.selection": ("complete", OVER_CONDITIONS),
 }
 LOWEST = {  # where null is allowed, it has no limit
     "data.max_text_tokens": 3,  # two of them are special tokens
@@ -81,6 +88,9 @@ def problems(arguments: RunArguments) -> Iterator[str]:
     hiding = [key for key in ("condition", "modality_dropout", "frame_dropout") if getattr(training, key)]
     if len(hiding) > 1:
         yield f"training.{hiding[0]} and training.{hiding[1]} exclude each other"
+    if training.selection == OVER_CONDITIONS and (training.condition or data.missing.rates is not None):
+        other = "training.condition" if training.condition else "data.missing.rates"
+        yield f"training.selection={OVER_CONDITIONS} and {other} exclude each other"
     for name in training.diagnostics:
         if name not in DIAGNOSTICS:
             yield f"training.diagnostics names {name!r}: any of {', '.join(DIAGNOSTICS)}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input masks of a run, by split."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from msa_online.corpora.corpus import ReadyCorpus
 from msa_online.missing.frames import VALIDATION_RATE, FrameDrop, FrameDropout, FramesAt, stand_ins_of
@@ -10,7 +10,7 @@ from msa_online.missing.rates import SplitMask
 from msa_online.modalities import COMPLETE, CONDITIONS, MODALITIES
 from msa_online.modeling_msa import MSAModel
 from msa_online.processing_msa import MSAProcessor
-from msa_online.training.config import MissingArguments, TrainingArguments
+from msa_online.training.config import OVER_CONDITIONS, MissingArguments, TrainingArguments
 from msa_online.training.yaml_reader import ConfigurationError
 
 
@@ -61,6 +61,21 @@ def occurring_modalities(
     visible = CONDITIONS[training.condition] if training.condition and stages == 1 else MODALITIES
     has = dict(zip(MODALITIES, seen.any(dim=0).tolist(), strict=True))
     return tuple(name for name in MODALITIES if has[name] and name in visible)
+
+
+def selection_conditions(
+    training: TrainingArguments, masks: Mapping[str, SplitMask], occurring: Collection[str]
+) -> tuple[str, ...]:
+    """The conditions whose mean validation score selects the best epoch of the last stage.
+
+    Args:
+        training: Training settings.
+        masks: The mask of each split; empty without missing rates.
+        occurring: Modalities of the training samples; conditions with another one are left out.
+    """
+    if training.selection == OVER_CONDITIONS:
+        return tuple(name for name, visible in CONDITIONS.items() if set(visible) <= set(occurring))
+    return (COMPLETE if masks else training.condition or COMPLETE,)
 
 
 def make_input_masks(

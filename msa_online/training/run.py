@@ -59,7 +59,12 @@ from msa_online.training.diagnostics import GRADIENTS, measure_epoch
 from msa_online.training.divergence import ConstantModel, check_epoch, constant_line
 from msa_online.training.frozen_states import compute_frozen_states
 from msa_online.training.loop import TrainingLoop
-from msa_online.training.masking import draw_split_masks, make_input_masks, occurring_modalities
+from msa_online.training.masking import (
+    draw_split_masks,
+    make_input_masks,
+    occurring_modalities,
+    selection_conditions,
+)
 from msa_online.training.model import (
     build_model,
     count_parameters,
@@ -90,6 +95,7 @@ class Run:
         loaders: Loader of each split, prepared by Accelerate, without masks.
         sampler: Batch sampler of the training split. A prepared loader of several processes has only a shard.
         masks: Mask of each split of a run with missing rates; else empty.
+        selection: Conditions whose mean validation score selects the best epoch of the last stage.
         for_teacher: Training split in a fixed order, with the masks of a teacher.
         for_validation: Validation split with the masks of validation.
         findings: Number of clips with each finding; empty for precomputed features.
@@ -106,6 +112,7 @@ class Run:
     loaders: Mapping[str, DataLoader]
     sampler: BucketBatchSampler
     masks: Mapping[str, SplitMask]
+    selection: tuple[str, ...]
     for_teacher: MaskedBatches
     for_validation: MaskedBatches
     findings: Mapping[str, int | str]
@@ -121,6 +128,13 @@ class Run:
             "modulator": self.loop.modulator,
             "progress": self.loop.progress,
         }
+
+    @property
+    def selected_by(self) -> str:
+        """What selects the best epoch, for the record."""
+        metric = HEADLINES[selection_metric(self.loop.bare_model.config.is_regression)]
+        mean = f", mean of {len(self.selection)} conditions" if len(self.selection) > 1 else ""
+        return f"validation {metric}{mean}"
 
     @property
     def constant(self) -> ConstantModel:
@@ -245,6 +259,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         loaders=loaders,
         sampler=sampler,
         masks=masks,
+        selection=selection_conditions(training, masks, occurring),
         for_teacher=input_masks["teacher"].over(every_train_sample),
         for_validation=input_masks["valid"].over(loaders["valid"]),
         findings=findings_counts(data, processor.limits) if processor else {},
@@ -263,22 +278,23 @@ def fit(run: Run) -> None:
         folder.load_state(loop.bare_model, run.parts)
         run.console.print(f"resuming after epoch {schedule.epoch}")
 
-    stage, condition = None, COMPLETE
+    stage, conditions = None, (COMPLETE,)
     while not schedule.finished:
         if schedule.stage != stage:
             stage = schedule.stage
             loop.bare_model.head.start_stage(stage.name)
             loop.teacher = appoint_teacher(loop.bare_model, schedule, folder, run.for_teacher, accelerator)
-            if schedule.is_last_stage and training.condition and not run.masks:
-                condition = training.condition
-                loop.input_mask = FixedCondition(CONDITIONS[condition])
+            if schedule.is_last_stage:
+                conditions = run.selection
+                if training.condition and not run.masks:
+                    loop.input_mask = FixedCondition(CONDITIONS[training.condition])
         started = time.monotonic()
         epoch, last_stage = schedule.epoch, schedule.is_last_stage
         run.sampler.start_epoch(epoch)
         loop.bare_model.head.start_epoch(schedule.elapsed)
         title = f"epoch {epoch + 1}/{schedule.total_epochs}"
         losses = loop.train_epoch(run.loaders["train"], stage=stage.name, epoch=epoch, title=title)
-        metrics = validate(loop.bare_model, run.for_validation, accelerator, condition)
+        metrics = validate(loop.bare_model, run.for_validation, accelerator, conditions)
         check_epoch(title, losses, metrics, run.arguments.data.label_range, accelerator.scaler)
         losses |= measure_epoch(
             training.diagnostics, loop.bare_model, run.for_teacher, run.for_validation, accelerator
@@ -358,7 +374,7 @@ def finish(run: Run, command: str) -> None:
     ]
     model.config.trained_on = {
         **_record(run, command, parameters),
-        "selection": f"validation {HEADLINES[selection_metric(model.config.is_regression)]}",
+        "selection": run.selected_by,
         "results": without_nan(results),
         **({"earlier_phases": phases} if phases else {}),
         "undefined": {

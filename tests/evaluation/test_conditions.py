@@ -242,11 +242,23 @@ def staged(tiny_config, monkeypatch) -> MSAModel:
 def test_epochs_are_judged_by_what_the_run_is_for(condition, staged, make_batch, accelerator):
     batches = in_batches(make_batch(6), [[0, 1, 2, 3], [4, 5]])
     wanted = evaluate_conditions(staged, batches, accelerator, (condition,))[condition]
-    found = validate(staged, batches, accelerator, condition)
+    found = validate(staged, batches, accelerator, (condition,))
     assert found.pop("loss") >= found["mae"] ** 2  # the mean square is at least the square of the mean
     assert found == wanted
     complete = evaluate_conditions(staged, batches, accelerator)["text+audio+vision"]
     assert {name: validate(staged, batches, accelerator)[name] for name in complete} == complete
+
+
+def test_epochs_may_be_judged_by_the_mean_of_several_conditions(staged, make_batch, accelerator):
+    batches = in_batches(make_batch(6), [[0, 1, 2, 3], [4, 5]])
+    each = evaluate_conditions(staged, batches, accelerator, ("text", "audio+vision"))
+    found = validate(staged, batches, accelerator, ("text", "audio+vision"))
+    for name in each["text"]:
+        mean = (each["text"][name] + each["audio+vision"][name]) / 2
+        assert found[name] == pytest.approx(mean), name
+    staged.head.start_stage("alone")  # the modalities' own predictions depend on no condition
+    alone = validate(staged, batches, accelerator)
+    assert validate(staged, batches, accelerator, ("text+audio+vision", "text")) == alone
 
 
 def test_a_stage_without_a_fused_prediction_is_judged_by_each_modality_alone(staged, make_batch, accelerator):

@@ -142,7 +142,7 @@ def test_a_faulty_variant_is_named_and_what_was_finished_before_is_kept(run, tmp
     assert status == 0 and "1 of 2 runs are finished already" in output, output
     assert "2 of 3 runs are finished" in output
     status, output = run(variants, "--only", "bad")
-    assert status == 1 and "--only 'bad' is no variant: one of 'good', 'astray', 'later'" in output
+    assert status == 1 and "'bad' is no variant of the study: one of 'good', 'astray', 'later'" in output
 
 
 def test_an_encoder_that_is_unavailable_stops_a_study_before_its_first_run(run, tmp_path):

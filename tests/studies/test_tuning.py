@@ -132,3 +132,25 @@ def test_a_missing_space_and_a_foreign_folder_are_refused(search, tmp_path):
     (tmp_path / "search" / "notes.txt").touch()
     status, output = search(1)
     assert status == 1 and "holds something else than a search" in output
+
+
+def test_a_variant_of_a_study_is_searched_with_its_own_settings_and_first_seed(search, tmp_path):
+    search(1)  # writes the space
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "config": str(tmp_path / "mine.yaml"),
+                "output_dir": str(tmp_path / "study"),
+                "seeds": [7, 8],
+                "epochs": 2,
+                "variants": {"plain": {}, "steep one": {"training.weight_decay": 0.5}},
+            }
+        )
+    )
+    space = str(tmp_path / "spaces" / "mine.yaml")
+    options = ("tune", str(tmp_path / "study.yaml"), "--variant", "steep one", "--trials", "1")
+    with pytest.raises(SystemExit):
+        msa_online_cli.main([*options])
+    assert msa_online_cli.main([*options, "--space", space, "training.clip_norm=2"]) == 0
+    best = read_arguments(tmp_path / "study" / "steep_one" / "search" / "best.yaml").training
+    assert (best.seed, best.weight_decay, best.clip_norm, best.epochs) == (7, 0.5, 2.0, 2)

@@ -264,6 +264,15 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
             "data: {missing: {rates: 0.5}}\ntraining: {condition: text}",
             "data.missing.rates hides text, the only modality of training.condition",
         ),
+        ("training: {selection: all}", "training.selection is 'all': one of complete, conditions"),
+        (
+            "training: {selection: conditions, condition: text}",
+            "training.selection=conditions and training.condition exclude each other",
+        ),
+        (
+            "data: {missing: {rates: 0.5}}\ntraining: {selection: conditions}",
+            "training.selection=conditions and data.missing.rates exclude each other",
+        ),
         (
             "data: {missing: {rates: {vision: 0.5}}}\ntraining: {condition: text+audio}",
             r"data.missing.rates names vision, which training.condition=text\+audio never shows",
