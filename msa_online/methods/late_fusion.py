@@ -40,6 +40,8 @@ class LateFusionHead(BalancingHead):
         regression_loss: "mse" or "l1".
         deviation: Modalities whose standard deviation over time is pooled beside the mean; it helps with
             the states of a pretrained audio encoder.
+        input_norm: Apply the LayerNorm of (5.1). Without it p_m keeps its size, which precomputed features
+            need: they are standardised already, and their size may carry the label.
 
     Raises:
         ValueError: `regression_loss` is neither, or `deviation` names no modality.
@@ -56,6 +58,7 @@ class LateFusionHead(BalancingHead):
         dropout: float = 0.2,
         regression_loss: str = "mse",
         deviation: Sequence[str] = (),
+        input_norm: bool = True,
     ) -> None:
         super().__init__()
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
@@ -67,7 +70,10 @@ class LateFusionHead(BalancingHead):
         self.projections = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)
+                    nn.LayerNorm(width) if input_norm else nn.Identity(),
+                    nn.Linear(width, hidden_size),
+                    nn.GELU(),
+                    nn.Dropout(dropout),
                 )
                 for name, width in pooled.items()
             }

@@ -76,3 +76,26 @@ def test_a_single_step_has_no_deviation_and_a_finite_gradient():
 def test_a_deviation_of_no_modality_is_refused():
     with pytest.raises(ValueError, match="deviation='sound' must be one of text, audio, vision"):
         LateFusionHead(WIDTHS, 1, deviation=["sound"])
+
+
+def test_without_the_norm_the_size_of_a_sample_counts():
+    torch.manual_seed(0)
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8, input_norm=False).double().eval()
+    normed = LateFusionHead(WIDTHS, 1, hidden_size=8).double().eval()
+    values = {name: torch.randn(1, 3, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    mask = torch.tensor([[True, True, False]])
+
+    def features(head: LateFusionHead, scale: float) -> dict[str, torch.Tensor]:
+        return head(
+            {name: ModalitySequence.of(scale * value, mask) for name, value in values.items()}
+        ).features
+
+    for name in MODALITIES:
+        linear = head.projections[name][1]
+        mean = (values[name][0, 0] + values[name][0, 1]) / 2
+        expected = F.gelu(linear.weight @ (3 * mean) + linear.bias)
+        assert_equation("5.1", f"h of {name}", features(head, 3.0)[name][0], expected, rtol=1e-7, atol=1e-7)
+        # the norm removes the size, up to its small constant
+        torch.testing.assert_close(
+            features(normed, 300.0)[name], features(normed, 900.0)[name], rtol=1e-6, atol=1e-6
+        )
