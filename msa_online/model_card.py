@@ -34,7 +34,7 @@ PICTURE = "robustness.png"
 HUB_METRICS = {
     "mae": "mae",
     "corr": "pearsonr",
-    **dict.fromkeys(("acc2_has0", "acc2_non0", "acc7", "accuracy"), "accuracy"),
+    **dict.fromkeys(("acc2_has0", "acc2_non0", "acc7", "acc3_sims", "acc5_sims", "accuracy"), "accuracy"),
     **dict.fromkeys(("f1_non0", "f1_weighted", "f1_macro"), "f1"),
 }
 """Names that the Hub has for the metrics in tables."""

@@ -21,10 +21,16 @@ from numpy.typing import ArrayLike
 SEVEN_POINT = (-3.0, 3.0)
 """The label range on which Acc-7, Acc-5 and Acc-3 are defined."""
 
+CH_SIMS = (-1.0, 1.0)
+"""The label range on which the scores of CH-SIMS are defined."""
+
 EMOTIONS = ("happy", "sad", "angry", "neutral")
 """Order of the four decisions in the RAVEN/MulT protocol of IEMOCAP."""
 
 ROUNDED_ACCURACIES = {"acc7": 3, "acc5": 2, "acc3": 1}  # both arrays are clipped to +-limit, then rounded
+
+SIMS_CLASSES = {"acc3_sims": (-0.1, 0.1), "acc5_sims": (-0.7, -0.1, 0.1, 0.7)}
+"""Upper ends of the classes of CH-SIMS; the last class is open."""
 
 METRIC_TITLES: Mapping[str, str] = {
     "mae": "Mean absolute error",
@@ -36,6 +42,10 @@ METRIC_TITLES: Mapping[str, str] = {
     "acc7": "Acc-7",
     "acc5": "Acc-5",
     "acc3": "Acc-3",
+    "acc2_sims": "Acc-2 not positive vs positive (CH-SIMS)",
+    "f1_sims": "F1 not positive vs positive (CH-SIMS), weighted",
+    "acc3_sims": "Acc-3 (CH-SIMS)",
+    "acc5_sims": "Acc-5 (CH-SIMS)",
     "accuracy": "Accuracy",
     "f1_weighted": "F1, weighted by class size",
     "f1_macro": "F1, mean over classes",
@@ -53,25 +63,26 @@ def regression_metrics(
     style: Literal["mmsa", "nonzero"] = "mmsa",
     label_range: tuple[float, float] = SEVEN_POINT,
 ) -> dict[str, float]:
-    """Score sentiment predictions as in papers on CMU-MOSI and CMU-MOSEI.
+    """Score sentiment predictions as in papers on CMU-MOSI, CMU-MOSEI and CH-SIMS.
 
     Predictions are not clipped, except for the rounded accuracies; so predictions beyond the label range
-    increase the MAE. Acc-7, Acc-5 and Acc-3 clip both arrays to +-3, +-2, +-1, round halves to even and
-    compare. They are defined on the seven-point scale only. On CH-SIMS' [-1, 1] all three would nearly be
-    equal, and differ from that corpus' own Acc-3 and Acc-5 (with thresholds at 0.1 and 0.7); hence
-    `label_range`.
+    increase the MAE.
+
+    Accuracies of several classes depend on `label_range`. On [-3, 3], Acc-7, Acc-5 and Acc-3 clip both arrays
+    to +-3, +-2, +-1, round halves to even and compare. On [-1, 1], the scores of CH-SIMS are added: classes
+    end at 0.1 and 0.7 on both sides, and zero counts as not positive. An end belongs to the class below it.
 
     Args:
         predictions: Predicted scores, `(samples,)` or `(samples, 1)`, in the unit of the labels.
         labels: True scores, `(samples,)` or `(samples, 1)`.
         style: "mmsa" scores all samples. "nonzero" first drops every sample whose label is exactly 0 and
             reports no Has0 metrics, like the public scripts of some papers.
-        label_range: Declared lowest and highest label; the rounded accuracies are computed for [-3, 3] only.
+        label_range: Declared lowest and highest label: [-3, 3], [-1, 1], or another one without such scores.
 
     Returns:
-        Values under the keys of `METRIC_TITLES`, from "mae" to "acc3". The correlation is 0, with a warning,
-        if all predictions are equal, and NaN if all labels are. Non0 metrics (in "nonzero" style all) are
-        NaN, with a warning, if every label is 0.
+        Values under the keys of `METRIC_TITLES`, from "mae" to "acc5_sims". The correlation is 0, with a
+        warning, if all predictions are equal, and NaN if all labels are. Non0 metrics (in "nonzero" style
+        all) are NaN, with a warning, if every label is 0.
 
     Raises:
         ValueError: Arrays are empty, not finite, of different lengths or of a wrong shape; or the style is
@@ -94,6 +105,9 @@ def regression_metrics(
     metrics |= _binary_metrics(predicted[nonzero] > 0, true[nonzero] > 0, "non0")
     if tuple(label_range) == SEVEN_POINT:
         metrics |= {name: _rounded_accuracy(predicted, true, top) for name, top in ROUNDED_ACCURACIES.items()}
+    if tuple(label_range) == CH_SIMS:
+        metrics |= _binary_metrics(predicted > 0, true > 0, "sims")
+        metrics |= {name: _same_class(predicted, true, ends) for name, ends in SIMS_CLASSES.items()}
     return metrics
 
 
@@ -220,6 +234,16 @@ def _weighted_f1(predicted: np.ndarray, true: np.ndarray) -> float:
 
 def _rounded_accuracy(predicted: np.ndarray, true: np.ndarray, limit: int) -> float:
     return _mean(np.rint(predicted.clip(-limit, limit)) == np.rint(true.clip(-limit, limit)))
+
+
+def _same_class(predicted: np.ndarray, true: np.ndarray, ends: Sequence[float]) -> float:
+    """Share of samples in the same of the classes that end at `ends`.
+
+    Compared in fp32: a label of 0.1 is on the end of its class, also if it was stored in fp32.
+    """
+    bounds = np.array(ends, np.float32)
+    classes = [np.searchsorted(bounds, values.astype(np.float32)) for values in (predicted, true)]
+    return _mean(classes[0] == classes[1])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -23,6 +23,8 @@ HEADLINES = {
     "acc2_non0": "Acc-2 Non0",
     "f1_non0": "F1 Non0",
     "acc7": "Acc-7",
+    "acc3_sims": "Acc-3 SIMS",
+    "acc5_sims": "Acc-5 SIMS",
     "accuracy": "Accuracy",
     "f1_weighted": "F1 weighted",
     "f1_macro": "F1 macro",

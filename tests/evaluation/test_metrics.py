@@ -132,10 +132,39 @@ def test_nonzero_style_scores_everything_without_zero_labels():
         assert math.isnan(regression_metrics([1.0], [0.0], style="nonzero")["mae"])
 
 
-def test_rounded_accuracies_are_not_reported_off_the_seven_point_scale():
-    metrics = regression_metrics([0.2, -0.4], [0.4, -1.0], label_range=(-1, 1))
-    assert list(metrics) == REGRESSION_KEYS[:6]
-    assert list(regression_metrics([0.2, -0.4], [0.4, -1.0], label_range=[-3, 3])) == REGRESSION_KEYS
+def test_accuracies_of_several_classes_are_those_of_the_label_range():
+    plain = REGRESSION_KEYS[:6]
+    ours = {
+        (-3, 3): REGRESSION_KEYS,
+        (-1, 1): [*plain, "acc2_sims", "f1_sims", "acc3_sims", "acc5_sims"],
+        (0, 5): plain,
+    }
+    for label_range, keys in ours.items():
+        assert list(regression_metrics([0.2, -0.4], [0.4, -1.0], label_range=list(label_range))) == keys
+
+
+def test_the_scores_of_ch_sims_of_a_case_computed_by_hand():
+    labels = [-1.0, -0.6, -0.2, 0.0, 0.0, 0.4, 0.8, 1.0]
+    predictions = [-0.8, -0.9, -0.05, -0.1, 0.05, 0.9, 0.6, 1.4]
+    metrics = regression_metrics(predictions, labels, label_range=(-1, 1))
+    # classes 0..4 of labels 0 1 1 2 2 3 4 4, of predictions 0 0 2 1 2 4 3 4
+    assert metrics["acc5_sims"] == pytest.approx(3 / 8)
+    assert metrics["acc3_sims"] == pytest.approx(6 / 8)  # the third and the fourth differ
+    assert metrics["acc2_sims"] == pytest.approx(7 / 8)  # the fifth: 0 is not positive, 0.05 is
+    # not positive: precision 1, recall 4/5 -> 8/9; positive: precision 3/4, recall 1 -> 6/7
+    assert metrics["f1_sims"] == pytest.approx((5 * 8 / 9 + 3 * 6 / 7) / 8)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("end", "below", "above"), [(-0.7, -0.9, -0.5), (-0.1, -0.5, 0), (0.1, 0, 0.5), (0.7, 0.5, 0.9)]
+)
+def test_the_end_of_a_class_of_ch_sims_belongs_to_the_class_below(end, below, above, stored):
+    score = [
+        regression_metrics(np.array([end, 1.0], stored), [near, 1.0], label_range=(-1, 1))["acc5_sims"]
+        for near in (below, above)
+    ]
+    assert score == [1.0, 0.5]
 
 
 def test_float32_model_outputs_score_like_float64_ones():
@@ -218,6 +247,7 @@ def test_emotion_arrays_of_another_protocol_are_refused():
 def test_every_metric_has_a_title_and_both_kinds_of_acc2_are_named_in_full():
     produced = {
         *regression_metrics([1, -1], [1, -1]),
+        *regression_metrics([1, -1], [1, -1], label_range=(-1, 1)),
         *classification_metrics([0, 1], [0, 1], 2),
         *emotion_binary_metrics(np.zeros((1, 4, 2)), np.zeros((1, 4))),
     }
