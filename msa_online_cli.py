@@ -599,6 +599,11 @@ def _add_convert_features(commands: argparse._SubParsersAction) -> None:
     )
     _add_level(convert)
     convert.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="make features of text from the tokens in text_bert: folder or name of the encoder they are for",
+    )
+    convert.add_argument(
         "--non-finite",
         default="refuse",
         choices=("refuse", "zero"),

@@ -26,6 +26,7 @@ def run(options: Namespace, console: Console) -> None:
             label_column=options.label_column,
             split_column=options.split_column,
             level=options.level,
+            text_encoder=options.text_encoder,
             non_finite=options.non_finite,
             valid_share=options.valid_share,
             skip_broken=options.skip_broken,

@@ -24,6 +24,7 @@ from msa_online.precomputed.files import (
 from msa_online.precomputed.mmsa import read_mmsa_features
 from msa_online.precomputed.pooling import pool
 from msa_online.precomputed.reading import check_features
+from msa_online.precomputed.token_states import text_states
 
 LABELS = ("label", "regression_labels", "annotations", "classification_labels")
 """Default columns of the label; the first that exists is used."""
@@ -39,6 +40,7 @@ def convert_features(
     label_column: str | None = None,
     split_column: str = "split",
     level: str = "sequence",
+    text_encoder: str | None = None,
     non_finite: str = "refuse",
     valid_share: float | None = None,
     skip_broken: bool = False,
@@ -52,6 +54,8 @@ def convert_features(
         label_column: Column of the label; by default the first of `LABELS` that exists.
         split_column: Column of the split.
         level: "sequence" keeps the steps; "utterance" pools them with `pool`.
+        text_encoder: Folder or name of the encoder whose states for the tokens in `text_bert` become the
+            text's features, in place of those of the source.
         non_finite: How to treat NaN and infinities: "refuse" them, or replace each by "zero".
         valid_share: Share of the training samples to move to the validation split, by whole speakers if they
             are known; for data without a validation split.
@@ -59,9 +63,20 @@ def convert_features(
 
     Raises:
         CorpusError: The source or the folder cannot be used; the message names file, row, value and remedy.
+        EncoderError: `text_encoder` is unavailable.
     """
     require_new_folder(folder)
     table = _read(source)
+    if text_encoder is not None and table.tokens is None:
+        raise CorpusError(f"{source} has no tokens in a key text_bert: leave out --text-encoder")
+    if text_encoder is None and table.tokens is not None and "text" not in table.steps:
+        raise CorpusError(
+            f"{source} has no features of text, only tokens in text_bert: name the encoder that they were "
+            "made for, for example --text-encoder google-bert/bert-base-uncased"
+        )
+    texts = table  # as the source has them
+    if text_encoder is not None:
+        table = replace(table, steps={name: steps for name, steps in table.steps.items() if name != "text"})
     if metadata is not None:
         table = _with_metadata(table, read_csv(metadata), source)
     replaced: dict[str, int] = {}
@@ -77,6 +92,8 @@ def convert_features(
     if valid_share is not None:
         samples = _with_valid(samples, valid_share, table.metadata.path)
     steps = table.steps
+    if text_encoder is not None:
+        steps = {"text": text_states(texts, text_encoder), **steps}
     if [sample.row for sample in samples] != list(range(len(table.metadata.rows))):
         steps = {
             name: of_modality.take([each.row for each in samples]) for name, of_modality in steps.items()
@@ -90,6 +107,7 @@ def convert_features(
         "label column": label_column,
         "split column": split_column,
         "level": level,
+        "text encoder": text_encoder,
         "non-finite numbers replaced by zero": replaced,
         "share of training taken for validation": valid_share,
         "rows left out": len(broken),

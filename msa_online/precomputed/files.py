@@ -54,11 +54,14 @@ class FeatureTable:
         places: Index of each row in the features. Rows with a wrong number of cells also have features; their
             indices do not occur here.
         steps: Features by modality.
+        tokens: Tokens of the text, `(all tokens, 3)`: their ids, 1 where they are no padding, and their
+            segment. None if the source has none.
     """
 
     metadata: CsvTable
     places: tuple[int, ...]
     steps: dict[str, FeatureSteps]
+    tokens: FeatureSteps | None = None
 
 
 def is_precomputed_path(path: str | Path) -> bool:
@@ -328,10 +331,11 @@ def check_sizes(table: FeatureTable, source: Path) -> FeatureTable:
     Raises:
         CorpusError: There are no features, or the numbers of samples and rows differ.
     """
-    if not table.steps:
+    counted = table.steps if table.tokens is None else {**table.steps, "text_bert": table.tokens}
+    if not counted:
         raise CorpusError(f"{source} contains no features: one of text, audio and vision is needed")
     count = len(table.metadata.rows) + len(table.metadata.broken)
-    for name, steps in table.steps.items():
+    for name, steps in counted.items():
         if len(steps.lengths) != count:
             raise CorpusError(
                 f"{source}: {name} has {len(steps.lengths):,} samples, but {table.metadata.path.name} has "

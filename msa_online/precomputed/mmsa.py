@@ -21,6 +21,7 @@ from msa_online.precomputed.mmsa_pickle import (
     COLUMNS,
     FOREIGN,
     TENSORS,
+    TOKENS,
     TOO_MANY_ROWS,
 )
 
@@ -34,7 +35,7 @@ def read_mmsa_features(path: Path) -> FeatureTable:
 
     The layout: `train`, `valid` and `test`, each with `id`, `text`, `audio`, `vision`, columns of labels, and
     optionally `raw_text`, `audio_lengths`, `vision_lengths`. Without lengths, rows of zeros at the end are
-    padding. `text_bert` is ignored.
+    padding. Token ids in `text_bert` become `FeatureTable.tokens`.
 
     Raises:
         CorpusError: The file is missing or corrupt, contains anything but arrays and plain data, exceeds the
@@ -56,10 +57,11 @@ def read_mmsa_features(path: Path) -> FeatureTable:
     metadata = table_of(path, _joined_columns(path, columns, splits))
     steps = {
         name: _joined_steps(path, name, tensors, columns)
-        for name in MODALITIES
+        for name in (*MODALITIES, TOKENS)
         if any(f"{split}/{name}" in tensors for split in columns)
     }
-    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)
+    tokens = steps.pop(TOKENS, None)
+    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps, tokens), path)
 
 
 def _read_in_a_process(path: Path, folder: str) -> None:

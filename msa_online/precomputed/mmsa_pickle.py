@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 MODALITIES = ("text", "audio", "vision")
+TOKENS = "text_bert"  # of each sample: token ids, attention mask and segments, (3, tokens)
 TENSORS, COLUMNS = "features.safetensors", "columns.json"
 FOREIGN, TOO_MANY_ROWS = 3, 4  # exit statuses
 SHOWN = 100  # characters of a name that the file chose
@@ -113,8 +114,8 @@ def plain_parts(
 
     Returns:
         Features as `split/modality`, `(samples, width)` or `(samples, time, width)`; if each sample is an
-        array of its own, `(all steps, width)` with `split/modality/lengths` `(samples,)`. And the
-        one-dimensional keys of each split, as cells of text.
+        array of its own, `(all steps, width)` with `split/modality/lengths` `(samples,)`. `text_bert` becomes
+        `(all tokens, 3)` in the same way. And the one-dimensional keys of each split, as cells of text.
 
     Raises:
         TooManyRows: A key has more samples.
@@ -128,6 +129,9 @@ def plain_parts(
                 raise TooManyRows
             if key in MODALITIES and _is_features(value):
                 tensors |= {f"{split}/{name}": array for name, array in _features(key, value).items()}
+            elif key == TOKENS and _is_features(value) and value[0].ndim == 2:
+                by_token = [np.transpose(each) for each in value]
+                tensors |= {f"{split}/{name}": array for name, array in _features(key, by_token).items()}
             elif cells := _cells(value):
                 columns[str(split)][str(key)] = cells
     return tensors, columns
@@ -146,21 +150,30 @@ def _is_features(value: Any) -> bool:
 
 
 def _features(key: str, value: Any) -> dict[str, np.ndarray]:
+    """In the order of C: safetensors writes an array as it lies in memory."""
     if isinstance(value, np.ndarray) and value.dtype != object:
         return {key: np.ascontiguousarray(value)}
     lengths = np.array([len(each) for each in value])
-    return {key: np.concatenate(list(value)), f"{key}/lengths": lengths}
+    return {key: np.ascontiguousarray(np.concatenate(list(value))), f"{key}/lengths": lengths}
 
 
 def _cells(value: Any) -> list[str]:
-    """A one-dimensional column as text; an empty list for anything else."""
-    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 1:
-        value = value[:, 0]
+    """A column of one cell a sample, as text; an empty list for anything else."""
+    if isinstance(value, np.ndarray) and value.ndim and value.size == len(value):
+        value = value.reshape(-1)
     if not isinstance(value, list | tuple | np.ndarray) or not all(
         isinstance(cell, str | bytes | int | float | np.generic) for cell in value
     ):
         return []
-    return [cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell) for cell in value]
+    return [_cell(each) for each in value]
+
+
+def _cell(value: str | bytes | int | float | np.generic) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return str(int(value))  # a class, 2 and not 2.0
+    return str(value)
 
 
 def main(argv: list[str]) -> int:
