@@ -130,9 +130,11 @@ class MSAModel(PreTrainedModel):
         sequences: Mapping[str, ModalitySequence],
         labels: Tensor | None = None,
         teacher: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> MSAOutput:
-        """Calibrate and fuse encoded sequences; `labels` and `teacher` as in `forward`."""
-        output = self.head(self._calibrate(sequences), labels, teacher)
+        """Calibrate and fuse encoded sequences; `labels`, `teacher` and `index` as in `forward`."""
+        of_samples = {"index": index} if self.head.keeps_samples else {}
+        output = self.head(self._calibrate(sequences), labels, teacher, **of_samples)
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
         present = {name: sequence.present for name, sequence in sequences.items()}
@@ -229,8 +231,8 @@ class MSAModel(PreTrainedModel):
             labels: `(batch,)`, numbers in regression and int64 in classification; None computes no losses.
             teacher: What `teach` of an earlier stage's best model returned for these samples, `(batch, ...)`,
                 for heads with a teacher.
-            index: Position of each sample in its dataset, `(batch,)`; batches contain it, the model ignores
-                it.
+            index: Position of each sample in its dataset, `(batch,)`, for heads that keep a store of training
+                samples; others ignore it.
             output_internals: Also return the fields that only training loops read.
 
         Raises:
@@ -255,7 +257,7 @@ class MSAModel(PreTrainedModel):
         }
         self._require_inputs(inputs)
         sequences = self.encode(modality_present, **inputs)
-        output = self.decide(sequences, self._typed_labels(labels), teacher)
+        output = self.decide(sequences, self._typed_labels(labels), teacher, index)
         return output if output_internals else output.without_internals()
 
     @property

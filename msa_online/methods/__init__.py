@@ -23,6 +23,7 @@ from msa_online.methods.mult import MulTHead
 from msa_online.methods.ogm import OGMModulator
 from msa_online.methods.pase.head import PaSEHead
 from msa_online.methods.pase.modulator import ShapleyModulator
+from msa_online.methods.self_mm import SelfMMHead
 
 HEADS: dict[str, type[BalancingHead]] = {
     "late_fusion": LateFusionHead,
@@ -32,6 +33,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "misa": MISAHead,
     "mult": MulTHead,
     "mmim": MMIMHead,
+    "self_mm": SelfMMHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {

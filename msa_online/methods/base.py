@@ -4,7 +4,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -37,6 +37,16 @@ class HeadOutput:
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
+class SampleStore(Protocol):
+    """What a head keeps for each training sample; saved in the state of a run, never in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State that a resumed run needs to continue exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
 class BalancingHead(nn.Module):
     """Maps three sequences to a prediction and named losses. Each method is one subclass in its own file.
 
@@ -49,12 +59,17 @@ class BalancingHead(nn.Module):
         stages: Names of the training stages in the order they run.
         loss_names: Names of all loss terms the head may return; `loss_weights` may name these.
         teachers: Maps a stage to the earlier stage whose best model, frozen, is its teacher.
+        keeps_samples: Whether it keeps a `SampleStore`. Its `forward` then takes `index` too: the position of
+            each sample in its split, `(batch,)` int64, or None.
+        samples: The store, made by `start_training`; None before that, and in heads without one.
         paper: Reference of the paper, for model cards: authors, title, year, address; empty without one.
     """
 
     stages: tuple[str, ...] = ("train",)
     loss_names: tuple[str, ...] = ("task",)
     teachers: Mapping[str, str] = MappingProxyType({})
+    keeps_samples: bool = False
+    samples: SampleStore | None = None
     paper: str = ""
 
     def forward(
@@ -94,10 +109,13 @@ class BalancingHead(nn.Module):
     def weights_problem(self, weights: Mapping[str, float]) -> str | None:
         """Why `weights` of the losses cannot be meant, with the remedy; None if they can.
 
-        It is asked before a run reads its data, and refuses for example a weight of 0 that would leave a part
-        untrained which another loss reads.
+        It is asked before a run reads its data, of a head with one output, and again when the classes are
+        known. It refuses for example a weight of 0 that leaves a part untrained which another loss reads.
         """
         return None
+
+    def start_training(self, labels: Tensor) -> None:
+        """Make the store of the training samples, from their labels `(samples,)`, before the first epoch."""
 
     def end_step(self, taken: bool) -> None:
         """Update running state after the optimizer has stepped, or, with `taken` False, skipped a step.

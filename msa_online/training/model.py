@@ -41,8 +41,9 @@ def build_model(
     Raises:
         EncoderError: An encoder is unavailable.
         CheckpointError: `init_from` is not a checkpoint, is damaged, or has no encoder that can be used.
-        ConfigurationError: `init_from` has other encoders or widths than the configuration; or the data are
-            clips and the model reads features, or the reverse.
+        ConfigurationError: `init_from` has other encoders or widths than the configuration; the data are
+            clips and the model reads features, or the reverse; or the head refuses the weights of its losses
+            for the labels of the data.
     """
     training, data = arguments.training, arguments.data
     if training.init_from:
@@ -55,6 +56,8 @@ def build_model(
         _require_same_kind(arguments.model.get("feature_widths"), data)
         config = arguments.model_config(classes)
         model = MSAModel.from_pretrained_encoders(config)
+    if problem := model.head.weights_problem(config.loss_weights):
+        raise ConfigurationError(f"model.loss_weights: {problem}")
     if config.feature_widths is not None:
         return model, None
     limit_training(model.encoders, training)

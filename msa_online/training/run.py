@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
@@ -121,12 +122,14 @@ class Run:
     @property
     def parts(self) -> dict[str, Stateful]:
         """State that a resumed run restores in addition to the weights, by name."""
+        samples = self.loop.bare_model.head.samples
         return {
             "optimizer": self.loop.optimizer,
             "scheduler": self.loop.scheduler,
             "schedule": self.schedule,
             "modulator": self.loop.modulator,
             "progress": self.loop.progress,
+            **({} if samples is None else {"samples": samples}),
         }
 
     @property
@@ -248,6 +251,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         measure_gradients=training.measure_gradients,
         measure_modalities=GRADIENTS in training.diagnostics,
     )
+    train_labels = torch.tensor(loaders["train"].dataset.labels, device=accelerator.device)
+    loop.bare_model.head.start_training(train_labels)
     return Run(
         arguments=arguments,
         accelerator=accelerator,
