@@ -503,7 +503,7 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         type=_modality_value,
         nargs="+",
         metavar="MODALITY=D",
-        help="0 is linear, 1 hidden (default text=0 audio=1 vision=1)",
+        help="0 is linear, 1 hidden, 2 learned late (default text=0 audio=1 vision=1)",
     )
     control.add_argument(
         "--noise",

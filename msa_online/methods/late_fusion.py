@@ -36,6 +36,7 @@ class LateFusionHead(BalancingHead):
         widths: Width of each modality's states.
         num_labels: Outputs; 1 is regression.
         hidden_size: Width of h_m and of the predictor's hidden layer.
+        depth: Layers of each modality's projection; (5.1) has one.
         dropout: Share of h_m and of the hidden layer dropped in training.
         regression_loss: "mse" or "l1".
         deviation: Modalities whose standard deviation over time is pooled beside the mean; it helps with
@@ -44,7 +45,7 @@ class LateFusionHead(BalancingHead):
             need: they are standardised already, and their size may carry the label.
 
     Raises:
-        ValueError: `regression_loss` is neither, or `deviation` names no modality.
+        ValueError: `regression_loss` is neither, `depth` is below 1, or `deviation` names no modality.
     """
 
     loss_names = ("task", "unimodal")
@@ -55,6 +56,7 @@ class LateFusionHead(BalancingHead):
         num_labels: int,
         *,
         hidden_size: int = 128,
+        depth: int = 1,
         dropout: float = 0.2,
         regression_loss: str = "mse",
         deviation: Sequence[str] = (),
@@ -62,18 +64,23 @@ class LateFusionHead(BalancingHead):
     ) -> None:
         super().__init__()
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
+        if depth < 1:
+            raise ValueError(f"depth={depth} must be at least 1")
         for name in deviation:
             check_choice("deviation", name, MODALITIES)
         self.regression_loss = regression_loss
         self.deviation = tuple(deviation)
         pooled = {name: width * (1 + (name in deviation)) for name, width in widths.items()}
+
+        def layers(width: int) -> list[nn.Module]:
+            return [nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)]
+
         self.projections = nn.ModuleDict(
             {
                 name: nn.Sequential(
                     nn.LayerNorm(width) if input_norm else nn.Identity(),
-                    nn.Linear(width, hidden_size),
-                    nn.GELU(),
-                    nn.Dropout(dropout),
+                    *layers(width),
+                    *(layer for _ in range(depth - 1) for layer in layers(hidden_size)),
                 )
                 for name, width in pooled.items()
             }

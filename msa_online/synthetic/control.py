@@ -15,6 +15,10 @@ directions among the nuisance and multiply. The difficulty d_m in [0, 1] sets ho
 is negative with probability d_m / 2, there are 10 d_m nuisance factors, and the shared factor is visible with
 v = 1 - 0.7 d_m. With d_m = 0 the sign is always positive and b is 0: x_m is linear in f_m and s.
 
+Above 1, up to 2, the rest stays as with 1 and k_m is the product of two random signs, each with a direction
+of its own in the features; the second is negative with probability (d_m - 1) / 2. A reader must multiply
+three directions, of which no pair tells anything of the label. Such a modality is learned late.
+
 By default each modality's own factor makes a quarter of the label's variance and the shared one a quarter,
 text is easy, and audio and vision are hard. A model trained on all three learns the text fast and may neglect
 the rest.
@@ -27,7 +31,7 @@ error.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ LIMIT = 3.0
 LABEL_DEVIATION = 1.44  # of the label before it is clipped
 NUISANCES, NUISANCE = 10, 0.5  # number and size of the nuisance factors of a modality of difficulty 1
 HIDDEN_SHARE = 0.7  # by which the shared factor is weaker in a modality of difficulty 1
+HARDEST = 2  # difficulty; each unit adds a random sign
 BISECTIONS = 40  # steps that find a median to 1e-11
 FRESH_SAMPLES = 20_000  # new samples on which the best possible error is measured
 TRUTH = "truth.json"
@@ -65,8 +70,8 @@ class ControlRecipe:
         sizes: Samples in training, validation and test.
         seed: Seed of all random choices.
         strengths: Weight of each factor in the label, relative to the others; `shared` is the fourth.
-        difficulty: From 0 (the modality's own factor is linear in its features) to 1 (it has a random sign,
-            and ten nuisance factors hide it).
+        difficulty: From 0 (the modality's own factor is linear in its features) over 1 (it has a random sign,
+            and ten nuisance factors hide it) to 2 (it has two random signs).
         noise: Standard deviation of the noise of each feature; the features of a factor have about 1.
 
     Raises:
@@ -99,8 +104,8 @@ class ControlRecipe:
         if not any(self.strengths.values()):
             raise CorpusError("all strengths are 0: give one factor a strength above 0")
         for name, value in self.difficulty.items():
-            if not 0 <= value <= 1:
-                raise CorpusError(f"difficulty of {name} is {value}: choose a number from 0 to 1")
+            if not 0 <= value <= HARDEST:
+                raise CorpusError(f"difficulty of {name} is {value}: choose a number from 0 to {HARDEST}")
         for name, value in self.noise.items():
             if not 0.01 <= value < math.inf:
                 raise CorpusError(f"noise of {name} is {value}: choose a number from 0.01 on")
@@ -122,48 +127,59 @@ class Mixing:
     """How the factors of a modality become its features.
 
     Attributes:
-        signal: Directions of its own factor times the sign, of the shared factor, and of the sign,
-            `(width, 3)`.
+        signal: Directions of its own factor times its signs, of the shared factor, and of each sign,
+            `(width, 2 + signs)`.
         nuisance: Directions of the nuisance factors, `(width, nuisances)`.
         noise: Standard deviation of the noise.
-        negative: Probability of a negative sign.
+        negative: Probability that a sign is negative, of each.
     """
 
     signal: np.ndarray
     nuisance: np.ndarray
     noise: float
-    negative: float
+    negative: tuple[float, ...]
 
     @classmethod
     def draw(cls, recipe: ControlRecipe, modality: str) -> "Mixing":
         """Draw the directions of a modality."""
         rng = np.random.default_rng([recipe.seed, DIRECTIONS, MODALITIES.index(modality)])
         difficulty = recipe.difficulty[modality]
-        nuisances = round(NUISANCES * difficulty)
+        first, second = min(difficulty, 1.0), max(difficulty - 1.0, 0.0)
+        nuisances = round(NUISANCES * first)
         directions = rng.standard_normal((WIDTHS[modality], 3 + nuisances))
-        visible = np.array([1.0, 1 - HIDDEN_SHARE * difficulty, float(difficulty > 0)])
-        return cls(
-            signal=directions[:, :3] * visible,
-            nuisance=NUISANCE * directions[:, 3:],
-            noise=recipe.noise[modality],
-            negative=difficulty / 2,
-        )
+        visible = np.array([1.0, 1 - HIDDEN_SHARE * first, float(first > 0)])
+        signal, negative = directions[:, :3] * visible, (first / 2,)
+        if second:
+            signal = np.c_[signal, rng.standard_normal(WIDTHS[modality])]
+            negative = (*negative, second / 2)
+        return cls(signal, NUISANCE * directions[:, 3:], recipe.noise[modality], negative)
 
     def features(self, own: np.ndarray, shared: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Features `(samples, width)` of samples with the factors `own` and `shared`, `(samples,)`."""
-        sign = np.where(rng.random(len(own)) < self.negative, -1.0, 1.0)
+        signs = [np.where(rng.random(len(own)) < negative, -1.0, 1.0) for negative in self.negative]
         nuisance = rng.standard_normal((len(own), self.nuisance.shape[1]))
         noise = self.noise * rng.standard_normal((len(own), len(self.signal)))
-        return (
-            np.stack([own * sign, shared, sign], axis=1) @ self.signal.T + nuisance @ self.nuisance.T + noise
+        told = np.stack([own * np.prod(signs, axis=0), shared, *signs], axis=1)
+        return told @ self.signal.T + nuisance @ self.nuisance.T + noise
+
+    def signs(self) -> list[tuple[float, ...]]:
+        """All values that the signs can have together."""
+        return list(product(*((1.0, -1.0) if negative else (1.0,) for negative in self.negative)))
+
+    def log_probability(self, signs: tuple[float, ...]) -> float:
+        """Log of the probability of these signs."""
+        chances = (
+            negative if sign < 0 else 1 - negative
+            for sign, negative in zip(signs, self.negative, strict=True)
         )
+        return sum(math.log(chance) for chance in chances)
 
     def evidence(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the features say about t = (own factor times sign, shared factor, sign).
+        """What the features say about t = (own factor times signs, shared factor, each sign).
 
         Returns:
-            The linear term r `(samples, 3)` and the matrix G `(3, 3)` of the log likelihood of t, which is
-            r t - t G t / 2 and a constant.
+            The linear term r `(samples, size of t)` and the square matrix G of the log likelihood of t, which
+            is r t - t G t / 2 and a constant.
         """
         covariance = self.nuisance @ self.nuisance.T + self.noise**2 * np.eye(len(self.signal))
         reader = np.linalg.solve(covariance, self.signal)
@@ -257,16 +273,19 @@ def posterior(recipe: ControlRecipe, features: Mapping[str, np.ndarray], visible
         precision[np.ix_(places[name], places[name])] += matrix[:2, :2]
     covariance = np.linalg.inv(precision)
     logs, means, deviations = [], [], []
-    for signs in product(*((1.0, -1.0) if mixing[name].negative else (1.0,) for name in MODALITIES)):
+    for signs in product(*(mixing[name].signs() for name in MODALITIES)):
         linear, log = np.zeros((count, len(FACTORS))), np.zeros(count)
-        for name, sign in zip(MODALITIES, signs, strict=True):
-            log += math.log(mixing[name].negative if sign < 0 else 1 - mixing[name].negative)
+        for name, own in zip(MODALITIES, signs, strict=True):
+            log += mixing[name].log_probability(own)
             if name in visible:
                 of_features, matrix = evidence[name]
-                linear[:, places[name]] += of_features[:, :2] - sign * matrix[:2, 2]
-                log += sign * of_features[:, 2]
+                linear[:, places[name]] += of_features[:, :2] - matrix[:2, 2:] @ own
+                log += of_features[:, 2:] @ own
+                # the squares of the signs are 1, so their terms are equal in all components
+                pairs = combinations(range(2, 2 + len(own)), 2)
+                log -= sum(matrix[i, j] * own[i - 2] * own[j - 2] for i, j in pairs)
         centre = linear @ covariance
-        of_label = weights * np.array([*signs, 1.0])
+        of_label = weights * np.array([*map(math.prod, signs), 1.0])
         logs.append(log + (linear * centre).sum(axis=1) / 2)
         means.append(centre @ of_label)
         deviations.append(np.full(count, math.sqrt(of_label @ covariance @ of_label)))

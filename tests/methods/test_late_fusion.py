@@ -99,3 +99,17 @@ def test_without_the_norm_the_size_of_a_sample_counts():
         torch.testing.assert_close(
             features(normed, 300.0)[name], features(normed, 900.0)[name], rtol=1e-6, atol=1e-6
         )
+
+
+def test_further_layers_of_a_modality_follow_the_first():
+    torch.manual_seed(0)
+    head = LateFusionHead(WIDTHS, 1, hidden_size=8, depth=3).double().eval()
+    values = {name: torch.randn(1, 1, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    features = head({name: ModalitySequence.of(value, mask) for name, value in values.items()}).features
+    for name in MODALITIES:
+        norm, first, second, third = (head.projections[name][place] for place in (0, 1, 4, 7))
+        expected = F.gelu(third(F.gelu(second(F.gelu(first(norm(values[name][0, 0])))))))
+        assert_equation("5.1", f"h of {name}", features[name][0], expected, rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        LateFusionHead(WIDTHS, 1, depth=0)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.linalg import block_diag
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
 
 import msa_online_cli
 from feature_extractors.clip import Clip
@@ -18,6 +22,7 @@ from msa_online.synthetic.control import (
     FACTORS,
     ControlRecipe,
     ControlSamples,
+    Mixing,
     posterior,
     solve,
     solve_clips,
@@ -27,6 +32,7 @@ from msa_online.synthetic.voice import HIGH_VARIANTS, LOW_VARIANTS
 
 SMALL = ControlRecipe(sizes=(40, 10, 20))
 CLEAR = ControlRecipe(noise=dict.fromkeys(MODALITIES, 0.01))
+HARD = {"text": 0.0, "audio": 2.0, "vision": 2.0}
 
 
 def linear_correlation(features: np.ndarray, target: np.ndarray) -> float:
@@ -80,18 +86,42 @@ def test_each_factor_makes_a_quarter_of_the_label():
         assert np.corrcoef(samples.factors[name], samples.labels)[0, 1] ** 2 == pytest.approx(0.25, abs=0.02)
 
 
+def test_the_default_corpus_is_that_of_earlier_versions():
+    samples = ControlSamples.draw(ControlRecipe(), 2199, 1)
+    found = {name: values[7, 5] for name, values in samples.features.items()}
+    expected = {"text": 1.104094876321936, "audio": -5.555337421683677, "vision": 1.3310127774026894}
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert samples.labels[7] == pytest.approx(1.7698350453470166, rel=1e-12)
+
+
+def test_two_signs_hide_the_own_factor_from_a_reader_of_products_of_two_directions():
+    def seen(difficulty: float) -> float:
+        """Correlation of the own factor with the best quadratic in three directions that tell everything."""
+        recipe = replace(CLEAR, difficulty={**HARD, "audio": difficulty})
+        samples = ControlSamples.draw(recipe, 6000, 1)
+        known = samples.features["audio"] @ np.linalg.pinv(Mixing.draw(recipe, "audio").signal).T
+        products = np.stack([known[:, i] * known[:, j] for i in range(known.shape[1]) for j in range(i)], 1)
+        return linear_correlation(np.c_[known, products], samples.factors["audio"])
+
+    assert seen(1.0) > 0.5
+    assert abs(seen(2.0)) < 0.06
+    assert 0.06 < seen(1.5) < 0.9
+
+
+@pytest.mark.parametrize("recipe", [CLEAR, replace(CLEAR, difficulty=HARD)], ids=["one sign", "two signs"])
 @pytest.mark.parametrize("visible", [("text",), ("audio",), ("text", "vision"), MODALITIES])
-def test_without_noise_the_best_prediction_is_made_of_the_factors_that_are_visible(visible):
-    samples = ControlSamples.draw(CLEAR, 300, 1)
-    best = posterior(CLEAR, samples.features, visible).median()
+def test_without_noise_the_best_prediction_is_made_of_the_factors_that_are_visible(visible, recipe):
+    samples = ControlSamples.draw(recipe, 300, 1)
+    best = posterior(recipe, samples.features, visible).median()
     known = 0.72 * sum(samples.factors[name] for name in (*visible, "shared"))
     assert np.abs(best - known.clip(-3, 3)).mean() < 0.02
 
 
-def test_the_stated_error_is_that_of_predicting_and_no_shifted_prediction_is_better():
+@pytest.mark.parametrize(("audio", "vision"), [(1.0, 0.4), (2.0, 1.3)])
+def test_the_stated_error_is_that_of_predicting_and_no_shifted_prediction_is_better(audio, vision):
     recipe = ControlRecipe(
-        noise={"text": 2.0, "audio": 0.5, "vision": 1.0},
-        difficulty={"text": 0.0, "audio": 1.0, "vision": 0.4},
+        noise={"text": 2.0, "audio": 4.0 if audio > 1 else 0.5, "vision": 1.0},
+        difficulty={"text": 0.0, "audio": audio, "vision": vision},
     )
     samples = ControlSamples.draw(recipe, 8000, 1)
     for visible in ((), ("audio",), ("audio", "vision"), MODALITIES):
@@ -102,6 +132,37 @@ def test_the_stated_error_is_that_of_predicting_and_no_shifted_prediction_is_bet
         assert expected.absolute_error(best).mean() == pytest.approx(found.mean(), abs=margin)
         for other in (best + 0.1, best - 0.1, 0.9 * best):
             assert expected.absolute_error(other.clip(-3, 3)).mean() >= expected.absolute_error(best).mean()
+
+
+def test_the_distribution_of_a_label_is_that_of_joint_gaussians_given_the_signs():
+    recipe = replace(ControlRecipe(), difficulty={**HARD, "vision": 0.6}, noise={**CLEAR.noise, "audio": 8.0})
+    samples = ControlSamples.draw(recipe, 5, 1)
+    visible = ("text", "audio")
+    found = posterior(recipe, samples.features, visible)
+    seen = np.concatenate([samples.features[name] for name in visible], axis=1)
+    weights = np.array([recipe.weights[name] for name in FACTORS])
+    logs, means, deviations = [], [], []
+    for first, second, vision in itertools.product((1, -1), repeat=3):
+        signs = {"text": (1,), "audio": (first, second)}
+        loadings, centre, noise = [], [], []  # features are loadings @ factors + centre + noise
+        for name in visible:
+            mixing = Mixing.draw(recipe, name)
+            loading = np.zeros((len(mixing.signal), len(FACTORS)))
+            loading[:, MODALITIES.index(name)] = np.prod(signs[name]) * mixing.signal[:, 0]
+            loading[:, -1] = mixing.signal[:, 1]
+            loadings.append(loading)
+            centre.append(mixing.signal[:, 2:] @ signs[name])
+            noise.append(mixing.nuisance @ mixing.nuisance.T + mixing.noise**2 * np.eye(len(loading)))
+        loading, centre = np.concatenate(loadings), np.concatenate(centre)
+        spread = loading @ loading.T + block_diag(*noise)
+        gain = weights @ loading.T @ np.linalg.inv(spread)
+        logs.append(multivariate_normal(centre, spread).logpdf(seen) + np.log(0.7 if vision > 0 else 0.3))
+        means.append((seen - centre) @ gain)
+        deviations.append(np.sqrt(weights @ weights - gain @ loading @ weights))
+    assert found.weights == pytest.approx(softmax(np.stack(logs, 1), axis=1), rel=1e-6, abs=1e-9)
+    assert found.means == pytest.approx(np.stack(means, 1), rel=1e-6, abs=1e-9)
+    assert found.deviations[0] == pytest.approx(np.array(deviations), rel=1e-6)
+    assert (found.weights > 0.02).sum(axis=1).max() > 2  # the signs are uncertain
 
 
 def test_standard_error_of_the_truth_covers_another_draw():
@@ -117,7 +178,7 @@ def test_standard_error_of_the_truth_covers_another_draw():
         ({"seed": -1}, "seed is -1"),
         ({"strengths": {**dict.fromkeys(FACTORS, 1.0), "text": -1.0}}, "strength of text is -1.0"),
         ({"strengths": dict.fromkeys(FACTORS, 0.0)}, "all strengths are 0"),
-        ({"difficulty": {"text": 0.0, "audio": 1.5, "vision": 1.0}}, "difficulty of audio is 1.5"),
+        ({"difficulty": {"text": 0.0, "audio": 2.5, "vision": 1.0}}, "difficulty of audio is 2.5"),
         ({"noise": {"text": 0.5, "audio": 0.5, "vision": 0.0}}, "noise of vision is 0.0"),
         ({"noise": {"text": 0.5}}, "give one for each"),
     ],
