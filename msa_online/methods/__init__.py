@@ -16,6 +16,7 @@ from msa_online.methods.base import (
 )
 from msa_online.methods.cpsl import ConflictModulator, CPSLHead
 from msa_online.methods.ebmc import EBMCHead
+from msa_online.methods.ithp import ITHPHead
 from msa_online.methods.late_fusion import LateFusionHead
 from msa_online.methods.misa import MISAHead
 from msa_online.methods.mmim import MMIMHead
@@ -34,6 +35,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "mult": MulTHead,
     "mmim": MMIMHead,
     "self_mm": SelfMMHead,
+    "ithp": ITHPHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {

@@ -59,6 +59,7 @@ class BalancingHead(nn.Module):
         stages: Names of the training stages in the order they run.
         loss_names: Names of all loss terms the head may return; `loss_weights` may name these.
         teachers: Maps a stage to the earlier stage whose best model, frozen, is its teacher.
+        fuses: Modalities that the fused prediction is computed from; other visible ones change nothing.
         keeps_samples: Whether it keeps a `SampleStore`. Its `forward` then takes `index` too: the position of
             each sample in its split, `(batch,)` int64, or None.
         samples: The store, made by `start_training`; None before that, and in heads without one.
@@ -68,6 +69,7 @@ class BalancingHead(nn.Module):
     stages: tuple[str, ...] = ("train",)
     loss_names: tuple[str, ...] = ("task",)
     teachers: Mapping[str, str] = MappingProxyType({})
+    fuses: tuple[str, ...] = MODALITIES
     keeps_samples: bool = False
     samples: SampleStore | None = None
     paper: str = ""

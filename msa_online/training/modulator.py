@@ -28,9 +28,10 @@ def make_modulator(
         accelerator: Tells whether the model is compiled.
 
     Raises:
-        ConfigurationError: The model has no trained parameters of a modality that the modulator acts on, or
-            lacks unimodal predictions that it needs; its epochs start after the last epoch; the model is
-            compiled and the modulator needs inner states; or the modulator refuses the model.
+        ConfigurationError: The model predicts without a modality that the modulator acts on, has no trained
+            parameters of it, or lacks unimodal predictions that it needs; its epochs start after the last
+            epoch; the model is compiled and the modulator needs inner states; or the modulator refuses the
+            model.
     """
     modulator = MODULATORS[training.modulator](**training.modulator_kwargs)
     name = f"training.modulator={training.modulator}"
@@ -38,6 +39,11 @@ def make_modulator(
         raise ConfigurationError(
             f"{name} takes gradients by states inside the model, which torch.compile does not allow: launch "
             "with --dynamo_backend no, or set training.modulator=identity"
+        )
+    if unread := [modality for modality in modulator.modalities if modality not in model.head.fuses]:
+        raise ConfigurationError(
+            f"{name} balances {' and '.join(modulator.modalities)}, but model.head={model.config.head} "
+            f"predicts without {' and '.join(unread)}: use another head, or training.modulator=identity"
         )
     owned = model.modality_parameters()
     for modality in modulator.modalities:

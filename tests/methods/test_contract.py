@@ -324,11 +324,17 @@ def test_over_all_stages_every_parameter_receives_a_gradient(name):
 @every_task
 def test_the_fused_prediction_is_computed_from_the_features_that_are_reported(name, task):
     """Their gradients say where each modality is wanted; what is pooled on the side alone would have none."""
-    output = make_head(name, task)(with_gradients(make_sequences()), make_labels(task))
+    head = make_head(name, task)
+    output = head(with_gradients(make_sequences()), make_labels(task))
     for number in range(4):  # each sample's prediction from its own
         asked = output.logits[number, 0]
         gradients = torch.autograd.grad(asked, output.features.values(), retain_graph=True, allow_unused=True)
         for modality, gradient in zip(MODALITIES, gradients, strict=True):
+            if modality not in head.fuses:
+                assert gradient is None, (
+                    f"fuses={head.fuses}, and yet logits depend on features[{modality!r}]"
+                )
+                continue
             assert gradient is not None, (
                 f"logits have no gradient by features[{modality!r}]: report the tensor that the fusion "
                 "reads, not a copy made beside it"
@@ -339,12 +345,23 @@ def test_the_fused_prediction_is_computed_from_the_features_that_are_reported(na
 
 
 @every_head
+def test_a_modality_that_is_not_fused_changes_no_prediction(name):
+    head, sequences = make_head(name), make_sequences(present=MIXED)
+    plain = head(sequences).logits
+    for modality in set(MODALITIES) - set(head.fuses):
+        for others in (make_sequences(present=MIXED, seed=1), make_sequences(present=False)):
+            moved = head(sequences | {modality: others[modality]}).logits
+            assert_same(moved, plain, f"fuses={head.fuses}, and yet {modality} changes the prediction", 0)
+
+
+@every_head
 def test_features_on_the_way_to_the_prediction_change_no_gradient_of_it(name):
     """Against finite differences: copies and differences of states must not count a step twice."""
     head, sequences = make_head(name), with_gradients(make_sequences())
     output = head(sequences)
     step = 1e-6
-    for modality, sequence in sequences.items():
+    for modality in head.fuses:
+        sequence = sequences[modality]
         found = torch.autograd.grad(output.logits.sum(), sequence.values, retain_graph=True)[0]
         place = found.abs().flatten().argmax()
         assert found.flatten()[place], f"the prediction has no gradient by the states of {modality}"
@@ -396,7 +413,7 @@ def test_the_gradients_by_the_features_can_be_differentiated_again(name, task, p
         head, [p for p, gradient in zip(parameters, found, strict=True) if not gradient.isfinite().all()]
     )
     assert not bad, f"second derivatives by {bad} are not finite: roots and norms of zeros have none"
-    if not any(present):
+    if not any(there for key, there in zip(MODALITIES, present, strict=True) if key in head.fuses):
         return  # the prediction depends on no state
     assert any(gradient.any() for gradient in found), (
         "the gradient of the task loss by the features is a constant to autograd: nothing on the way from "

@@ -19,7 +19,7 @@ from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.training.teacher import Teacher
 
 SAMPLES = 24
-MOVED_BY_MICRO_BATCHES = {"cpsl"}  # heads with a state that follows each micro-batch
+MOVED_BY_MICRO_BATCHES = {"cpsl", "ithp"}  # a state follows each micro-batch, or noise is drawn in it
 
 
 @pytest.fixture
