@@ -295,7 +295,7 @@ def mmsa_content() -> dict:
             "id": [f"video{seed}$_${number}" for number in range(count)],
             "raw_text": np.array([f"line {number}, said" for number in range(count)]),
             "text": text,
-            "text_bert": random.normal(size=(count, 3, 4)),
+            "text_bert": np.tile([[2, 1, 1, 3], [1, 1, 1, 1], [0, 0, 0, 0]], (count, 1, 1)),  # unknown words
             "audio": random.normal(size=(count, 6, 3)),
             "vision": random.normal(size=(count, 6, 2)),
             "audio_lengths": [6, 0, *[5] * (count - 2)],
