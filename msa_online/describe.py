@@ -120,7 +120,7 @@ def _shapes(model: MSAModel, settings: ExtractionSettings) -> dict[str, list[int
     """Shapes for one example, computed by running all but the encoders on the meta device."""
     of_kind = _clip_shapes if model.config.feature_widths is None else _feature_shapes
     inputs, sequences = of_kind(model, settings)
-    output = model.decide(sequences)
+    output = model.head(model.calibrator(sequences))  # a text encoder that is part of `decide` is left out
     return {
         **inputs,
         **{f"{name} states": list(sequence.values.shape[1:]) for name, sequence in sequences.items()},

@@ -15,6 +15,8 @@ from transformers.utils import CONFIG_NAME, ModelOutput
 
 from msa_online.configuration_msa import MSAConfig
 from msa_online.encoders import make_encoders
+from msa_online.encoders.pretrained import EncoderError
+from msa_online.encoders.text import TextEncoder
 from msa_online.layers.precision import no_wider
 from msa_online.methods import CALIBRATORS, HEADS, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -79,7 +81,8 @@ class MSAModel(PreTrainedModel):
         config: Configuration of the model.
 
     Raises:
-        EncoderError: An encoder is of a type that its modality does not have.
+        EncoderError: An encoder is of a type that its modality does not have, or the head acts inside the
+            text encoder and cannot.
         ValueError: The head or the calibrator is in no table, or the audio encoder lacks `audio_layer`.
     """
 
@@ -97,6 +100,8 @@ class MSAModel(PreTrainedModel):
         head = look_up(HEADS, "head", config.head, config.plugins)
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
+        if self.head.text_layer is not None:
+            open_text_encoder(self.encoders, config.head, self.head.text_layer)
         self.probes = nn.ModuleDict()  # of a modulator, in training only
         parts = (*self.encoders.values(), self.calibrator, self.head)
         self._no_split_modules = sorted({type(part).__name__ for part in parts})  # for device_map
@@ -155,13 +160,19 @@ class MSAModel(PreTrainedModel):
         return self.head.teach(self._calibrate(self.encode(**inputs)))
 
     def _calibrate(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """Input of the head; in a half-precision model, converted to the type of its weights."""
-        return self.calibrator(
-            {
-                name: replace(sequence, values=no_wider(sequence.values, self.head))
-                for name, sequence in sequences.items()
-            }
-        )
+        """Input of the head; in a half-precision model, converted to the type of its weights.
+
+        A head that acts inside the text encoder does so here, where it is known what is visible.
+        """
+        narrow = {
+            name: replace(sequence, values=no_wider(sequence.values, self.head))
+            for name, sequence in sequences.items()
+        }
+        if self.head.text_layer is not None:
+            narrow["text"] = self.encoders["text"].finish(
+                narrow["text"], lambda tokens: self.head.shift_text({**narrow, "text": tokens})
+            )
+        return self.calibrator(narrow)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MSAModel":
         """Convert or move the model; buffers stay in fp32 or wider, as they have the scale of the data."""
@@ -363,6 +374,25 @@ class MSAModel(PreTrainedModel):
             module.reset_parameters()
         elif not isinstance(module, PreTrainedModel):
             super()._init_weights(module)
+
+
+def open_text_encoder(encoders: Mapping[str, nn.Module], head: str, layer: int) -> None:
+    """Prepare the text encoder for a head that acts inside it.
+
+    Args:
+        encoders: The encoders by modality.
+        head: Name of the head, for messages.
+        layer: Layer after which the head acts.
+
+    Raises:
+        EncoderError: The encoder cannot be opened there, or the model reads precomputed features.
+    """
+    if not isinstance(encoders["text"], TextEncoder):
+        raise EncoderError(
+            f"head {head!r} acts after layer {layer} of the text encoder, and precomputed features have "
+            "none: train on clips, or set model.head_kwargs.layer=null, which acts on the features themselves"
+        )
+    encoders["text"].open_at(layer)
 
 
 def look_up(table: Mapping[str, type], kind: str, name: str, plugins: Sequence[str] | None = None) -> type:

@@ -169,6 +169,11 @@ class PretrainedEncoder(nn.Module, ABC):
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len)
 
+    @property
+    def stored_once(self) -> bool:
+        """Whether `states` returns the same in every epoch and is worth storing."""
+        return self.frozen
+
     @abstractmethod
     def states(self, inputs: dict[str, Tensor]) -> ModalitySequence:
         """Run the network and parameter-free pooling; with a frozen network, nothing here is trained."""

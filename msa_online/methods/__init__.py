@@ -18,6 +18,7 @@ from msa_online.methods.cpsl import ConflictModulator, CPSLHead
 from msa_online.methods.ebmc import EBMCHead
 from msa_online.methods.ithp import ITHPHead
 from msa_online.methods.late_fusion import LateFusionHead
+from msa_online.methods.mag import MAGHead
 from msa_online.methods.misa import MISAHead
 from msa_online.methods.mmim import MMIMHead
 from msa_online.methods.mult import MulTHead
@@ -36,6 +37,7 @@ HEADS: dict[str, type[BalancingHead]] = {
     "mmim": MMIMHead,
     "self_mm": SelfMMHead,
     "ithp": ITHPHead,
+    "mag": MAGHead,
 }
 
 MODULATORS: dict[str, type[GradientModulator]] = {
@@ -64,6 +66,7 @@ __all__ = [
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",
+    "MAGHead",
     "MISAHead",
     "MMIMHead",
     "Modulation",

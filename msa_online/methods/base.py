@@ -64,6 +64,8 @@ class BalancingHead(nn.Module):
             each sample in its split, `(batch,)` int64, or None.
         samples: The store, made by `start_training`; None before that, and in heads without one.
         paper: Reference of the paper, for model cards: authors, title, year, address; empty without one.
+        text_layer: Layer of the text encoder after which `shift_text` acts, 0 for its embeddings; None for a
+            head that reads encoded states only.
     """
 
     stages: tuple[str, ...] = ("train",)
@@ -73,6 +75,19 @@ class BalancingHead(nn.Module):
     keeps_samples: bool = False
     samples: SampleStore | None = None
     paper: str = ""
+    text_layer: int | None = None
+
+    def shift_text(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
+        """Change token states inside the text encoder, for heads with a `text_layer`.
+
+        Args:
+            sequences: Audio and vision as encoded, states `(batch, time, width)`; under "text" the token
+                states after the layer.
+
+        Returns:
+            The new token states, `(batch, tokens, width)`; unchanged where audio and vision are absent.
+        """
+        raise TypeError(f"{type(self).__name__} defines no shift_text")
 
     def forward(
         self,

@@ -40,7 +40,7 @@ def compute_frozen_states(
     frozen = [
         FrozenEncoder(name, encoder, model.config, processor, data, str(accelerator.mixed_precision))
         for name, encoder in model.encoders.items()
-        if isinstance(encoder, PretrainedEncoder) and encoder.frozen
+        if isinstance(encoder, PretrainedEncoder) and encoder.stored_once
     ]
     frozen = [each for each in frozen if each.keys]
     if not frozen:

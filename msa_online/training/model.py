@@ -11,7 +11,7 @@ from torch import nn
 
 from msa_online.configuration_msa import MSAConfig, without_path
 from msa_online.corpora.corpus import ReadyCorpus
-from msa_online.encoders import load_preprocessors, make_encoders
+from msa_online.encoders import load_preprocessors
 from msa_online.encoders.pretrained import PretrainedEncoder
 from msa_online.encoders.text import TextEncoder
 from msa_online.hub import load_config, load_for_fine_tuning
@@ -80,8 +80,8 @@ def require_encoders(arguments: RunArguments) -> None:
         CheckpointError: `init_from` is not a checkpoint.
         ConfigurationError: `init_from` has other encoders or widths than the configuration, or texts can be
             longer than the encoder reads, or as in `limit_training`.
-        EncoderError: An encoder or its preprocessor is unavailable or unsuitable, or the encoder is none for
-            its modality.
+        EncoderError: An encoder or its preprocessor is unavailable or unsuitable, also for the head, or the
+            encoder is none for its modality.
     """
     classes = ("no", "yes")  # those of the data do not matter here
     if arguments.training.init_from:
@@ -90,7 +90,7 @@ def require_encoders(arguments: RunArguments) -> None:
         config = arguments.model_config(classes)
         load_preprocessors(config)
     with torch.device("meta"):
-        encoders = make_encoders(config)
+        encoders = MSAModel(config).encoders
         limit_training(encoders, arguments.training)
     text, tokens = encoders["text"], arguments.data.max_text_tokens
     if isinstance(text, TextEncoder) and tokens > text.longest:
@@ -134,6 +134,11 @@ def limit_training(encoders: Mapping[str, nn.Module], training: TrainingArgument
         if not isinstance(encoder, PretrainedEncoder):
             raise ConfigurationError(
                 f"training.gradient_checkpointing names {name}, but {_without_layers(encoder)}: leave it out"
+            )
+        if isinstance(encoder, TextEncoder) and encoder.opened_at is not None:
+            raise ConfigurationError(
+                f"training.gradient_checkpointing names {name}, and the head acts inside its encoder: states "
+                "that are recomputed would lack what the head changed; leave it out"
             )
         network = encoder.model
         try:

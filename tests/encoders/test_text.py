@@ -84,6 +84,26 @@ def test_padding_does_not_change_a_token(architecture):
     torch.testing.assert_close(encoder(inputs).values[1:, :4], alone, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "electra", "modernbert"])
+def test_a_network_that_is_opened_and_left_as_it_is_encodes_the_same(architecture, layer):
+    settings = {"electra": {"embedding_size": 32}, "modernbert": {"pad_token_id": 0}, **ARCHITECTURES}
+    encoder = TextEncoder(AutoConfig.for_model(architecture, **SMALL | settings[architecture])).eval()
+    expected = encoder(text_inputs())
+    encoder.open_at(layer)
+    seen = []
+    found = encoder.finish(encoder(text_inputs()), lambda tokens: seen.append(tokens) or tokens.values)
+    assert torch.equal(found.values, expected.values) and len(seen) == 1
+    changed = encoder.finish(encoder(text_inputs()), lambda tokens: tokens.values + 1)
+    assert not torch.allclose(changed.values[0], expected.values[0])
+
+
+def test_a_network_whose_layers_share_weights_cannot_be_opened():
+    encoder = TextEncoder(AutoConfig.for_model("albert", **SMALL, embedding_size=32))
+    with pytest.raises(EncoderError, match="'albert', whose layers share weights"):
+        encoder.open_at(0)
+
+
 @pytest.mark.parametrize(
     ("modality", "name", "parameters"),
     [
