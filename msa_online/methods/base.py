@@ -66,6 +66,7 @@ class BalancingHead(nn.Module):
         paper: Reference of the paper, for model cards: authors, title, year, address; empty without one.
         text_layer: Layer of the text encoder after which `shift_text` acts, 0 for its embeddings; None for a
             head that reads encoded states only.
+        needs_word_times: Whether it aligns by the times of words, which recognised texts alone have.
     """
 
     stages: tuple[str, ...] = ("train",)
@@ -76,6 +77,7 @@ class BalancingHead(nn.Module):
     samples: SampleStore | None = None
     paper: str = ""
     text_layer: int | None = None
+    needs_word_times: bool = False
 
     def shift_text(self, sequences: Mapping[str, ModalitySequence]) -> Tensor:
         """Change token states inside the text encoder, for heads with a `text_layer`.

@@ -114,6 +114,7 @@ class CPSLHead(BalancingHead):
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
         self.residual, self.ame, self.pooling = residual, ame, pooling
         self.alignment = alignment
+        self.needs_word_times = alignment == "words"
         self.regression_loss = regression_loss
         text_width = widths["text"]
         self.scaling = nn.ModuleDict({name: RunningMinMax(widths[name]) for name in ENCODED})

@@ -130,6 +130,30 @@ def prepare_data(
     return prepared
 
 
+def check_word_times(data: ReadyCorpus, console: Console) -> None:
+    """Check that training samples have times of words, for a head that needs them; prints how many lack them.
+
+    Raises:
+        ConfigurationError: None has any.
+    """
+    samples = data.split("train")
+    heard = data.transcripts if isinstance(data, PreparedCorpus) else {}
+    timed = sum(sample.id in heard and bool(heard[sample.id].words) for sample in samples)
+    if not timed:
+        raise ConfigurationError(
+            f"model.head_kwargs.alignment=words needs the times of words, and none of the {len(samples):,} "
+            f"training samples of {data.source} has any: train on clips whose speech is recognised "
+            "(data.transcribe), or set model.head_kwargs.alignment=even"
+        )
+    if timed < len(samples):
+        console.print(
+            f"times of words: {timed:,} of {len(samples):,} training samples have them; the words of the "
+            "others take equally long",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
 def transcripts_record(data: ReadyCorpus, language: str | None) -> dict[str, Any]:
     """How many texts a recogniser made, for the record of a run; empty if it made none."""
     heard = data.transcripts if isinstance(data, PreparedCorpus) else {}

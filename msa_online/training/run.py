@@ -48,6 +48,7 @@ from msa_online.training.accelerator import device_name, seed_everything, start_
 from msa_online.training.checkpoint import RunFolder, require_space
 from msa_online.training.config import RunArguments, TrainingArguments
 from msa_online.training.data import (
+    check_word_times,
     class_names,
     fingerprint,
     make_loaders,
@@ -207,6 +208,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber)
+    if model.head.needs_word_times:
+        check_word_times(data, console)
     masks = draw_split_masks(data, arguments.data.missing, training.condition)
     if masks:
         show(rates_table(masks), console)

@@ -7,15 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import BertModel
 
-from msa_online import MSAConfig, MSAModel
+from msa_online import MSAConfig, MSAModel, MSAPipeline
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.evaluation.conditions import decide_under
-from msa_online.methods import MAGHead
+from msa_online.hub import load_checkpoint
+from msa_online.methods import MODULATORS, MAGHead
 from msa_online.modalities import MODALITIES, VISIBLE_SETS, ModalitySequence
 from msa_online.training.config import TrainingArguments
 from msa_online.training.model import limit_training
+from msa_online.training.modulator import make_modulator
 from msa_online.training.yaml_reader import ConfigurationError
 from tests.equations import assert_equation
 
@@ -263,6 +266,41 @@ def test_without_predictions_of_each_modality_alone_there_are_none(make_model, m
     assert "unimodal needs predictions" in MAGHead(
         {"text": 4, "audio": 4, "vision": 4}, 1, layer=1
     ).weights_problem({"unimodal": 0.3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modulator", [name for name in ("identity", "shapley") if name in MODULATORS])
+def test_a_run_on_clips_with_a_frozen_text_encoder_ends_with_a_model_that_predicts(
+    modulator, tiny_corpus, tiny_text_encoder, cache_dir, train, tmp_path
+):
+    """What a modulator decides from stored sequences goes through the text encoder too."""
+    folder = train(
+        {
+            "model": {
+                "text_encoder": str(tiny_text_encoder),
+                **{"audio_channels": [16, 16], "audio_width": 16, "face_channels": 8, "face_width": 16},
+                **{"head": "mag", "head_kwargs": {"hidden_size": 8, "layer": 1}},
+            },
+            "data": {"path": str(tiny_corpus), "num_frames": 4, "face_size": 32},
+            "training": {
+                **{"epochs": 2, "batch_size": 8, "freeze": ["text"], "log_with": None},
+                **{"modality_dropout": {"text": 0.3}, "modulator": modulator, "mixed_precision": "no"},
+                "output_dir": str(tmp_path / "run"),
+            },
+        }
+    )
+    model, processor = load_checkpoint(folder)
+    assert model.encoders["text"].opened_at == 1
+    prediction = MSAPipeline(model, processor)(tiny_corpus / "clip_00.mp4", text="a good film")
+    assert math.isfinite(prediction.score) and sum(prediction.contributions.values()) == pytest.approx(
+        prediction.score - prediction.baseline, abs=1e-4
+    )
+
+
+@pytest.mark.needs("ogm")
+def test_a_modulator_that_compares_modalities_alone_is_refused(make_model):
+    with pytest.raises(ConfigurationError, match="model.head=mag predicts nothing from .* alone: use a head"):
+        make_modulator(TrainingArguments(modulator="ogm"), make_model(1), 3, Accelerator(cpu=True))
 
 
 # what cannot be
