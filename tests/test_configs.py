@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import shlex
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ FOLDER = REPOSITORY / "configs"
 LAUNCHERS = sorted(FOLDER.glob("accelerate/*.yaml"))
 STUDIES = sorted([*FOLDER.glob("ablations/*.yaml"), *FOLDER.glob("studies/*.yaml")])
 SPACES = sorted(FOLDER.glob("spaces/*.yaml"))
-RUNS = sorted(set(FOLDER.rglob("*.yaml")) - set(LAUNCHERS) - set(STUDIES) - set(SPACES))
+SPACES_OF_VARIANTS = sorted(FOLDER.glob("spaces/features/*.yaml"))
+RUNS = sorted(set(FOLDER.rglob("*.yaml")) - set(LAUNCHERS) - set(STUDIES) - {*SPACES, *SPACES_OF_VARIANTS})
 
 
 def name_of(path: Path) -> str:
@@ -35,7 +38,7 @@ def command_of(path: Path, program: str) -> list[str]:
 
 def test_every_configuration_is_looked_at():
     assert RUNS and LAUNCHERS and STUDIES and SPACES
-    known = {*RUNS, *LAUNCHERS, *STUDIES, *SPACES}
+    known = {*RUNS, *LAUNCHERS, *STUDIES, *SPACES, *SPACES_OF_VARIANTS}
     assert not [path for path in FOLDER.rglob("*") if path.is_file() and path not in known]
 
 
@@ -83,6 +86,19 @@ def test_a_search_space_says_how_to_run_it_and_fits_the_configuration_of_its_nam
     assert read_search(FOLDER / path.name, path, changes).space
 
 
+@pytest.mark.parametrize("path", SPACES_OF_VARIANTS, ids=name_of)
+def test_a_search_space_of_a_variant_fits_it_and_begins_with_its_own_settings(path):
+    _, _, study, *words = command_of(path, "msa-online tune")
+    assert words[words.index("--space") + 1] == path.relative_to(FOLDER / "spaces").with_suffix("").as_posix()
+    variant = words[words.index("--variant") + 1]
+    config, changes = read_study(find_configuration(study, "ablations/")).search_of(variant)
+    search = read_search(config, path, changes)
+    first = search.arguments.to_dict()
+    for dimension in search.space:
+        value = reduce(getitem, dimension.key.split("."), first)
+        assert dimension.contains(value), f"{dimension.key}={value!r}"
+
+
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name_of)
 def test_accelerate_reads_its_configurations(path):
     words = command_of(path, "accelerate launch")
@@ -93,7 +109,7 @@ def test_accelerate_reads_its_configurations(path):
 
 def test_every_shipped_configuration_has_a_name_and_a_description():
     names = shipped()
-    assert set(names.values()) == {*RUNS, *STUDIES, *LAUNCHERS, *SPACES}
+    assert set(names.values()) == {*RUNS, *STUDIES, *LAUNCHERS, *SPACES, *SPACES_OF_VARIANTS}
     assert names["ebmc"] == FOLDER / "ebmc.yaml" and "ablations/ebmc" in names
     assert all(len(description(path)) > 4 for path in names.values())
 
