@@ -166,6 +166,13 @@ class FeatureDataset(SplitDataset):
         self.steps = corpus.steps
         self.widths = widths
         self.processor = FeatureProcessor()
+        self._made: dict[int, dict[str, Tensor]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Inputs of one sample, made once: the features are in memory, and are not copied."""
+        if index not in self._made:
+            self._made[index] = super().__getitem__(index)
+        return self._made[index]
 
     def inputs(self, index: int) -> dict[str, Tensor]:
         """Features of one sample: `<modality>_values` `(time, width)` and `modality_present` `(3,)` bool.
