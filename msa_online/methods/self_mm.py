@@ -49,6 +49,7 @@ class SelfMMHead(BalancingHead):
         hidden_size: Width of h_m, z and z_m.
         dropout: Share of h_m and z dropped in training.
         regression_loss: "l1" or "mse".
+        input_norm: Apply the LayerNorm of (9.1). False where the size of features carries the label.
 
     Raises:
         ValueError: `regression_loss` is neither.
@@ -69,6 +70,7 @@ class SelfMMHead(BalancingHead):
         hidden_size: int = 128,
         dropout: float = 0.2,
         regression_loss: str = "l1",
+        input_norm: bool = True,
     ) -> None:
         super().__init__()
         check_choice("regression_loss", regression_loss, REGRESSION_LOSSES)
@@ -76,7 +78,7 @@ class SelfMMHead(BalancingHead):
         self.projections = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.LayerNorm(widths[name]),
+                    nn.LayerNorm(widths[name]) if input_norm else nn.Identity(),
                     nn.Linear(widths[name], hidden_size),
                     nn.GELU(),
                     Dropout(dropout),
