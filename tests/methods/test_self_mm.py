@@ -225,6 +225,7 @@ def test_only_training_reads_and_moves_own_labels(make_head, make_sequences):
     assert not any(name.startswith("samples") for name in head.state_dict())
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_with_classes_has_to_do_without_generated_labels(tmp_path):
     np.savez(
         tmp_path / "features.npz",
