@@ -799,10 +799,15 @@ def training_keys() -> list[Key]:
     model = [
         key for key in _Source("configuration_msa.py").keys("MSAConfig", "model") if _last(key) not in hidden
     ]
-    tables = _Source("methods/__init__.py")
-    choices = {"head": "HEADS", "calibrator": "CALIBRATORS", "modulator": "MODULATORS"}
+    methods = _Source("methods/__init__.py")
+    choices = {
+        "head": methods.constant("HEADS"),
+        "calibrator": methods.constant("CALIBRATORS"),
+        "context": _Source("context.py").constant("CONTEXTS"),
+        "modulator": methods.constant("MODULATORS"),
+    }
     return [
-        replace(key, meaning=f"{key.meaning} One of {', '.join(tables.constant(choices[_last(key)]))}.")
+        replace(key, meaning=f"{key.meaning} One of {', '.join(choices[_last(key)])}.")
         if _last(key) in choices
         else key
         for key in (*model, *(key for key in arguments.keys("RunArguments", "") if key.name != "model"))

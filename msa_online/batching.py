@@ -16,6 +16,7 @@ from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import load_features
 from msa_online.corpora.corpus import ReadyCorpus, Sample
+from msa_online.corpora.dialogues import windows_of
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.precomputed.states import SampleStates
@@ -53,10 +54,13 @@ class SplitDataset(Dataset, ABC):
         samples: The samples, in a fixed order; `index` in a batch refers to it.
         lengths: Length of each sample, for batches of similar length.
         label2id: Number of each class; None for regression.
+        longest: Most turns of a dialogue that the model reads together; None for a model without context.
 
     Attributes:
         unit: Unit of `lengths`.
         processor: Pads samples to a batch.
+        windows: Samples that a batch never separates, see `windows_of`; None for a model without context.
+            Each sample then has `dialogue`, the number of its window, and `turn`, its place in it.
     """
 
     unit: ClassVar[str]
@@ -67,9 +71,16 @@ class SplitDataset(Dataset, ABC):
         samples: Sequence[Sample | FeatureSample],
         lengths: Sequence[int],
         label2id: Mapping[str, int] | None,
+        longest: int | None = None,
     ) -> None:
         self.samples = samples
         self.lengths = lengths
+        self.windows = None if longest is None else windows_of(samples, longest)
+        self.places = {
+            sample: {"dialogue": torch.tensor(number), "turn": torch.tensor(turn)}
+            for number, window in enumerate(self.windows or ())
+            for turn, sample in enumerate(window)
+        }
         self.labels = [sample.label if label2id is None else label2id[sample.label] for sample in samples]
         self.label_type = torch.float32 if label2id is None else torch.int64
 
@@ -77,9 +88,10 @@ class SplitDataset(Dataset, ABC):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Inputs of one sample, with its `labels` and `index`."""
+        """Inputs of one sample with its `labels`, its `index`, and its place in a window if there are any."""
         label = torch.tensor(self.labels[index], dtype=self.label_type)
-        return {**self.inputs(index), "labels": label, "index": torch.tensor(index)}
+        place = self.places.get(index, {})
+        return {**self.inputs(index), **place, "labels": label, "index": torch.tensor(index)}
 
     @abstractmethod
     def inputs(self, index: int) -> dict[str, Tensor]:
@@ -97,6 +109,7 @@ class ClipDataset(SplitDataset):
         label2id: Number of each class; None for regression.
         states: Stored states of frozen encoders by modality, in place of their inputs.
         spans: `text_spans` of each sample, by sample id; None if no word has a time.
+        longest: As in `SplitDataset`.
     """
 
     unit = "text tokens"
@@ -110,8 +123,10 @@ class ClipDataset(SplitDataset):
         label2id: Mapping[str, int] | None,
         states: Mapping[str, SampleStates] | None = None,
         spans: Mapping[str, Tensor] | None = None,
+        longest: int | None = None,
     ) -> None:
-        super().__init__(samples, [len(processor.tokenize(sample.text)) for sample in samples], label2id)
+        tokens = [len(processor.tokenize(sample.text)) for sample in samples]
+        super().__init__(samples, tokens, label2id, longest)
         self.keys = [keys[sample.id] for sample in samples]
         self.cache = cache
         self.processor = processor
@@ -146,6 +161,7 @@ class FeatureDataset(SplitDataset):
         samples: Samples of the corpus.
         widths: Width of each modality in the model.
         label2id: Number of each class; None for regression.
+        longest: As in `SplitDataset`.
 
     Raises:
         CorpusError: The corpus has other widths.
@@ -159,10 +175,12 @@ class FeatureDataset(SplitDataset):
         samples: Sequence[FeatureSample],
         widths: Mapping[str, int],
         label2id: Mapping[str, int] | None,
+        longest: int | None = None,
     ) -> None:
         require_widths(corpus, widths)
         lengths = [corpus.lengths(name, samples) for name in MODALITIES]
-        super().__init__(samples, [max(of_sample) for of_sample in zip(*lengths, strict=True)], label2id)
+        steps = [max(of_sample) for of_sample in zip(*lengths, strict=True)]
+        super().__init__(samples, steps, label2id, longest)
         self.steps = corpus.steps
         self.widths = widths
         self.processor = FeatureProcessor()
@@ -205,7 +223,9 @@ def make_dataset(
         CorpusError: Precomputed features have other widths than the model.
     """
     if isinstance(data, FeatureCorpus):
-        return FeatureDataset(data, data.split(split), config.widths, label2id_of(config))
+        return FeatureDataset(
+            data, data.split(split), config.widths, label2id_of(config), config.dialogue_turns
+        )
     samples, heard = data.split(split), data.transcripts
     spans = None
     if any(transcript.words for transcript in heard.values()):
@@ -213,7 +233,16 @@ def make_dataset(
             sample.id: processor.word_spans(sample.text, heard.get(sample.id), data.extents[sample.id])
             for sample in samples
         }
-    return ClipDataset(samples, data.keys, data.cache, processor, label2id_of(config), states, spans)
+    return ClipDataset(
+        samples,
+        data.keys,
+        data.cache,
+        processor,
+        label2id_of(config),
+        states,
+        spans,
+        config.dialogue_turns,
+    )
 
 
 def label2id_of(config: MSAConfig) -> dict[str, int] | None:
@@ -234,17 +263,22 @@ class BucketBatchSampler:
     most `EXCESS` above that of a random order. Within a step the longest samples come first. Micro-batches
     that run at the same time take turns in the order of length, so that all processes have similar work.
 
+    With `windows`, the above holds for windows in place of samples: batches, steps and sizes count windows,
+    and the length of a window is that of its longest sample. A window is never divided, so a model with
+    context sees whole windows on every process.
+
     Args:
         lengths: Length of each sample.
-        batch_size: Largest number of samples in a batch.
+        batch_size: Largest number of samples, or of windows, in a batch.
         batches_per_step: Micro-batches of an optimizer step, over all processes.
         seed: Seed of the order; None sorts all samples by length, for evaluation.
         processes: Number of processes that share the micro-batches; divides `batches_per_step`.
+        windows: Positions of the samples of each window; None where each sample is a window.
 
     Attributes:
-        largest: Largest number of samples in a batch.
+        largest: Largest number of samples, or of windows, in a batch.
         steps: Optimizer steps of an epoch.
-        batch_size: None in training, which tells Accelerate that sizes vary.
+        batch_size: None in training and with windows, which tells Accelerate that sizes vary.
     """
 
     drop_last = False
@@ -256,10 +290,15 @@ class BucketBatchSampler:
         batches_per_step: int = 1,
         seed: int | None = None,
         processes: int = 1,
+        windows: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.lengths = np.asarray(lengths)
+        self.sample_lengths = np.asarray(lengths)
+        self.windows = windows
+        self.lengths = self.sample_lengths
+        if windows is not None:
+            self.lengths = np.array([self.sample_lengths[window].max() for window in windows], dtype=int)
         self.largest = batch_size
-        self.batch_size = batch_size if seed is None else None
+        self.batch_size = batch_size if seed is None and windows is None else None
         self.batches_per_step = batches_per_step
         self.processes = processes
         self.steps = -(-len(self.lengths) // (batch_size * batches_per_step))
@@ -279,6 +318,24 @@ class BucketBatchSampler:
         return self.steps * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
+        return map(self._samples_of, self._batches())
+
+    def step_sizes(self) -> list[list[int]]:
+        """Samples in each micro-batch of each step of the epoch, in their order; placeholders count 0."""
+        sizes = micro_batch_sizes(len(self.lengths), self.steps, self.batches_per_step)
+        if self.windows is None:
+            return sizes
+        batches = map(len, self)
+        return [[next(batches) * (size > 0) for size in of_step] for of_step in sizes]
+
+    def _samples_of(self, batch: Sequence[int]) -> list[int]:
+        """Samples of a batch, which holds numbers of samples or of windows."""
+        if self.windows is None:
+            return list(batch)
+        return [sample for number in batch for sample in self.windows[number]]
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Batches of the epoch, of samples or of windows."""
         if self.seed is None:
             order = np.argsort(self.lengths, kind="stable")
             yield from (order[at : at + self.largest].tolist() for at in range(0, len(order), self.largest))
@@ -290,7 +347,7 @@ class BucketBatchSampler:
 
     def padding(self) -> float:
         """Share of padding in the batches of the epoch, in [0, 1), in units of `lengths`."""
-        batches = [self.lengths[batch] for batch in self]
+        batches = [self.sample_lengths[batch] for batch in self]
         padded = sum(len(batch) * batch.max() for batch in batches)
         return 1 - float(sum(batch.sum() for batch in batches) / max(padded, 1))
 
@@ -373,6 +430,11 @@ def _even_sizes(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
+def make_sampler(dataset: SplitDataset, batch_size: int, **order: int) -> BucketBatchSampler:
+    """Sampler of a dataset, which keeps its windows whole; `order` as in `BucketBatchSampler`."""
+    return BucketBatchSampler(dataset.lengths, batch_size, **order, windows=dataset.windows)
+
+
 def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int = 0) -> DataLoader:
     """Loader of padded batches; `workers` processes prefetch and do not change the result."""
     return DataLoader(
@@ -388,7 +450,7 @@ def make_loader(dataset: SplitDataset, sampler: BucketBatchSampler, workers: int
 
 def in_order(loader: DataLoader) -> DataLoader:
     """A loader of all samples of the dataset of `loader`, each once, sorted by length."""
-    sampler = BucketBatchSampler(loader.dataset.lengths, loader.batch_sampler.largest)
+    sampler = make_sampler(loader.dataset, loader.batch_sampler.largest)
     return DataLoader(
         loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=torch.Generator()
     )

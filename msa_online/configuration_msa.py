@@ -56,6 +56,9 @@ class MSAConfig(PretrainedConfig):
             input.
         calibrator: Name in `CALIBRATORS`.
         calibrator_kwargs: Keyword arguments of the calibrator.
+        context: Name in `CONTEXTS`: what lets a clip see the other turns of its dialogue.
+        context_kwargs: Keyword arguments of the context.
+        context_turns: Most turns of a dialogue that are read together; longer dialogues are cut.
         head: Name in `HEADS`.
         head_kwargs: Keyword arguments of the head.
         loss_weights: Weight of each loss term of the head, by name; 1 where not named.
@@ -93,6 +96,9 @@ class MSAConfig(PretrainedConfig):
     blendshapes: bool = True
     calibrator: str = "identity"
     calibrator_kwargs: dict | None = None
+    context: str = "none"
+    context_kwargs: dict | None = None
+    context_turns: int = 128
     head: str = "late_fusion"
     head_kwargs: dict | None = None
     loss_weights: dict | None = None
@@ -105,7 +111,8 @@ class MSAConfig(PretrainedConfig):
         """Set defaults; a model without `id2label` is a regression with one output.
 
         Raises:
-            ValueError: `audio_layer`, `audio_stride` or `confidence` has an impossible value.
+            ValueError: `audio_layer`, `audio_stride`, `context_turns` or `confidence` has an impossible
+                value.
         """
         if self.audio_layer not in LAYERS and (isinstance(self.audio_layer, str) or self.audio_layer < 0):
             raise ValueError(
@@ -113,6 +120,8 @@ class MSAConfig(PretrainedConfig):
             )
         if self.audio_stride is not None and self.audio_stride < 1:
             raise ValueError(f"model.audio_stride is {self.audio_stride}: at least 1")
+        if self.context_turns < 1:
+            raise ValueError(f"model.context_turns is {self.context_turns}: at least 1")
         Confidence.of(self.confidence)
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1)
@@ -122,6 +131,7 @@ class MSAConfig(PretrainedConfig):
         if self.id2label == {0: "LABEL_0"}:  # the default of transformers
             self.id2label, self.label2id = {0: "score"}, {"score": 0}
         self.calibrator_kwargs = self.calibrator_kwargs or {}
+        self.context_kwargs = self.context_kwargs or {}
         self.head_kwargs = self.head_kwargs or {}
         self.loss_weights = self.loss_weights or {}
 
@@ -129,6 +139,11 @@ class MSAConfig(PretrainedConfig):
     def is_regression(self) -> bool:
         """Whether the model has one continuous output, in the units of the labels."""
         return self.num_labels == 1
+
+    @property
+    def dialogue_turns(self) -> int | None:
+        """Most turns of a dialogue that the model reads together; None if it reads each clip alone."""
+        return None if self.context == "none" else self.context_turns
 
     @property
     def widths(self) -> dict[str, int]:
@@ -170,6 +185,9 @@ class MSAConfig(PretrainedConfig):
         output["trained_on"] = without_path(output["trained_on"])
         for name in ("plugins", "confidence"):
             if not output[name]:
+                del output[name]
+        if self.dialogue_turns is None:
+            for name in ("context", "context_kwargs", "context_turns"):
                 del output[name]
         return output
 

@@ -45,12 +45,17 @@ class ModalitySequence:
         present: Which samples have this modality, `(batch,)` bool.
         spans: Of a recognised text: when the word of each token is spoken, `(batch, tokens, 2, 2)` float; see
             `text_spans` of `MSAModel.forward`. None if no word of the batch has a time.
+        dialogue: Number of the dialogue that each sample is a turn of, `(batch,)` int64; None without
+            dialogues.
+        turn: Place of each sample in its dialogue, `(batch,)` int64, from 0.
     """
 
     values: Tensor
     mask: Tensor
     present: Tensor
     spans: Tensor | None = None
+    dialogue: Tensor | None = None
+    turn: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "ModalitySequence":
@@ -74,9 +79,10 @@ class ModalitySequence:
     def only(self, present: Tensor) -> "ModalitySequence":
         """The same sequence; samples are hidden where `present` `(batch,)` bool is False."""
         visible = ModalitySequence.of(self.values, self.mask & present.unsqueeze(-1))
-        if self.spans is None:
-            return visible
-        return replace(visible, spans=torch.where(present[:, None, None, None], self.spans, torch.nan))
+        spans = self.spans
+        if spans is not None:
+            spans = torch.where(present[:, None, None, None], spans, torch.nan)
+        return replace(visible, spans=spans, dialogue=self.dialogue, turn=self.turn)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def write_model_card(
         **_card_inputs(name, config, encoders, record.get("limits", {})),
         head=config.head,
         modulator=record["modulator"],
-        calibrator=config.calibrator,
+        calibrator=config.calibrator + _context(config),
         data=markdown_text(record["data"]),
         splits=", ".join(f"{name} {count}" for name, count in record["splits"].items()),
         seed=record["seed"],
@@ -219,6 +219,13 @@ def _citation(config: MSAConfig, record: Mapping[str, Any]) -> str:
     parts = (HEADS.get(config.head), CALIBRATORS.get(config.calibrator), MODULATORS.get(record["modulator"]))
     papers = dict.fromkeys(part.paper for part in parts if part is not None and part.paper)
     return "\n".join(f"- {paper}" for paper in (*papers, SOFTWARE))
+
+
+def _context(config: MSAConfig) -> str:
+    """A row of the table for a model that reads dialogues."""
+    if config.dialogue_turns is None:
+        return ""
+    return f" |\n| context | {config.context} over up to {config.dialogue_turns} turns"
 
 
 def _findings(counts: Mapping[str, int | str]) -> str:

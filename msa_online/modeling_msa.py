@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSAModel: encoders -> calibrator -> balancing head."""
+"""MSAModel: encoders -> calibrator -> context -> balancing head."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, ModelOutput
 
 from msa_online.configuration_msa import MSAConfig
+from msa_online.context import CONTEXTS
 from msa_online.encoders import make_encoders
 from msa_online.encoders.pretrained import EncoderError
 from msa_online.encoders.text import TextEncoder
@@ -74,7 +75,7 @@ class MSAModel(PreTrainedModel):
     """Sentiment or emotion from text, audio and face, any of which may be missing.
 
         token ids ── text encoder ───┐
-        sound ────── audio encoder ──┼── calibrator ── head ── logits, named losses
+        sound ────── audio encoder ──┼── calibrator ── context ── head ── logits, named losses
         crops ────── vision encoder ─┘
 
     Args:
@@ -83,7 +84,7 @@ class MSAModel(PreTrainedModel):
     Raises:
         EncoderError: An encoder is of a type that its modality does not have, or the head acts inside the
             text encoder and cannot.
-        ValueError: The head or the calibrator is in no table, or the audio encoder lacks `audio_layer`.
+        ValueError: Head, calibrator or context are in no table, or the audio encoder lacks `audio_layer`.
     """
 
     config_class = MSAConfig
@@ -98,12 +99,14 @@ class MSAModel(PreTrainedModel):
         self.encoders = make_encoders(config)
         calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator, config.plugins)
         head = look_up(HEADS, "head", config.head, config.plugins)
+        context = look_up(CONTEXTS, "context", config.context, config.plugins)
         self.calibrator = calibrator(config.widths, **config.calibrator_kwargs)
         self.head = head(config.widths, config.num_labels, **config.head_kwargs)
         if self.head.text_layer is not None:
             open_text_encoder(self.encoders, config.head, self.head.text_layer)
+        self.context = context(config.widths, **config.context_kwargs)
         self.probes = nn.ModuleDict()  # of a modulator, in training only
-        parts = (*self.encoders.values(), self.calibrator, self.head)
+        parts = (*self.encoders.values(), self.calibrator, self.context, self.head)
         self._no_split_modules = sorted({type(part).__name__ for part in parts})  # for device_map
         self._fixed = [name for name, it in self.named_parameters() if not it.requires_grad]
         self.post_init()
@@ -128,7 +131,8 @@ class MSAModel(PreTrainedModel):
             sequence = encoder(inputs)
         else:
             sequence = encoder.read(ModalitySequence.of(states, inputs[f"{name}_states_mask"]))
-        return replace(sequence, spans=inputs.get(f"{name}_spans"))
+        places = {key: inputs.get(key) for key in ("dialogue", "turn")}
+        return replace(sequence, spans=inputs.get(f"{name}_spans"), **places)
 
     def decide(
         self,
@@ -137,9 +141,9 @@ class MSAModel(PreTrainedModel):
         teacher: Tensor | None = None,
         index: Tensor | None = None,
     ) -> MSAOutput:
-        """Calibrate and fuse encoded sequences; `labels`, `teacher` and `index` as in `forward`."""
+        """Calibrate encoded sequences, add their context and fuse; other arguments as in `forward`."""
         of_samples = {"index": index} if self.head.keeps_samples else {}
-        output = self.head(self._calibrate(sequences), labels, teacher, **of_samples)
+        output = self.head(self._head_inputs(sequences), labels, teacher, **of_samples)
         weights = self.config.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in output.losses.items()]
         present = {name: sequence.present for name, sequence in sequences.items()}
@@ -157,9 +161,9 @@ class MSAModel(PreTrainedModel):
 
     def teach(self, **inputs: Tensor) -> Tensor:
         """Compute the targets for a later stage of training with this model frozen, `(batch, ...)`."""
-        return self.head.teach(self._calibrate(self.encode(**inputs)))
+        return self.head.teach(self._head_inputs(self.encode(**inputs)))
 
-    def _calibrate(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:
+    def _head_inputs(self, sequences: Mapping[str, ModalitySequence]) -> dict[str, ModalitySequence]:
         """Input of the head; in a half-precision model, converted to the type of its weights.
 
         A head that acts inside the text encoder does so here, where it is known what is visible.
@@ -172,7 +176,7 @@ class MSAModel(PreTrainedModel):
             narrow["text"] = self.encoders["text"].finish(
                 narrow["text"], lambda tokens: self.head.shift_text({**narrow, "text": tokens})
             )
-        return self.calibrator(narrow)
+        return self.context(self.calibrator(narrow))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MSAModel":
         """Convert or move the model; buffers stay in fp32 or wider, as they have the scale of the data."""
@@ -203,6 +207,8 @@ class MSAModel(PreTrainedModel):
         audio_states_mask: Tensor | None = None,
         vision_states: Tensor | None = None,
         vision_states_mask: Tensor | None = None,
+        dialogue: Tensor | None = None,
+        turn: Tensor | None = None,
         labels: Tensor | None = None,
         teacher: Tensor | None = None,
         index: Tensor | None = None,
@@ -239,6 +245,9 @@ class MSAModel(PreTrainedModel):
             audio_states_mask: States that are not padding, `(batch, time)` bool.
             vision_states: States of the pretrained vision encoder, `(batch, frames, ...)`.
             vision_states_mask: Frames with a face, `(batch, frames)` bool.
+            dialogue: Number of the dialogue that each sample is a turn of, `(batch,)` int64, for a model with
+                context; None if each sample is alone.
+            turn: Place of each sample in its dialogue, `(batch,)` int64, from 0; with `dialogue`.
             labels: `(batch,)`, numbers in regression and int64 in classification; None computes no losses.
             teacher: What `teach` of an earlier stage's best model returned for these samples, `(batch, ...)`,
                 for heads with a teacher.
@@ -265,6 +274,8 @@ class MSAModel(PreTrainedModel):
             "audio_states_mask": audio_states_mask,
             "vision_states": vision_states,
             "vision_states_mask": vision_states_mask,
+            "dialogue": dialogue,
+            "turn": turn,
         }
         self._require_inputs(inputs)
         sequences = self.encode(modality_present, **inputs)
@@ -318,9 +329,12 @@ class MSAModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Parameters of each modality: its encoder, and those that the head declares; the rest is shared."""
-        of_head = self.head.modality_parameters()
-        return {name: [*self.encoders[name].parameters(), *of_head[name]] for name in MODALITIES}
+        """Parameters of each modality: its encoder, and those that context and head declare."""
+        of_context, of_head = self.context.modality_parameters(), self.head.modality_parameters()
+        return {
+            name: [*self.encoders[name].parameters(), *of_context[name], *of_head[name]]
+            for name in MODALITIES
+        }
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, save_original_format: bool = False, **kwargs: Any

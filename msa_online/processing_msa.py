@@ -441,6 +441,10 @@ class MSAProcessor(ProcessorMixin):
         ]
 
 
+NUMBERS = ("dialogue", "turn", "labels", "index")
+"""What a sample has one number of."""
+
+
 class MSADataCollator:
     """Pads samples to a batch with labels: the `data_collator` of `transformers.Trainer`, or a `collate_fn`.
 
@@ -456,10 +460,10 @@ class MSADataCollator:
 
         Args:
             samples: What `MSAProcessor.encode` returns, as tensors or nested lists, optionally with `labels`
-                (a number) and `index` (an integer).
+                (a number), and with `index`, `dialogue` and `turn` (integers).
         """
         columns = {key: [torch.as_tensor(sample[key]) for sample in samples] for key in samples[0]}
-        plain = {key: torch.stack(columns.pop(key)) for key in ("labels", "index") if key in columns}
+        plain = {key: torch.stack(columns.pop(key)) for key in NUMBERS if key in columns}
         inputs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return {**self.processor.pad(inputs), **plain}
 

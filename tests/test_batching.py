@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 
@@ -180,6 +181,79 @@ def test_evaluation_sees_every_sample_once_in_order_of_length(lengths):
 def test_the_number_of_batches_is_known_beforehand(lengths, samples, settings):
     sampler = BucketBatchSampler(lengths[:samples], 8, **settings)
     assert len(sampler) == len(list(sampler))
+
+
+# --- windows of dialogues ---
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[list[int]]:
+    """The 1,003 samples in windows of 1 to 12, whose samples are spread over the data."""
+    random = np.random.default_rng(3)
+    cuts = np.cumsum(random.integers(1, 13, size=300))
+    parts = np.split(random.permutation(1003), cuts[cuts < 1003])
+    return [part.tolist() for part in parts]
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "accumulation"), [(8, 1, 1), (1, 2, 4), (3, 8, 2)])
+def test_a_window_is_in_one_batch_whole_and_in_order(windows, lengths, batch_size, processes, accumulation):
+    sampler = BucketBatchSampler(lengths, batch_size, processes * accumulation, 5, processes, windows)
+    found = batches(sampler, epoch=2)
+    counted = [size for sizes in sampler.step_sizes() for size in sizes]
+    assert [len(batch) for batch, size in zip(found, counted, strict=True) if size] == list(
+        filter(None, counted)
+    )
+    taken = [batch for batch, size in zip(found, counted, strict=True) if size]
+    assert sorted(sum(taken, [])) == list(range(1003))
+    starts = {window[0]: window for window in windows}
+    for batch in taken:
+        count = 0
+        while batch:
+            window = starts[batch[0]]
+            assert batch[: len(window)] == window
+            batch, count = batch[len(window) :], count + 1
+        assert count <= batch_size
+    assert all(batch in windows for batch, size in zip(found, counted, strict=True) if not size)
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(2, 1), (2, 2), (4, 2), (16, 8)])
+def test_a_step_has_the_same_windows_however_it_is_divided(windows, lengths, parts, processes):
+    whole = BucketBatchSampler(lengths, 16, 1, 5, windows=windows)
+    split = BucketBatchSampler(lengths, 16 // parts, parts, 5, processes, windows)
+    kept = [
+        batch if size else []
+        for batch, size in zip(batches(split, 1), sum(split.step_sizes(), []), strict=True)
+    ]
+    steps = [sorted(sum(kept[at : at + parts], [])) for at in range(0, len(kept), parts)]
+    assert steps == [sorted(batch) for batch in batches(whole, 1)]
+    assert [sum(sizes) for sizes in split.step_sizes()] == [sum(sizes) for sizes in whole.step_sizes()]
+
+
+def test_evaluation_sees_every_window_once(windows, lengths):
+    found = batches(BucketBatchSampler(lengths, 8, windows=windows))
+    assert sorted(sum(found, [])) == list(range(1003))
+    assert [sum(batch[0] in window for window in windows) for batch in found] == [1] * len(found)
+    assert len(found) == len(BucketBatchSampler(lengths, 8, windows=windows)) == -(-len(windows) // 8)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_processes_share_whole_batches_of_windows(windows, lengths, seed):
+    """Accelerate repeats whole batches, never a part of one, so that all processes have the same number."""
+    processes = 2
+    settings = {} if seed is None else {"batches_per_step": processes, "seed": seed, "processes": processes}
+    sampler = BucketBatchSampler(lengths, 7, **settings, windows=windows)
+    whole = batches(sampler)
+    shards = [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+    assert len(shards[0]) == len(shards[1]) == -(-len(whole) // 2)
+    assert all(batch in whole for shard in shards for batch in shard)
+    assert all(batch in shards[0] or batch in shards[1] for batch in whole)
+
+
+def test_windows_of_one_are_batches_of_samples(lengths):
+    alone = [[number] for number in range(len(lengths))]
+    for settings in ({}, {"seed": 5, "batches_per_step": 2}):
+        with_windows = BucketBatchSampler(lengths, 8, **settings, windows=alone)
+        assert batches(with_windows, 3) == batches(BucketBatchSampler(lengths, 8, **settings), 3)
 
 
 # --- clips through the real cache ---

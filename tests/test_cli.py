@@ -155,13 +155,14 @@ finally: print(*{{"torch", "transformers", "numpy"}} & set(sys.modules), file=sy
 
 
 def test_help_of_training_lists_the_keys_without_loading_torch():
+    from msa_online.context import CONTEXTS
     from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
 
     status, printed, errors, imported = run_train("--help")
     assert (status, errors, imported) == (0, "", set())
     assert "training.learning_rates  dict[str, float] = {}" in printed
     text = " ".join(printed.split())
-    assert all(f"One of {', '.join(table)}." in text for table in (HEADS, MODULATORS, CALIBRATORS))
+    assert all(f"One of {', '.join(table)}." in text for table in (HEADS, MODULATORS, CALIBRATORS, CONTEXTS))
     assert max(map(len, printed.splitlines())) <= 100
     status, printed, errors, imported = run_train()
     assert status == 2 and printed == "" and imported == set()

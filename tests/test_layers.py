@@ -22,6 +22,7 @@ LEVELS = {  # the longest prefix of a module's name decides
     "msa_online.encoders": 1.0,
     "msa_online.front_ends": 1.0,
     "msa_online.methods": 1.5,
+    "msa_online.context": 1.5,
     "msa_online.evaluation.tables": 1.5,  # tables of plain data
     "msa_online.model_card": 1.5,
     "msa_online.modeling_msa": 2.0,

@@ -12,12 +12,13 @@ from rich.console import Console
 from transformers.utils import CONFIG_NAME
 
 from feature_extractors import FeatureCache
-from msa_online.batching import BucketBatchSampler, label2id_of, make_dataset, make_loader
+from msa_online.batching import label2id_of, make_dataset, make_loader, make_sampler
 from msa_online.commands.json_output import write_json
 from msa_online.confidence import Confidence, shortfall_line, too_few_line
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
+from msa_online.corpora.dialogues import check_dialogues
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_record, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.validation import why_not_writable
@@ -70,8 +71,7 @@ def run(options: Namespace, console: Console) -> None:
     data = read_split(options, model.config, processor)
     prepared = data if isinstance(data, PreparedCorpus) else None
     dataset = make_dataset(data, options.split, processor, model.config)
-    sampler = BucketBatchSampler(dataset.lengths, options.batch_size)
-    loader = accelerator.prepare(make_loader(dataset, sampler))
+    loader = accelerator.prepare(make_loader(dataset, make_sampler(dataset, options.batch_size)))
     model.to(accelerator.device)
     report = {"checkpoint": options.checkpoint, "data": options.data, "split": options.split}
     report |= {"samples": len(dataset), "mixed_precision": precision.name}
@@ -128,7 +128,10 @@ def run(options: Namespace, console: Console) -> None:
 def read_split(
     options: Namespace, config: MSAConfig, processor: MSAProcessor | None
 ) -> PreparedCorpus | FeatureCorpus:
-    """The split that options of `evaluate` name, of clips or of features, as the checkpoint reads them."""
+    """The split that options of `evaluate` name, of clips or of features, as the checkpoint reads them.
+
+    Of a model with context, clips without a dialogue are scored alone.
+    """
     if config.feature_widths is None:
         return _clips_to_score(options, config, processor)
     return _features_to_score(options, config)
@@ -187,7 +190,7 @@ def _clips_to_score(options: Namespace, config: MSAConfig, processor: MSAProcess
     )
     require_splits(corpus, (options.split,))
     corpus = replace(corpus, samples=corpus.split(options.split))  # the other splits need not be extracted
-    _require_known_labels(corpus, config)
+    _require_fit(corpus, config)
     return prepare(
         corpus,
         FeatureCache(),
@@ -210,7 +213,7 @@ def _features_to_score(options: Namespace, config: MSAConfig) -> FeatureCorpus:
     )
     require_splits(corpus, (options.split,))
     corpus = replace(corpus, samples=corpus.split(options.split))
-    _require_known_labels(corpus, config)
+    _require_fit(corpus, config)
     return corpus
 
 
@@ -221,7 +224,10 @@ def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:
     }
 
 
-def _require_known_labels(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
+def _require_fit(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
+    """Check that the checkpoint knows the labels, and that the turns of dialogues it reads have an order."""
+    if config.dialogue_turns is not None:
+        check_dialogues(corpus, required=False)
     known = label2id_of(config)
     if known is not None and (unknown := sorted({sample.label for sample in corpus.samples} - known.keys())):
         raise CorpusError(

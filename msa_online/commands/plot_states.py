@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from feature_extractors.clip import printable
-from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
+from msa_online.batching import make_dataset, make_loader, make_sampler
 from msa_online.commands.evaluate import read_split
 from msa_online.commands.predict import PLOTS
 from msa_online.corpora.validation import why_not_writable
@@ -35,9 +35,7 @@ def run(options: Namespace, console: Console) -> None:
     if len(dataset) < LEAST_SAMPLES:
         options.refuse(f"{options.split} has {len(dataset)} samples: t-SNE needs {LEAST_SAMPLES} or more")
     accelerator = Accelerator()
-    loader = accelerator.prepare(
-        make_loader(dataset, BucketBatchSampler(dataset.lengths, options.batch_size))
-    )
+    loader = accelerator.prepare(make_loader(dataset, make_sampler(dataset, options.batch_size)))
     model.to(accelerator.device)
     conditions = list(dict.fromkeys(options.conditions))
     states, labels = fused_states(model, loader, accelerator, conditions)

@@ -32,6 +32,8 @@ DIVERGED = (
 LABELS = "labels"
 """Key of the labels in saved predictions."""
 
+PADDING = -1  # in place of a sample, where ranks have different numbers of them
+
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches of a split, on the device, from a loader prepared by the accelerator."""
 
@@ -252,9 +254,9 @@ def over_split(
         labels.append(batch["labels"])
         index.append(batch["index"])
     model.train(training)
-    gathered = (accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (index, results, labels))
-    index, results, labels = gathered
+    index, results, labels = (_gather(torch.cat(parts), accelerator) for parts in (index, results, labels))
     _, first = np.unique(index, return_index=True)  # ranks repeat samples to fill their last batch
+    first = first[index[first] != PADDING]
     results = results[first].astype(np.float64)
     finite = np.isfinite(results).reshape(len(results), -1).all(axis=1)
     if not finite.all():
@@ -263,6 +265,11 @@ def over_split(
         )
         raise UndefinedScoreError(f"{found}; {DIVERGED}")
     return results, labels[first]
+
+
+def _gather(values: Tensor, accelerator: Accelerator) -> np.ndarray:
+    """Rows of all ranks; those with fewer, as dialogues differ in their turns, are filled with `PADDING`."""
+    return accelerator.gather(accelerator.pad_across_processes(values, pad_index=PADDING)).cpu().numpy()
 
 
 def decide_under(

@@ -151,7 +151,8 @@ class TrainingArguments:
         epochs: Largest number of epochs of a run with one stage.
         patience: Epochs without a better validation score after which a run with one stage stops.
         stages: Stages of a head with several, instead of `epochs` and `patience`.
-        batch_size: Largest number of samples per process in a forward pass.
+        batch_size: Largest number of samples, or with `model.context` of dialogues, per process in a forward
+            pass.
         accumulation: Forward passes per process for each optimizer step.
         mixed_precision: "no" (fp32), "fp16", "bf16", or "auto": an explicit fp16 or bf16 of
             `accelerate launch`, else bf16 if the device computes it natively, else fp16 on a GPU and fp32 on

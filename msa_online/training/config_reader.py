@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from feature_extractors import ExtractionSettings
 from msa_online.configuration_msa import MSAConfig
+from msa_online.context import CONTEXTS
 from msa_online.encoders.audio import AudioEncoder
 from msa_online.encoders.face import FaceEncoder
 from msa_online.methods import CALIBRATORS, HEADS, MODULATORS
@@ -109,6 +110,7 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
         config = MSAConfig(**arguments.model)
         head = look_up(HEADS, "head", config.head)
         calibrator = look_up(CALIBRATORS, "calibrator", config.calibrator)
+        context = look_up(CONTEXTS, "context", config.context)
         modulator = look_up(MODULATORS, "modulator", training.modulator)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{origin}: {' '.join(str(error).split())}") from error
@@ -126,10 +128,14 @@ def _with_checked_parts(arguments: RunArguments, origin: str) -> RunArguments:
     calibrator_kwargs, _ = _checked(
         calibrator, (config.widths,), config.calibrator_kwargs, origin, "model.calibrator_kwargs"
     )
+    context_kwargs, _ = _checked(
+        context, (config.widths,), config.context_kwargs, origin, "model.context_kwargs"
+    )
     keywords = {
         "loss_weights": weights,
         "head_kwargs": head_kwargs,
         "calibrator_kwargs": calibrator_kwargs,
+        "context_kwargs": context_kwargs,
     }
     given = {name: value for name, value in keywords.items() if arguments.model.get(name)}
     of_modulator, _ = _checked(modulator, (), training.modulator_kwargs, origin, "training.modulator_kwargs")

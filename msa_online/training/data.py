@@ -10,10 +10,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from feature_extractors import FeatureCache
-from msa_online.batching import BucketBatchSampler, make_dataset, make_loader
+from msa_online.batching import make_dataset, make_loader, make_sampler
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, ReadyCorpus, require_splits
+from msa_online.corpora.dialogues import check_dialogues, dialogue_warnings
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
@@ -89,19 +90,24 @@ def prepare_data(
     accelerator: Accelerator,
     console: Console,
     transcriber: Transcriber | None = None,
+    longest: int | None = None,
 ) -> ReadyCorpus:
     """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
     Features of clips that are not in the cache are extracted by the main process, while the others wait.
     `processor` is that of the model of clips; None for precomputed features. `transcriber` makes the texts of
-    clips that have none.
+    clips that have none. `longest` is the number of turns that a model with context reads together; None for
+    other models.
 
     Raises:
-        CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, or
-            there are warnings and `strict` is set.
+        CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, there
+            are warnings and `strict` is set, or dialogues are needed and have no order (`check_dialogues`).
         SystemExit: Extraction failed in another process, which reports it.
     """
     warnings = [*corpus_warnings(corpus, data.legal_range), *size_warnings(corpus.sizes)]
+    if longest is not None:
+        check_dialogues(corpus)
+        warnings += dialogue_warnings(corpus, longest)
     if data.strict:
         refuse_warnings(corpus.source, warnings)  # before clips are decoded
     if isinstance(corpus, FeatureCorpus):
@@ -165,13 +171,17 @@ def transcripts_record(data: ReadyCorpus, language: str | None) -> dict[str, Any
 
 
 def fingerprint(data: ReadyCorpus) -> dict[str, list[str]]:
-    """Split, label, and hashes of text and content, by sample id; a resumed run must find the same."""
+    """Split, label, and hashes of text and content, by sample id; a resumed run must find the same.
+
+    A sample of a dialogue adds dialogue and turn.
+    """
     return {
         sample.id: [
             sample.split,
             str(sample.label),
             hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
             data.contents[sample.id][:16],
+            *([] if sample.dialogue is None else [f"{sample.dialogue} {sample.turn}"]),
         ]
         for sample in data.samples
     }
@@ -185,11 +195,12 @@ def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
             samples = "1 sample is" if len(ids) == 1 else f"{len(ids):,} samples are"
             differences.append(f"{samples} {what} (for example {min(ids)!r})")
     both = sorted(before.keys() & now.keys())
-    for place, name in enumerate(("splits", "labels", "transcripts", "files")):
-        if changed := [each for each in both if before[each][place] != now[each][place]]:
-            values = (part[changed[0]][place] for part in (before, now))
-            shown = ", now ".join(map(repr, values))
-            example = f"{changed[0]!r}: {shown}" if name in ("splits", "labels") else repr(changed[0])
+    for place, name in enumerate(("splits", "labels", "transcripts", "files", "turns")):
+        only = slice(place, place + 1)  # empty where a sample has no turn
+        if changed := [each for each in both if before[each][only] != now[each][only]]:
+            values = (part[changed[0]][only] for part in (before, now))
+            shown = ", now ".join(repr(*value) if value else "none" for value in values)
+            example = repr(changed[0]) if name in ("transcripts", "files") else f"{changed[0]!r}: {shown}"
             differences.append(f"{len(changed):,} of {len(both):,} {name} differ (for example {example})")
     return "; ".join(differences) or None
 
@@ -207,24 +218,27 @@ def make_loaders(
     `states` are those of frozen encoders, by modality.
 
     Raises:
-        ConfigurationError: The training split has fewer samples than an optimizer step has micro-batches.
+        ConfigurationError: The training split has fewer samples, or dialogues, than an optimizer step has
+            micro-batches.
         CorpusError: Features have other widths than the model.
     """
     training = arguments.training
     processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     per_step = processes * accumulation
-    if data.sizes["train"] < per_step:
-        raise ConfigurationError(
-            f"the training split has {data.sizes['train']} samples, but one optimizer step takes {per_step} "
-            f"batches of at least one sample (processes {processes} x training.accumulation={accumulation}): "
-            "lower training.accumulation, or launch fewer processes"
-        )
     loaders = {}
     for name in data.sizes:
         dataset = make_dataset(data, name, processor, config, states)
         shuffled = {"batches_per_step": per_step, "seed": training.seed, "processes": processes}
         settings = shuffled if name == "train" else {}
-        sampler = BucketBatchSampler(dataset.lengths, training.batch_size, **settings)
+        sampler = make_sampler(dataset, training.batch_size, **settings)
+        if name == "train" and len(sampler.lengths) < per_step:
+            what = "sample" if dataset.windows is None else "dialogue"
+            raise ConfigurationError(
+                f"the training split has {len(sampler.lengths)} {what}s, but one optimizer step takes "
+                f"{per_step} batches of at least one {what} (processes {processes} x "
+                f"training.accumulation={accumulation}): lower training.accumulation, or launch fewer "
+                "processes"
+            )
         loaders[name] = make_loader(dataset, sampler, arguments.data.loader_workers)
     return loaders
 
@@ -237,12 +251,13 @@ def steps_line(loaders: Mapping[str, DataLoader], epochs: int) -> str:
         epochs: Epochs of the run.
     """
     sampler = loaders["train"].batch_sampler
-    samples, steps, processes = len(sampler.lengths), sampler.steps, sampler.processes
+    samples, steps, processes = len(loaders["train"].dataset), sampler.steps, sampler.processes
     accumulation = sampler.batches_per_step // processes
     effective = sampler.largest * sampler.batches_per_step
+    windows = "" if sampler.windows is None else f" in {len(sampler.windows)} dialogues, which batches count"
     return (
-        f"train: {samples} samples; steps: {steps} per epoch, {steps * epochs} in all; effective batch: "
-        f"{effective} = processes {processes} x batch {sampler.largest} x accumulation {accumulation} "
-        f"({samples / steps:.1f} samples a step on average); padding: {sampler.padding():.0%} of the "
-        f"{loaders['train'].dataset.unit} in batches"
+        f"train: {samples} samples{windows}; steps: {steps} per epoch, {steps * epochs} in all; "
+        f"effective batch: {effective} = processes {processes} x batch {sampler.largest} x accumulation "
+        f"{accumulation} ({samples / steps:.1f} samples a step on average); padding: {sampler.padding():.0%} "
+        f"of the {loaders['train'].dataset.unit} in batches"
     )

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from msa_online.batching import micro_batch_sizes
+from msa_online.batching import BucketBatchSampler
 from msa_online.methods import GradientModulator, Modulation, ModulationContext
 from msa_online.methods.gradients import gradients_of
 from msa_online.missing.modalities import InputMask
@@ -137,11 +137,12 @@ class TrainingLoop:
 
         Accumulation and DDP average gradients over micro-batches whatever their sizes; this corrects it.
         """
-        accumulation, processes = self.accelerator.gradient_accumulation_steps, self.accelerator.num_processes
-        parts = accumulation * processes
-        for sizes in micro_batch_sizes(len(loader.dataset), len(loader) // accumulation, parts):
-            for mine in sizes[self.accelerator.process_index :: processes]:
-                yield mine * parts / sum(sizes)
+        sampler = loader.batch_sampler
+        if not isinstance(sampler, BucketBatchSampler):  # Accelerate's shard of it
+            sampler = sampler.batch_sampler
+        for sizes in sampler.step_sizes():
+            for mine in sizes[self.accelerator.process_index :: self.accelerator.num_processes]:
+                yield mine * len(sizes) / sum(sizes)
 
     def _forward_backward(self, batch: Mapping[str, Tensor], weight: float, measure: bool) -> "MicroBatch":
         """Run forward and backward of a micro-batch; returns its losses and diagnostics, detached."""

@@ -218,8 +218,9 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     inherited: dict[str, Any] = {**config.to_dict(), **arguments.model, **of_old_weights}
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
         inherited.pop(outputs, None)
-    if inherited["head"] != config.head:
-        inherited["head_kwargs"] = arguments.model.get("head_kwargs")
+    for part in ("head", "context"):
+        if inherited.get(part, "none") != vars(config)[part]:
+            inherited[f"{part}_kwargs"] = arguments.model.get(f"{part}_kwargs")
     inherited["plugins"] = list(dict.fromkeys([*(config.plugins or ()), *arguments.plugins]))
     return MSAConfig(**inherited, **arguments.output_fields(classes))
 

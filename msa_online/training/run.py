@@ -207,7 +207,8 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     schedule = make_schedule(training, model.head.stages)
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
-    data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber)
+    longest = model.config.dialogue_turns
+    data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber, longest)
     if model.head.needs_word_times:
         check_word_times(data, console)
     masks = draw_split_masks(data, arguments.data.missing, training.condition)
