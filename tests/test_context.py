@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from msa_online import MSAConfig, MSAModel
 from msa_online.context import CONTEXTS, FARTHEST
 from msa_online.modalities import MODALITIES, ModalitySequence
+from msa_online_cli import main
 from tests.equations import assert_equation
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}
@@ -366,6 +367,14 @@ def test_in_half_precision_it_predicts_about_the_same(kind, dtype):
     assert narrow.dtype == dtype
     for found in (mixed, narrow):
         torch.testing.assert_close(found.float(), expected, atol=0.15, rtol=0.1)
+
+
+def test_predict_says_that_clips_are_judged_alone(tiny_config, tiny_processor, tmp_path, capsys):
+    config = MSAConfig(**tiny_config.to_dict(), context="gru")
+    MSAModel(config).save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    assert main(["predict", "--model", str(tmp_path), "--text", "I loved it", "--json"]) == 0
+    assert "trained on whole dialogues; here each clip is a dialogue of one" in capsys.readouterr().err
 
 
 def test_a_model_without_context_saves_no_setting_of_one():

@@ -53,14 +53,14 @@ def run(options: Namespace, console: Console) -> None:
     samples = _samples(options)
     if results_file:
         with MSAPipeline.from_pretrained(options.model, transcribe=transcriber) as pipeline:
-            _hint_at_transcription(pipeline, samples)
+            _print_notes(pipeline, samples)
             _write_results(pipeline, samples, results_file, options, console)
         return
     results: list[Prediction | Timeline | ClipError] = []
     broken = 0
     stopped = None
     pipeline = MSAPipeline.from_pretrained(options.model, transcribe=transcriber)
-    _hint_at_transcription(pipeline, samples)
+    _print_notes(pipeline, samples)
     with pipeline, closing(_predictions(pipeline, samples, options)) as predictions:
         for result in predictions:
             if isinstance(result, ClipError):
@@ -117,8 +117,14 @@ def _require_consistent(options: Namespace) -> None:
             options.refuse(f"{name} cannot be written: {reason}")
 
 
-def _hint_at_transcription(pipeline: MSAPipeline, samples: Sequence[Sample | ClipError]) -> None:
-    """Say that a model was trained on transcripts of a recogniser, if clips have no text now."""
+def _print_notes(pipeline: MSAPipeline, samples: Sequence[Sample | ClipError]) -> None:
+    """Print in what these clips differ from those that the model was trained on.
+
+    It may have read whole dialogues, or transcripts of a recogniser where clips have no text now.
+    """
+    if pipeline.model.config.dialogue_turns is not None:
+        line = "note: the model was trained on whole dialogues; here each clip is a dialogue of one"
+        Console(stderr=True).print(line, soft_wrap=True)
     trained = (pipeline.model.config.trained_on or {}).get("transcripts")
     if not trained or pipeline.transcriber is not None:
         return

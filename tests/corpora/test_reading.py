@@ -245,12 +245,15 @@ def test_arrow_table_of_paths_and_class_numbers(tmp_path):
             "file_name": datasets.Value("string"),
             "text": datasets.Value("string"),
             "label": datasets.ClassLabel(names=["joy", "anger"]),
+            "dialogue": datasets.Value("string"),
+            "turn": datasets.Value("int64"),
         }
     )
     columns = {"file_name": ["clips/a.mp4", "clips/b.mp4"], "text": ["x", "y"], "label": [1, 0]}
+    columns |= {"dialogue": ["d", "d"], "turn": [3, 4]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "all.parquet")
     corpus = read_corpus(tmp_path / "all.parquet", skip_broken=True)
-    assert [sample.label for sample in corpus.samples] == ["anger"]
+    assert [(each.label, each.dialogue, each.turn) for each in corpus.samples] == [("anger", "d", "3")]
     assert corpus.broken[0].line == 2
     assert_names(complaint(tmp_path, label_range=None), "all.parquet row 2: 'clips/b.mp4' does not exist")
 

@@ -55,6 +55,7 @@ def test_a_pickle_of_mmsa_becomes_a_corpus(content, write_pickle, tmp_path, prot
     assert [len(corpus.split(name)) for name in ("train", "valid", "test")] == [4, 3, 2]
     first = corpus.samples[0]
     assert (first.id, first.text, first.speaker) == ("video0$_$0", "line 0, said", "video0")
+    assert (first.dialogue, first.turn) == ("video0", "0")
     assert first.label == pytest.approx(float(content["train"]["regression_labels"][0]))
     assert corpus.steps["text"].lengths.tolist() == [2, 4, 4, 4, 2, 4, 4, 2, 4]
     assert corpus.steps["audio"].lengths.tolist() == [6, 0, 5, 5, 6, 0, 5, 6, 0]
