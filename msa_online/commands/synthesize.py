@@ -76,16 +76,19 @@ def _make_control(options: Namespace, console: Console) -> None:
 
 def _show_truth(truth: Mapping[str, Any], console: Console) -> None:
     """Print the best possible errors by condition, and the true shares."""
-    table = Table(title="best possible MAE", title_justify="left")
+    table = Table(title="best possible MAE, and accuracy in percent", title_justify="left")
     with_test = "test" in truth["incomplete"]
     table.add_column("modalities")
-    for name in ("expected", "standard error", *(["on the test split"] if with_test else [])):
+    split = ["on the test split"] if with_test else []
+    for name in ("expected", "standard error", *split, "accuracy of the sign"):
         table.add_column(name, justify="right")
     rows = {name: truth["bayes_mae"][name] for name in (NOTHING, *CONDITIONS)}
     for name, values in {**rows, "mean of six incomplete": truth["incomplete"]}.items():
         error = f"{values['standard_error']:.4f}" if "standard_error" in values else ""
         on_test = [format_metric("mae", values["test"])] if with_test else []
-        table.add_row(name, format_metric("mae", values["mean"]), error, *on_test)
+        accuracy = truth["bayes_accuracy"].get(name)
+        right = format_metric("accuracy", accuracy["mean"]) if accuracy else ""
+        table.add_row(name, format_metric("mae", values["mean"]), error, *on_test, right)
     show(table, console)
     shares = ", ".join(f"{name} {format_share(share)}" for name, share in truth["shares"].items())
     console.print(f"true shares of the best predictions in percent: {shares}", highlight=False)

@@ -25,7 +25,7 @@ the rest.
 
 `solve` computes the best predictions from the true distribution: given the signs, everything is Gaussian, so
 the label has a mixture of clipped Gaussians as its exact distribution. Its median has the least absolute
-error.
+error, and whether it is above 0 the best accuracy of the sign.
 """
 
 import math
@@ -230,6 +230,11 @@ class Mixture:
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return (low + high) / 2
 
+    def sign_accuracy(self) -> np.ndarray:
+        """Probability that the best prediction of the label's sign is right, `(samples,)`."""
+        below = self._below(np.zeros(len(self.means)))
+        return np.maximum(below, 1 - below)
+
     def absolute_error(self, predictions: np.ndarray) -> np.ndarray:
         """Expected absolute error of `predictions` `(samples,)` in [-3, 3]; `(samples,)`.
 
@@ -306,7 +311,8 @@ def solve(recipe: ControlRecipe, test: ControlSamples, fresh: int = FRESH_SAMPLE
     Returns:
         By condition under "bayes_mae" the `mean` error of the best prediction with its `standard_error`, and
         its error on the `test` split; the same of the best constant under "nothing". Under "incomplete" the
-        mean over the six incomplete conditions. Under "shares" the shares of the modalities in the best
+        mean over the six incomplete conditions. Under "bayes_accuracy" the `mean` accuracy of the best
+        prediction of the label's sign. Under "shares" the shares of the modalities in the best
         predictions, by mean absolute Shapley value as in `modality_shares`. Under "variance_shares" those of
         the factors in the unclipped label.
     """
@@ -322,9 +328,10 @@ def solve(recipe: ControlRecipe, test: ControlSamples, fresh: int = FRESH_SAMPLE
 
 def _truth(expected: Mapping[frozenset[str], Mixture]) -> dict[str, Any]:
     """Best errors by condition and shares of the modalities, from the distributions given each subset."""
-    errors, medians = {}, {}
+    errors, medians, accuracies = {}, {}, {}
     for subset, name in _conditions().items():
         medians[subset] = expected[subset].median()
+        accuracies[name] = {"mean": float(expected[subset].sign_accuracy().mean())}
         each = expected[subset].absolute_error(medians[subset])
         errors[name] = {
             "mean": float(each.mean()),
@@ -335,6 +342,7 @@ def _truth(expected: Mapping[frozenset[str], Mixture]) -> dict[str, Any]:
     incomplete = [errors[name]["mean"] for name in CONDITIONS if name != COMPLETE]
     return {
         "bayes_mae": errors,
+        "bayes_accuracy": accuracies,
         "incomplete": {"mean": float(np.mean(incomplete))},
         "shares": {name: size / sum(sizes.values()) for name, size in sizes.items()},
         "fresh_samples": len(medians[SUBSETS[0]]),
@@ -378,7 +386,8 @@ def solve_clips(seed: int, fresh: int = FRESH_SAMPLES) -> dict[str, Any]:
 def write_control(folder: str | Path, recipe: ControlRecipe) -> dict[str, Any]:
     """Write a control corpus as a folder of features, with `truth.json` beside them.
 
-    `metadata.csv` has the factors of each sample in the columns `<name>_factor`.
+    `metadata.csv` has the factors of each sample in the columns `<name>_factor`, and the sign of the
+    label as a class in the column `polarity`.
 
     Returns:
         The truth, see `solve`.
@@ -397,6 +406,7 @@ def write_control(folder: str | Path, recipe: ControlRecipe) -> dict[str, Any]:
     truth = {"recipe": asdict(recipe), **solve(recipe, test)}
     rows = [
         {"id": f"sample_{index:05d}", "text": "", "label": f"{label:.4f}", "split": str(split), "speaker": ""}
+        | {"polarity": "positive" if label > 0 else "negative"}
         | {f"{name}_factor": f"{samples.factors[name][index]:.4f}" for name in FACTORS}
         for index, (label, split) in enumerate(zip(samples.labels, splits, strict=True))
     ]

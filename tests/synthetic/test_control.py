@@ -54,7 +54,9 @@ def test_command_writes_a_corpus_that_training_reads_with_its_truth(tmp_path, ca
         "test": 20,
     }
     truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-    assert set(truth["bayes_mae"]) == {"nothing", *CONDITIONS}
+    assert set(truth["bayes_mae"]) == set(truth["bayes_accuracy"]) == {"nothing", *CONDITIONS}
+    of_sign = read_features(folder, label_column="polarity", label_range=None)
+    assert {row.label for row in of_sign.split("train")} == {"positive", "negative"}
     assert truth["variance_shares"] == pytest.approx(
         {"text": 1 / 7, "audio": 4 / 7, "vision": 1 / 7, "shared": 1 / 7}
     )
@@ -129,6 +131,8 @@ def test_the_stated_error_is_that_of_predicting_and_no_shifted_prediction_is_bet
         best = expected.median()
         found = np.abs(best - samples.labels)
         margin = 3 * found.std() / np.sqrt(len(found))
+        right = ((best > 0) == (samples.labels > 0)).mean()
+        assert expected.sign_accuracy().mean() == pytest.approx(right, abs=0.015)
         assert expected.absolute_error(best).mean() == pytest.approx(found.mean(), abs=margin)
         for other in (best + 0.1, best - 0.1, 0.9 * best):
             assert expected.absolute_error(other.clip(-3, 3)).mean() >= expected.absolute_error(best).mean()
