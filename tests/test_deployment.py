@@ -300,7 +300,7 @@ def test_token_embeddings_are_those_of_the_text_encoder_and_grow(make_model, mak
 def test_a_device_map_keeps_each_part_on_one_device(head, make_model):
     model = make_model(head, calibrator=[*CALIBRATORS][-1])
     size = compute_module_sizes(model)[""]
-    parts = {*(f"encoders.{name}" for name in MODALITIES), "calibrator", "head", "probes"}
+    parts = {*(f"encoders.{name}" for name in MODALITIES), "calibrator", "context", "head", "probes"}
     for share in (0.5, 0.7, 0.9):  # "disk" stands for a second device
         room = {"cpu": int(share * size), "disk": size}
         devices = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
