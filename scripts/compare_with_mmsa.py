@@ -282,7 +282,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="corpus, logs and results of all runs")
     parser.add_argument("--mmsa-python", required=True, help="Python of an environment with MMSA")
     parser.add_argument("--clips", type=int, default=900, help="samples of the corpus (default 900)")
-    parser.add_argument("--models", nargs="+", default=["lf_dnn", "mult", "misa"], choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1111, 1112, 1113])
     parser.add_argument("--epochs", type=int, default=60, help="most epochs, of ours only (default 60)")
     parser.add_argument(

@@ -4,9 +4,9 @@
     python mmsa_side.py train FOLDER MODEL SEED     train on FOLDER/features.pkl; writes predictions
     python mmsa_side.py score FOLDER                score FOLDER/cases.npz with the toolkit's metrics
 
-MMSA 2.2.1 needs three changes to run on a current torch without a GPU, made here from outside: it sets a CUDA
-device even on a CPU, it passes an argument to `ReduceLROnPlateau` that torch has removed, and it rounds its
-metrics to four decimals.
+MMSA 2.2.1 is called from outside and not changed on disk. `MMSA_run` sets a CUDA device even without one, so
+`_run` is called in its place. `ReduceLROnPlateau` gets an argument that torch has removed: it is ignored.
+Metrics are rounded to four decimals: `round` is replaced for the scores that are compared.
 """
 
 import json
