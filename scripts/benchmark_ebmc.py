@@ -41,7 +41,8 @@ def compare_online(options: argparse.Namespace, console: Console) -> None:
     ours, control = (read_arguments(CONFIGS / name).model for name in ("ebmc.yaml", "late_fusion.yaml"))
     its_head = {key: control.get(key) for key in ("head", "head_kwargs", "loss_weights")}
     models = {"late fusion": {**ours, **its_head}, "EBMC": ours}
-    inputs = random_clips(options, device)
+    vocabulary = load_encoder_config("text", options.text_encoder).vocab_size
+    inputs = random_clips(options, device, vocabulary)
     steps = {name: online_step(model, inputs, options) for name, model in models.items()}
     medians = time_in_turns(steps, options.rounds)
     console.print(

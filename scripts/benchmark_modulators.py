@@ -26,9 +26,16 @@ sys.path.insert(0, str(REPOSITORY))
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from timing import CONFIGS, TYPES, Clock, Step, name_of_machine, random_clips, table_of_medians, time_in_turns
-from torch import Tensor
-from torch.utils.data import DataLoader
+from timing import (
+    CONFIGS,
+    TYPES,
+    name_of_machine,
+    random_clips,
+    random_features,
+    table_of_medians,
+    time_in_turns,
+    training_step,
+)
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders import load_encoder_config
@@ -50,10 +57,11 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     model = MSAModel(config)
     modulators = make_modulators(model)
     if config.feature_widths:
-        batch = random_features(config.feature_widths, options.batch, options.tokens, accelerator.device)
+        steps = dict.fromkeys(MODALITIES, options.tokens)
+        batch = random_features(config.feature_widths, options.batch, steps, accelerator.device)
         inputs = f"features of {options.tokens} steps a modality"
     else:
-        batch = random_clips(options, accelerator.device)
+        batch = random_clips(options, accelerator.device, config.text_config.vocab_size)
         inputs = f"{options.text_encoder}, {options.tokens} tokens, {options.mel_steps} mel steps, "
         inputs += f"{options.frames} face crops"
     loops = make_loops(model, modulators, accelerator)
@@ -106,18 +114,6 @@ def make_modulators(model: MSAModel) -> dict[str, GradientModulator]:
     return found
 
 
-def random_features(
-    widths: Mapping[str, int], size: int, steps: int, device: torch.device
-) -> dict[str, Tensor]:
-    """A batch of features `(size, steps, width)` of each modality, none shorter than another, with labels."""
-    inputs = {"modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool)}
-    inputs["labels"] = torch.rand(size) * 6 - 3
-    for name, width in widths.items():
-        inputs[f"{name}_values"] = torch.randn(size, steps, width)
-        inputs[f"{name}_mask"] = torch.ones(size, steps, dtype=torch.bool)
-    return {name: values.to(device) for name, values in inputs.items()}
-
-
 def make_loops(
     model: MSAModel, modulators: Mapping[str, GradientModulator], accelerator: Accelerator
 ) -> dict[str, TrainingLoop]:
@@ -131,18 +127,6 @@ def make_loops(
         )
         for name, modulator in modulators.items()
     }
-
-
-def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
-    """An epoch of one batch; its mark is the end of the work on the device."""
-    loader = DataLoader([dict(batch)], batch_size=None)
-
-    def step() -> dict[str, float]:
-        clock = Clock(loop.accelerator.device)
-        loop.train_epoch(loader, stage="train", epoch=0, title="")
-        return {"step": clock.read()}
-
-    return step
 
 
 def main(argv: list[str]) -> int:

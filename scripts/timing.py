@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared code of the benchmarks: timing of alternating steps, a batch of random clips, a table of medians.
+"""Shared code of the benchmarks: timing of alternating steps, random batches, a table of medians.
 
 `scripts/` is not a package: benchmarks find this file because Python puts a script's folder on the path.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from msa_online.encoders import load_encoder_config
 from msa_online.modalities import MODALITIES
+from msa_online.training.loop import TrainingLoop
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -56,9 +57,33 @@ class Clock:
         return time.perf_counter()
 
 
-def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """A batch of model inputs for clips of equal length, with labels."""
-    size, vocabulary = options.batch, load_encoder_config("text", options.text_encoder).vocab_size
+def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
+    """An epoch of one batch; its mark is the end of the work on the device."""
+    loader = DataLoader([dict(batch)], batch_size=None)
+
+    def step() -> dict[str, float]:
+        clock = Clock(loop.accelerator.device)
+        loop.train_epoch(loader, stage="train", epoch=0, title="")
+        return {"step": clock.read()}
+
+    return step
+
+
+def random_features(
+    widths: Mapping[str, int], size: int, steps: Mapping[str, int], device: torch.device
+) -> dict[str, Tensor]:
+    """A batch of features `(size, steps, width)` of each modality, none shorter than another, with labels."""
+    inputs = {"modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool)}
+    inputs |= {"labels": torch.rand(size) * 6 - 3, "index": torch.arange(size)}
+    for name, width in widths.items():
+        inputs[f"{name}_values"] = torch.randn(size, steps[name], width)
+        inputs[f"{name}_mask"] = torch.ones(size, steps[name], dtype=torch.bool)
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def random_clips(options: argparse.Namespace, device: torch.device, vocabulary: int) -> dict[str, Tensor]:
+    """A batch of model inputs for clips of equal length, with labels; tokens are below `vocabulary`."""
+    size = options.batch
     whole = {"text": options.tokens, "audio": options.mel_steps, "vision": options.frames}
     inputs = {
         "text_input_ids": torch.randint(vocabulary, (size, options.tokens)),
@@ -68,6 +93,7 @@ def random_clips(options: argparse.Namespace, device: torch.device) -> dict[str,
         **{f"{name}_mask": torch.ones(size, steps, dtype=torch.bool) for name, steps in whole.items()},
         "modality_present": torch.ones(size, len(MODALITIES), dtype=torch.bool),
         "labels": torch.rand(size) * 6 - 3,
+        "index": torch.arange(size),
     }
     return {name: values.to(device) for name, values in inputs.items()}
 

@@ -41,7 +41,8 @@ def step_of(benchmark, features_model):
     def take(modulator: GradientModulator):
         model = copy.deepcopy(features_model)
         torch.manual_seed(0)
-        batch = benchmark.random_features(model.config.feature_widths, 4, 3, torch.device("cpu"))
+        widths = model.config.feature_widths
+        batch = benchmark.random_features(widths, 4, dict.fromkeys(widths, 3), torch.device("cpu"))
         loop = benchmark.make_loops(model, {"it": modulator}, accelerator)["it"]
         assert benchmark.training_step(loop, batch)()["step"] > 0
         return dict(model.state_dict()), loop
