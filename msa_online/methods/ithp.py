@@ -128,7 +128,6 @@ class ITHPHead(BalancingHead):
         self.predictors = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.LayerNorm(widths[name]),
                     nn.Linear(widths[name], hidden_size),
                     nn.GELU(),
                     Dropout(dropout),

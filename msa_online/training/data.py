@@ -202,6 +202,12 @@ def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
             shown = ", now ".join(repr(*value) if value else "none" for value in values)
             example = repr(changed[0]) if name in ("transcripts", "files") else f"{changed[0]!r}: {shown}"
             differences.append(f"{len(changed):,} of {len(both):,} {name} differ (for example {example})")
+    if not differences:  # what a run keeps for each sample, it finds by the place of the sample
+        places = enumerate(zip(before, now, strict=True), 1)
+        if moved := next(
+            (f"{at}: {was!r}, now {found!r}" for at, (was, found) in places if was != found), ""
+        ):
+            differences.append(f"the samples are in another order (number {moved})")
     return "; ".join(differences) or None
 
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
+from msa_online import MSAModel
 from msa_online.hub import load_checkpoint
 from msa_online.methods import MODULATORS, GradientModulator, SelfMMHead
 from msa_online.methods.self_mm import OwnLabels, pseudo_loss
 from msa_online.modalities import MODALITIES
+from msa_online.training.callback import RunningStateCallback
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.run import train as train_run
 from msa_online.training.yaml_reader import ConfigurationError
@@ -223,6 +226,17 @@ def test_only_training_reads_and_moves_own_labels(make_head, make_sequences):
     head.end_step(taken=True)
     assert evaluated.losses["pseudo"] == 0 and torch.equal(head.samples.states, before)
     assert not any(name.startswith("samples") for name in head.state_dict())
+
+
+def test_a_trainer_of_transformers_keeps_a_store_that_was_started(features_config, feature_rows, tmp_path):
+    model = MSAModel(features_config("self_mm"))
+    model.head.start_training(torch.stack([row["labels"] for row in feature_rows]))
+    settings = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, num_train_epochs=3)
+    callbacks = [RunningStateCallback()]
+    Trainer(model, settings, train_dataset=feature_rows, callbacks=callbacks).train()
+    store, present = model.head.samples, torch.stack([row["modality_present"] for row in feature_rows])
+    assert torch.equal(store.visits[:3], 3 * present.T)
+    assert ((store.generated != store.labels) <= present.T).all() and store.generated.ne(store.labels).any()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -165,13 +165,14 @@ def changed(name: str, place: int, value: str) -> dict:
         (changed("s3", 3, "other"), r"1 of 4 files differ \(for example 's3'\)"),
         ({name: SAMPLES[name] for name in ("s0", "s1")}, r"2 samples are gone \(for example 's2'\)"),
         ({**SAMPLES, "s9": SAMPLES["s0"]}, r"1 sample is new \(for example 's9'\)"),
+        (dict(reversed(SAMPLES.items())), r"the samples are in another order \(number 1: 's0', now 's3'\)"),
     ],
 )
 def test_a_run_is_not_resumed_on_data_that_have_changed(path, now, message):
     run = Run(path)
     run.folder.open(configured(path), SAMPLES)
     run.save()
-    Run(path).folder.open(configured(path, resume=True), dict(reversed(SAMPLES.items())))
+    Run(path).folder.open(configured(path, resume=True), dict(SAMPLES))
     with pytest.raises(
         ConfigurationError, match=f"{path.name}: the data have changed since .*{message}"
     ) as caught:
