@@ -2,7 +2,7 @@
 """Build the model of a run, new or from a checkpoint."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,25 @@ def require_encoders(arguments: RunArguments) -> None:
         raise ConfigurationError(
             f"data.max_text_tokens is {tokens:,}, but the text encoder reads at most {text.longest:,}: "
             f"set data.max_text_tokens={text.longest}"
+        )
+
+
+def require_fused(model: MSAModel, condition: str | None, occurring: Collection[str]) -> None:
+    """Check that training shows a modality that the head predicts from.
+
+    Args:
+        model: The model.
+        condition: `training.condition`, for the message.
+        occurring: Modalities that occur in training.
+
+    Raises:
+        ConfigurationError: It shows none.
+    """
+    if not {*model.head.fuses} & {*occurring}:
+        under = f" under training.condition={condition}" if condition else ""
+        raise ConfigurationError(
+            f"model.head={model.config.head} predicts from {' and '.join(model.head.fuses)}, which no "
+            f"training sample has{under}: use another head"
         )
 
 

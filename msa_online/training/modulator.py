@@ -42,7 +42,7 @@ def make_modulator(
         )
     if unread := [modality for modality in modulator.modalities if modality not in model.head.fuses]:
         raise ConfigurationError(
-            f"{name} balances {' and '.join(modulator.modalities)}, but model.head={model.config.head} "
+            f"{name} balances {', '.join(modulator.modalities)}, but model.head={model.config.head} "
             f"predicts without {' and '.join(unread)}: use another head, or training.modulator=identity"
         )
     owned = model.modality_parameters()

@@ -73,6 +73,7 @@ from msa_online.training.model import (
     fit_encoders,
     parameters_line,
     require_encoders,
+    require_fused,
 )
 from msa_online.training.modulator import fit_modulator, make_modulator
 from msa_online.training.optimizer import make_optimizer, make_scheduler, restart_decay
@@ -216,6 +217,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
         show(rates_table(masks), console)
     fit_encoders(model, data, arguments, masks)
     occurring = occurring_modalities(data, training, masks, len(schedule.stages))
+    require_fused(model, training.condition, occurring)
     fit_modulator(modulator, training, occurring, console)
     input_masks = make_input_masks(data, training, masks, model, processor)
     if line := input_masks["train"].line:

@@ -10,6 +10,7 @@ from msa_online import MSAConfig, MSAModel
 from msa_online.methods import MODULATORS, ITHPHead
 from msa_online.modalities import MODALITIES
 from msa_online.training.config import TrainingArguments
+from msa_online.training.model import require_fused
 from msa_online.training.modulator import make_modulator
 from msa_online.training.yaml_reader import ConfigurationError
 from tests.equations import assert_equation
@@ -153,6 +154,16 @@ def test_a_modulator_that_would_have_nothing_to_balance_is_refused(modulator):
     config = MSAConfig(feature_widths=WIDTHS, head="ithp", head_kwargs={"hidden_size": 8})
     with pytest.raises(ConfigurationError, match="model.head=ithp predicts without .*audio and vision: use"):
         make_modulator(TrainingArguments(modulator=modulator), MSAModel(config), 30, Accelerator(cpu=True))
+
+
+def test_a_run_that_never_shows_the_prime_modality_is_refused():
+    config = MSAConfig(feature_widths=WIDTHS, head="ithp", head_kwargs={"hidden_size": 8})
+    expected = (
+        "model.head=ithp predicts from text, which no training sample has under training.condition=audio: "
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        require_fused(MSAModel(config), "audio", ["audio"])
+    require_fused(MSAModel(config), None, ["text", "vision"])
 
 
 @pytest.mark.parametrize(
