@@ -10,8 +10,8 @@ A method is a configuration of `configs/`: its head, calibrator, loss weights an
 stages are timed in the last one, with a teacher. A step is that of a run: forward, backward, the modulator,
 clipping and AdamW. Steps alternate in one process. Weights and inputs are random, nothing is downloaded.
 
-Without a text encoder, the model reads features. The table has the step, the parameters, and the memory that
-a forward pass keeps for backward.
+Without a text encoder, the model reads features. The table has the step, its CPU time (which other programs
+on the machine change little), the parameters, and the memory that a forward pass keeps for backward.
 
 With one, the model reads tokens, sound and face crops, and trains an encoder of that shape. The table
 compares the step with those of its parts: fine-tuning of the encoder alone (with a linear layer, in a plain
@@ -84,10 +84,11 @@ def compare_on_features(options: argparse.Namespace, console: Console) -> None:
         f"{name_of_machine(accelerator.device)}; fp32, batch {options.batch}, steps x width: {described}; "
         f"medians of {options.rounds} rounds"
     )
-    table = Table("method", "step, ms", "parameters", "kept for backward, MB")
+    table = Table("method", "step, ms", "CPU, ms", "parameters", "kept for backward, MB")
     for name, loop in loops.items():
         parameters = sum(parameter.numel() for parameter in loop.bare_model.parameters())
-        table.add_row(name, f"{medians[name]['step']:.1f}", f"{parameters:,}", f"{memory[name] / 1e6:.1f}")
+        step, cpu = medians[name]["step"], medians[name]["CPU"]
+        table.add_row(name, f"{step:.1f}", f"{cpu:.1f}", f"{parameters:,}", f"{memory[name] / 1e6:.1f}")
     console.print(table)
 
 
@@ -113,16 +114,22 @@ def compare_with_parts(options: argparse.Namespace, console: Console) -> None:
                 model.encoders["text"].freeze()
             loop = make_loop(model, arguments, inputs, accelerator)
             steps[part] = training_step(loop, with_teacher(loop.bare_model, inputs))
-    medians = {name: found["step"] for name, found in time_quietly(steps, options.rounds).items()}
+    medians = time_quietly(steps, options.rounds)
     console.print(
         f"{name_of_machine(device)}; fp32, batch {options.batch}, {options.text_encoder}, {options.tokens} "
-        f"tokens, {options.mel_steps} mel steps, {options.frames} face crops; {PLAIN}: {medians[PLAIN]:.0f} "
-        f"ms; medians of {options.rounds} rounds"
+        f"tokens, {options.mel_steps} mel steps, {options.frames} face crops; medians of {options.rounds} "
+        "rounds, ms"
     )
-    table = Table("method", "step, ms", "without the text encoder, ms", "ratio to the sum")
+    marks = [*medians[PLAIN]]
+    table = Table("", *(cell for mark in marks for cell in (mark, "ratio to the sum")))
+    table.add_row(PLAIN, *(cell for mark in marks for cell in (f"{medians[PLAIN][mark]:.0f}", "")))
     for name in options.methods:
-        whole, parts = medians[name], medians[rest(name)] + medians[PLAIN]
-        table.add_row(name, f"{whole:.0f}", f"{medians[rest(name)]:.0f}", f"{whole / parts:.2f}")
+        whole, without = medians[name], medians[rest(name)]
+        ratios = {mark: whole[mark] / (without[mark] + medians[PLAIN][mark]) for mark in marks}
+        table.add_row(rest(name), *(cell for mark in marks for cell in (f"{without[mark]:.0f}", "")))
+        table.add_row(
+            name, *(cell for mark in marks for cell in (f"{whole[mark]:.0f}", f"{ratios[mark]:.2f}"))
+        )
     console.print(table)
 
 
@@ -177,7 +184,7 @@ def plain_step(encoder: nn.Module, batch: Mapping[str, Tensor]) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        return {"step": clock.read()}
+        return {"step": clock.read(), "CPU": clock.read_cpu()}
 
     return step
 

@@ -46,10 +46,15 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.start = self._now()
+        self.cpu_start = time.process_time()
 
     def read(self) -> float:
         """Seconds since the start."""
         return self._now() - self.start
+
+    def read_cpu(self) -> float:
+        """Seconds since the start that the threads of this process computed; other processes do not count."""
+        return time.process_time() - self.cpu_start
 
     def _now(self) -> float:
         if self.device.type != "cpu":
@@ -58,13 +63,13 @@ class Clock:
 
 
 def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
-    """An epoch of one batch; its mark is the end of the work on the device."""
+    """An epoch of one batch; its marks are the end of the work on the device, and its CPU time."""
     loader = DataLoader([dict(batch)], batch_size=None)
 
     def step() -> dict[str, float]:
         clock = Clock(loop.accelerator.device)
         loop.train_epoch(loader, stage="train", epoch=0, title="")
-        return {"step": clock.read()}
+        return {"step": clock.read(), "CPU": clock.read_cpu()}
 
     return step
 
