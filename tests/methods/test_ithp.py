@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.methods import MODULATORS, ITHPHead
@@ -152,6 +153,7 @@ def test_targets_are_constants_so_that_encoders_cannot_meet_the_error_by_shrinki
 @pytest.mark.parametrize("modulator", [name for name in MODULATORS if name != "identity"])
 def test_a_modulator_that_would_have_nothing_to_balance_is_refused(modulator):
     config = MSAConfig(feature_widths=WIDTHS, head="ithp", head_kwargs={"hidden_size": 8})
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ConfigurationError, match="model.head=ithp predicts without .*audio and vision: use"):
         make_modulator(TrainingArguments(modulator=modulator), MSAModel(config), 30, Accelerator(cpu=True))
 

@@ -15,8 +15,6 @@ from msa_online.methods import MODULATORS, GradientModulator, SelfMMHead
 from msa_online.methods.self_mm import OwnLabels, pseudo_loss
 from msa_online.modalities import MODALITIES
 from msa_online.training.callback import RunningStateCallback
-from msa_online.training.config_reader import parse_arguments
-from msa_online.training.run import train as train_run
 from msa_online.training.yaml_reader import ConfigurationError
 from tests.equations import assert_equation
 
@@ -239,8 +237,7 @@ def test_a_trainer_of_transformers_keeps_a_store_that_was_started(features_confi
     assert ((store.generated != store.labels) <= present.T).all() and store.generated.ne(store.labels).any()
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_a_run_with_classes_has_to_do_without_generated_labels(tmp_path):
+def test_a_run_with_classes_has_to_do_without_generated_labels(train, tmp_path):
     np.savez(
         tmp_path / "features.npz",
         id=np.arange(12).astype(str),
@@ -254,7 +251,7 @@ def test_a_run_with_classes_has_to_do_without_generated_labels(tmp_path):
         "training": {"output_dir": str(tmp_path / "run"), "epochs": 1, "log_with": None},
     }
     with pytest.raises(ConfigurationError, match="of the data are classes: set model.loss_weights.pseudo=0"):
-        train_run(parse_arguments(document), "a test")
+        train(document)
     assert not (tmp_path / "run").exists()
 
 
