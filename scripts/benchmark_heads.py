@@ -7,8 +7,9 @@
     python scripts/benchmark_heads.py misa self_mm --text-encoder bert-base-uncased        raw inputs
 
 A method is a configuration of `configs/`: its head, calibrator, loss weights and modulator. Methods with
-stages are timed in the last one, with a teacher. A step is that of a run: forward, backward, the modulator,
-clipping and AdamW. Steps alternate in one process. Weights and inputs are random, nothing is downloaded.
+stages are timed in the last one, with a teacher. Heads that act inside the text encoder are left out. A step
+is that of a run: forward, backward, the modulator, clipping and AdamW. Steps alternate in one process.
+Weights and inputs are random, nothing is downloaded.
 
 Without a text encoder, the model reads features. The table has the step, its CPU time (which other programs
 on the machine change little), the parameters, and the memory that a forward pass keeps for backward.
@@ -49,7 +50,7 @@ from transformers import AutoModel
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.encoders import load_encoder_config
-from msa_online.methods import HEADS
+from msa_online.methods import HEADS, BalancingHead
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
 from msa_online.training.config import RunArguments
@@ -59,7 +60,8 @@ from msa_online.training.modulator import make_modulator
 from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.user_errors import run_command
 
-METHODS = [name for name in (*HEADS, "balm") if (CONFIGS / f"{name}.yaml").is_file()]
+WITHIN = {name for name, head in HEADS.items() if head.shift_text is not BalancingHead.shift_text}
+METHODS = [name for name in (*HEADS, "balm") if (CONFIGS / f"{name}.yaml").is_file() and name not in WITHIN]
 OF_METHOD = ("head", "head_kwargs", "calibrator", "calibrator_kwargs", "loss_weights")
 PLAIN = "text encoder alone"
 EPOCHS = 100  # of the run that is imitated; modulators may act in a window

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from msa_online.batching import BucketBatchSampler
 from msa_online.modalities import MODALITIES
 from msa_online.training.loop import TrainingLoop
 
@@ -64,7 +65,9 @@ class Clock:
 
 def training_step(loop: TrainingLoop, batch: Mapping[str, Tensor]) -> Step:
     """An epoch of one batch; its marks are the end of the work on the device, and its CPU time."""
-    loader = DataLoader([dict(batch)], batch_size=None)
+    size = len(batch["labels"])
+    sampler = BucketBatchSampler([1] * size, size, seed=0)
+    loader = DataLoader(range(size), batch_sampler=sampler, collate_fn=lambda _: dict(batch))
 
     def step() -> dict[str, float]:
         clock = Clock(loop.accelerator.device)
