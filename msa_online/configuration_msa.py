@@ -24,7 +24,7 @@ INNER_PATH = re.compile(r"(?<![\w./:\\~-])(~|\.{1,2}|[A-Za-z]:)?[\\/][^\s,;'\"\]
 
 @strict
 class MSAConfig(PretrainedConfig):
-    """Everything needed to build an `MSAModel`: encoders, calibrator, head, and the task.
+    """Everything needed to build an `MSAModel`: encoders, calibrator, context, head, and the task.
 
     It contains the full configuration of each pretrained encoder (`text_config` and so on), so that a
     checkpoint can be rebuilt without the models that training started from.

@@ -27,12 +27,7 @@ class Context(nn.Module):
 
     Args:
         widths: Width of each modality's states.
-
-    Attributes:
-        paper: Reference of the paper, for model cards; empty without one.
     """
-
-    paper: str = ""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
@@ -58,8 +53,8 @@ class GRUContext(Context):
         hidden_size: Width of a turn's state, and of the GRU in each direction.
         layers: Layers of the GRU.
         causal: See no later turns.
-        joint: One GRU reads all modalities together, so that an utterance learns what was said in a modality
-            that it lacks itself. Otherwise each modality has its own GRU and sees itself alone.
+        joint: One GRU reads all modalities together, so that an utterance gets what other turns have in a
+            modality that it lacks itself. Otherwise each modality has its own GRU and sees itself alone.
         dropout: Share of a turn's state dropped in training.
 
     Raises:
@@ -217,7 +212,7 @@ class Exchange(nn.Module):
         super().__init__()
         self.read = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(widths[name]), Linear(widths[name], hidden_size))
+                name: nn.Sequential(nn.LayerNorm(widths[name]), ScaledLinear(widths[name], hidden_size))
                 for name in MODALITIES
             }
         )
@@ -357,13 +352,13 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(hidden_size)
-        self.query_key_value = Linear(hidden_size, 3 * hidden_size)
-        self.merge = Linear(hidden_size, hidden_size)
+        self.query_key_value = ScaledLinear(hidden_size, 3 * hidden_size)
+        self.merge = ScaledLinear(hidden_size, hidden_size)
         self.perceptron = nn.Sequential(
             nn.LayerNorm(hidden_size),
-            Linear(hidden_size, 2 * hidden_size),
+            ScaledLinear(hidden_size, 2 * hidden_size),
             nn.GELU(),
-            Linear(2 * hidden_size, hidden_size),
+            ScaledLinear(2 * hidden_size, hidden_size),
         )
         self.dropout = Dropout(dropout)
 
@@ -377,7 +372,7 @@ class AttentionLayer(nn.Module):
         return states + self.dropout(self.perceptron(states))
 
 
-class Linear(nn.Linear):
+class ScaledLinear(nn.Linear):
     """A linear layer that starts as in torch: its output is of the size of its input, whatever the widths.
 
     transformers would give `nn.Linear` weights of 0.02, so that narrow features start near zero.

@@ -100,7 +100,7 @@ def _settings(config: MSAConfig, extraction: Mapping[str, Any]) -> ExtractionSet
 
 
 def count_parameters(model: MSAModel, only_frozen: bool = False) -> dict[str, int]:
-    """Parameter counts of each encoder, the calibrator and each part of the head, and their `total`.
+    """Parameter counts of each encoder, calibrator, context and each part of the head, and their `total`.
 
     Probes are not counted: only a modulator uses them, in training.
     """

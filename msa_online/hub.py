@@ -124,7 +124,9 @@ class FineTuning:
     def __str__(self) -> str:
         """One line for each part: how many tensors were loaded, how many are new, and why."""
         before, now = self.before, self.model.config
-        kinds = {part: (vars(before)[part], vars(now)[part]) for part in ("calibrator", "context", "head")}
+        kinds = {
+            part: (getattr(before, part), getattr(now, part)) for part in ("calibrator", "context", "head")
+        }
         lines = []
         for part, (loaded, total) in self.loaded.items():
             old, new = kinds.get(part, ("", ""))

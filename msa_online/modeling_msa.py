@@ -384,7 +384,8 @@ class MSAModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # from_pretrained builds on the meta device: every parameter must be initialised here
         of_a_library = type(module).__module__.startswith(("torch.", "transformers."))
-        if not of_a_library and hasattr(module, "reset_parameters"):
+        of_ours = not of_a_library and hasattr(module, "reset_parameters")
+        if of_ours or isinstance(module, nn.GRU):  # of which transformers initialises nothing
             module.reset_parameters()
         elif not isinstance(module, PreTrainedModel):
             super()._init_weights(module)

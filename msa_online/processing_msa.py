@@ -442,7 +442,7 @@ class MSAProcessor(ProcessorMixin):
 
 
 NUMBERS = ("dialogue", "turn", "labels", "index")
-"""What a sample has one number of."""
+"""Keys with one number a sample."""
 
 
 class MSADataCollator:

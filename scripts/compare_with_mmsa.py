@@ -57,6 +57,7 @@ LOSSES = {
     "misa": {"similarity": 0.3, "difference": 0.1, "reconstruction": 1.0, "unimodal": 0},
     "late_fusion": {"unimodal": 0},
     "mult": {"unimodal": 0},
+    "self_mm": {"unimodal": 0},
 }
 THEIR_NAMES = {
     "MAE": "mae",

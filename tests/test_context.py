@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from msa_online import MSAConfig, MSAModel
 from msa_online.context import CONTEXTS, FARTHEST
+from msa_online.hub import load_for_fine_tuning
 from msa_online.modalities import MODALITIES, ModalitySequence
 from msa_online_cli import main
 from tests.equations import assert_equation
@@ -323,6 +324,18 @@ def test_a_new_context_changes_nothing_and_adds_to_no_other_part(kind, joint, he
     assert all(name.startswith("context.exchange.") for name in found.missing_keys)
     batch = make_dialogues()
     assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+@every_kind
+def test_a_context_that_is_added_to_a_checkpoint_starts_as_one_of_a_new_model(kind, tmp_path):
+    make_model("none").float().save_pretrained(tmp_path)
+    config = make_model(kind, trained=False).config
+    added = load_for_fine_tuning(tmp_path, config).model.context.named_parameters()
+    new = dict(make_model(kind, trained=False).context.named_parameters())
+    for name, parameter in added:
+        low, high = new[name].min() - 0.2, new[name].max() + 0.2
+        assert ((low <= parameter) & (parameter <= high)).all(), name
+        assert parameter.any() == new[name].any(), name  # neither is left at zero where the other is not
 
 
 @every_kind

@@ -118,7 +118,7 @@ def _require_consistent(options: Namespace) -> None:
 
 
 def _print_notes(pipeline: MSAPipeline, samples: Sequence[Sample | ClipError]) -> None:
-    """Print in what these clips differ from those that the model was trained on.
+    """Print how these clips differ from those that the model was trained on.
 
     It may have read whole dialogues, or transcripts of a recogniser where clips have no text now.
     """

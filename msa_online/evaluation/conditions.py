@@ -275,7 +275,7 @@ def _gather(values: Tensor, accelerator: Accelerator) -> np.ndarray:
 def decide_under(
     model: MSAModel, sequences: Mapping[str, ModalitySequence], visible: Iterable[str]
 ) -> MSAOutput:
-    """Run calibrator and head on encoded sequences with only the modalities `visible`."""
+    """Decide on encoded sequences with only the modalities `visible`."""
     seen = {
         name: sequence.only(torch.full_like(sequence.present, name in visible))
         for name, sequence in sequences.items()

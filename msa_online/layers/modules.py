@@ -100,6 +100,21 @@ class Dropout(nn.Dropout):
         return values * factors.to(values.dtype)
 
 
+class Projection(nn.Sequential):
+    """The layers between the mean state of a modality and the fusion: norm, linear, GELU, dropout.
+
+    Args:
+        width: Input width.
+        hidden_size: Output width.
+        dropout: Share of the output dropped in training.
+        input_norm: Begin with a LayerNorm.
+    """
+
+    def __init__(self, width: int, hidden_size: int, dropout: float, *, input_norm: bool) -> None:
+        norm = nn.LayerNorm(width) if input_norm else nn.Identity()
+        super().__init__(norm, nn.Linear(width, hidden_size), nn.GELU(), Dropout(dropout))
+
+
 class StackedLinear(nn.Module):
     """Several linear layers of one shape, computed in one batched product.
 

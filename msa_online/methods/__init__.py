@@ -66,6 +66,7 @@ __all__ = [
     "GradientModulator",
     "HeadOutput",
     "LateFusionHead",
+    "ITHPHead",
     "MAGHead",
     "MISAHead",
     "MMIMHead",
@@ -75,5 +76,6 @@ __all__ = [
     "OGMModulator",
     "PaSEHead",
     "RebalancingModulator",
+    "SelfMMHead",
     "ShapleyModulator",
 ]

@@ -128,7 +128,7 @@ class BalancingHead(nn.Module):
     def weights_problem(self, weights: Mapping[str, float]) -> str | None:
         """Why `weights` of the losses cannot be meant, with the remedy; None if they can.
 
-        It is asked before a run reads its data, of a head with one output, and again when the classes are
+        A run calls it before it reads its data, for a head with one output, and again when the classes are
         known. It refuses for example a weight of 0 that leaves a part untrained which another loss reads.
         """
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ITHP: the text is compressed twice, to what foretells the audio and then the vision (ICLR 2024).
+"""ITHP: the text is compressed twice, to what predicts the audio and then the vision (ICLR 2024).
 
 "Neuro-Inspired Information-Theoretic Hierarchical Perception for Multimodal Learning", arXiv 2404.09403.
 Equation numbers are those of docs/methods/ithp.md.
@@ -25,7 +25,7 @@ LOG_VARIANCE = 5.0  # bound of (10.1)
 
 
 class ITHPHead(BalancingHead):
-    """Two bottlenecks compress the prime modality; what they keep has to foretell the other two modalities.
+    """Two bottlenecks compress the prime modality; what they keep has to predict the other two modalities.
 
         X_text ─┬─ b_0 ─┬─ b_1 ── expansion ─┐
                 │       │   └── vision^      │
@@ -106,6 +106,7 @@ class ITHPHead(BalancingHead):
         self.fuses = (self.prime,)
         self.beta, self.gamma, self.second_level, self.residual = beta, gamma, second_level, residual
         self.pooling, self.regression_loss, self.alignment = pooling, regression_loss, alignment
+        self.needs_word_times = alignment == "words"
         width, sizes = widths[self.prime], (hidden_size, hidden_size // 2)
         self.bottlenecks = nn.ModuleList(
             Bottleneck(inputs, size, 2 * hidden_size, dropout)

@@ -73,6 +73,7 @@ class LateFusionHead(BalancingHead):
         pooled = {name: width * (1 + (name in deviation)) for name, width in widths.items()}
 
         def layers(width: int) -> list[nn.Module]:
+            # not our Dropout: its random numbers would change all figures that were measured with this head
             return [nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout)]
 
         self.projections = nn.ModuleDict(

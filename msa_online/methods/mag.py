@@ -31,9 +31,9 @@ class MAGHead(BalancingHead):
         H   = sum_n g_n W_n X_n + b                     (11.2); displacement
         a   = min(beta |Z| / |H|, 1)                    (11.3)
         Z'  = dropout(LayerNorm(Z + a H))               (11.4); token states, where audio or vision is there
-        h_m = tanh(W_m mean_t X_m)                      (11.5); state of m, of the text from Z'
-        s   = V [h_text; h_audio; h_vision]             (11.6); fused prediction
-        s_m = U_m tanh(W_m mean_t X_m)                  (11.7); prediction of m alone, of the text from Z
+        h_m = tanh(V_m mean_t X_m)                      (11.5); state of m, of the text from Z'
+        s   = U [h_text; h_audio; h_vision]             (11.6); fused prediction
+        s_m = U_m tanh(V_m mean_t X_m)                  (11.7); prediction of m alone, of the text from Z
 
     With a `layer`, (11.1) to (11.4) act after that layer of the text encoder, whose other layers then read
     Z'. There is no text without Z' then, so s_m is left out and modulators that compare the modalities by
@@ -131,7 +131,9 @@ class MAGHead(BalancingHead):
     def weights_problem(self, weights: Mapping[str, float]) -> str | None:
         """Refuses a weight of a loss that there is not."""
         if weights.get("unimodal") and self.text_layer is not None:
-            return "unimodal needs predictions of each modality alone, which need head_kwargs.layer=null"
+            return (
+                "unimodal needs predictions of each modality alone, which need model.head_kwargs.layer=null"
+            )
         return None
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:

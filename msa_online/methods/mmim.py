@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, mean_where, task_loss
-from msa_online.layers.modules import Dropout, masked_mean
+from msa_online.layers.modules import Dropout, Projection, masked_mean
 from msa_online.layers.precision import in_fp32, without_autocast
 from msa_online.methods.base import BalancingHead, HeadOutput
 from msa_online.modalities import MODALITIES, ModalitySequence
@@ -77,12 +77,7 @@ class MMIMHead(BalancingHead):
         self.num_labels, self.regression_loss = num_labels, regression_loss
         self.projections = nn.ModuleDict(
             {
-                name: nn.Sequential(
-                    nn.LayerNorm(widths[name]) if input_norm else nn.Identity(),
-                    nn.Linear(widths[name], hidden_size),
-                    nn.GELU(),
-                    Dropout(dropout),
-                )
+                name: Projection(widths[name], hidden_size, dropout, input_norm=input_norm)
                 for name in MODALITIES
             }
         )

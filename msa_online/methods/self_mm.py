@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from msa_online.layers.arguments import check_choice
 from msa_online.layers.losses import REGRESSION_LOSSES, loss_alone, mean_where, sample_losses, task_loss
-from msa_online.layers.modules import Dropout, masked_mean
+from msa_online.layers.modules import Dropout, Projection, masked_mean
 from msa_online.layers.precision import in_fp32, without_autocast
 from msa_online.layers.ranks import across_ranks_rows
 from msa_online.methods.base import BalancingHead, HeadOutput
@@ -77,12 +77,7 @@ class SelfMMHead(BalancingHead):
         self.num_labels, self.hidden_size, self.regression_loss = num_labels, hidden_size, regression_loss
         self.projections = nn.ModuleDict(
             {
-                name: nn.Sequential(
-                    nn.LayerNorm(widths[name]) if input_norm else nn.Identity(),
-                    nn.Linear(widths[name], hidden_size),
-                    nn.GELU(),
-                    Dropout(dropout),
-                )
+                name: Projection(widths[name], hidden_size, dropout, input_norm=input_norm)
                 for name in MODALITIES
             }
         )

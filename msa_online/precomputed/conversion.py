@@ -66,7 +66,7 @@ def convert_features(
         EncoderError: `text_encoder` is unavailable.
     """
     require_new_folder(folder)
-    table = _read(source)
+    table = _read(source, tokens=text_encoder is not None)
     if text_encoder is not None and table.tokens is None:
         raise CorpusError(f"{source} has no tokens in a key text_bert: leave out --text-encoder")
     if text_encoder is None and table.tokens is not None and "text" not in table.steps:
@@ -116,9 +116,9 @@ def convert_features(
     write_feature_folder(folder, _rows(table, samples, label_column, split_column), steps, origin)
 
 
-def _read(source: Path) -> FeatureTable:
+def _read(source: Path, *, tokens: bool) -> FeatureTable:
     if source.suffix.lower() in PICKLES:
-        return read_mmsa_features(source)
+        return read_mmsa_features(source, tokens=tokens)
     if not source.exists():
         raise CorpusError(f"{source} does not exist: give a .pkl or .npz file")
     if source.is_dir():

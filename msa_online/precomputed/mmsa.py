@@ -30,12 +30,16 @@ SMALL, SECONDS = 1 << 28, 60  # bytes and CPU time that a pickle of any size may
 SEPARATOR = "$_$"  # between video and clip in MMSA's ids; one video shows one speaker
 
 
-def read_mmsa_features(path: Path) -> FeatureTable:
+def read_mmsa_features(path: Path, *, tokens: bool = False) -> FeatureTable:
     """Read the rows and features of a pickle in MMSA's layout; no code of the pickle is executed.
 
     The layout: `train`, `valid` and `test`, each with `id`, `text`, `audio`, `vision`, columns of labels, and
     optionally `raw_text`, `audio_lengths`, `vision_lengths`. Without lengths, rows of zeros at the end are
     padding. Token ids in `text_bert` become `FeatureTable.tokens`.
+
+    Args:
+        path: The pickle.
+        tokens: Read the token ids also where the file has features of the text.
 
     Raises:
         CorpusError: The file is missing or corrupt, contains anything but arrays and plain data, exceeds the
@@ -55,13 +59,12 @@ def read_mmsa_features(path: Path) -> FeatureTable:
             f"the file contains: {', '.join(held) or 'none of these'}"
         )
     metadata = table_of(path, _joined_columns(path, columns, splits))
-    steps = {
-        name: _joined_steps(path, name, tensors, columns)
-        for name in (*MODALITIES, TOKENS)
-        if any(f"{split}/{name}" in tensors for split in columns)
-    }
-    tokens = steps.pop(TOKENS, None)
-    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps, tokens), path)
+    held = [name for name in (*MODALITIES, TOKENS) if any(f"{split}/{name}" in tensors for split in columns)]
+    if "text" in held and TOKENS in held and not tokens:
+        held.remove(TOKENS)  # what is not used cannot make the file unusable
+    steps = {name: _joined_steps(path, name, tensors, columns) for name in held}
+    token_ids = steps.pop(TOKENS, None)
+    return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps, token_ids), path)
 
 
 def _read_in_a_process(path: Path, folder: str) -> None:

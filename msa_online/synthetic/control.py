@@ -159,8 +159,8 @@ class Mixing:
         signs = [np.where(rng.random(len(own)) < negative, -1.0, 1.0) for negative in self.negative]
         nuisance = rng.standard_normal((len(own), self.nuisance.shape[1]))
         noise = self.noise * rng.standard_normal((len(own), len(self.signal)))
-        told = np.stack([own * np.prod(signs, axis=0), shared, *signs], axis=1)
-        return told @ self.signal.T + nuisance @ self.nuisance.T + noise
+        carried = np.stack([own * np.prod(signs, axis=0), shared, *signs], axis=1)
+        return carried @ self.signal.T + nuisance @ self.nuisance.T + noise
 
     def signs(self) -> list[tuple[float, ...]]:
         """All values that the signs can have together."""

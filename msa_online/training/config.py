@@ -33,8 +33,9 @@ FORMER_KEYS = {
 
 
 ALL = "all"
-OVER_CONDITIONS = "conditions"
 """In `training.freeze`: the whole encoder."""
+OVER_CONDITIONS = "conditions"
+"""In `training.selection`: by the mean score of the seven conditions."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,9 @@ class TrainingArguments:
             drops half of them.
         condition: Modalities, like "text+audio", that the last stage sees in training and evaluation
             (protocol per_condition); None trains one model for all seven conditions (single_model).
-        selection: What selects the best epoch and ends a stage by patience: the validation score with
-            everything visible ("complete"), or its mean over the seven conditions ("conditions"), as far as
-            the training samples have the modalities. The validation metrics of an epoch are of that kind.
+        selection: What selects the best epoch of the last stage and ends it by patience: the validation score
+            with everything visible ("complete"), or its mean over the seven conditions ("conditions"), as far
+            as the training samples have the modalities. The stage's validation metrics are of that kind.
         freeze: Pretrained encoders that are not trained: a list of modalities, like [vision]; or a number of
             layers for each, like {text: 6, vision: all}, counted from below and with the embeddings. What is
             frozen has no gradients and no dropout. Layers that the model adds to an encoder are trained.

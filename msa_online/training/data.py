@@ -170,10 +170,10 @@ def transcripts_record(data: ReadyCorpus, language: str | None) -> dict[str, Any
     return {"model": model, "language": language, "made": made, "of": len(data.samples)}
 
 
-def fingerprint(data: ReadyCorpus) -> dict[str, list[str]]:
+def fingerprint(data: ReadyCorpus, *, turns: bool = False) -> dict[str, list[str]]:
     """Split, label, and hashes of text and content, by sample id; a resumed run must find the same.
 
-    A sample of a dialogue adds dialogue and turn.
+    With `turns`, for a model that reads dialogues, a sample of one adds dialogue and turn.
     """
     return {
         sample.id: [
@@ -181,7 +181,7 @@ def fingerprint(data: ReadyCorpus) -> dict[str, list[str]]:
             str(sample.label),
             hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
             data.contents[sample.id][:16],
-            *([] if sample.dialogue is None else [f"{sample.dialogue} {sample.turn}"]),
+            *([f"{sample.dialogue} {sample.turn}"] if turns and sample.dialogue is not None else []),
         ]
         for sample in data.samples
     }
@@ -199,7 +199,7 @@ def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
         only = slice(place, place + 1)  # empty where a sample has no turn
         if changed := [each for each in both if before[each][only] != now[each][only]]:
             values = (part[changed[0]][only] for part in (before, now))
-            shown = ", now ".join(repr(*value) if value else "none" for value in values)
+            shown = ", now ".join(repr(value[0]) if value else "none" for value in values)
             example = repr(changed[0]) if name in ("transcripts", "files") else f"{changed[0]!r}: {shown}"
             differences.append(f"{len(changed):,} of {len(both):,} {name} differ (for example {example})")
     if not differences:  # what a run keeps for each sample, it finds by the place of the sample

@@ -238,7 +238,7 @@ def _inherit(arguments: RunArguments, classes: Sequence[str]) -> MSAConfig:
     for outputs in ("id2label", "label2id", "num_labels", "label_range"):
         inherited.pop(outputs, None)
     for part in ("head", "context"):
-        if inherited.get(part, "none") != vars(config)[part]:
+        if inherited.get(part, "none") != getattr(config, part):
             inherited[f"{part}_kwargs"] = arguments.model.get(f"{part}_kwargs")
     inherited["plugins"] = list(dict.fromkeys([*(config.plugins or ()), *arguments.plugins]))
     return MSAConfig(**inherited, **arguments.output_fields(classes))

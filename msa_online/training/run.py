@@ -226,7 +226,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     loaders = make_loaders(data, processor, model.config, arguments, accelerator, states)
     console.print(parameters_line(model), highlight=False)
     console.print(steps_line(loaders, schedule.total_epochs), soft_wrap=True, highlight=False)
-    folder.open(arguments, fingerprint(data))
+    folder.open(arguments, fingerprint(data, turns=longest is not None))
 
     optimizer = make_optimizer(
         model,

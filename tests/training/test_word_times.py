@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads that align by the times of words are refused where there are none."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,16 @@ from feature_extractors import FeatureCache
 from feature_extractors.transcript import Transcript, Word
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.reading import read_corpus
+from msa_online.methods import HEADS
 from msa_online.training.data import check_word_times
 from msa_online.training.yaml_reader import ConfigurationError
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
+ALIGNING = [name for name, head in HEADS.items() if "alignment" in inspect.signature(head).parameters]
 
 
-@pytest.mark.needs("cpsl")
-def test_features_have_no_times_of_words_which_is_said_before_training(train, tmp_path):
+@pytest.mark.parametrize("head", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ALIGNING])
+def test_features_have_no_times_of_words_which_is_said_before_training(head, train, tmp_path):
     random = np.random.default_rng(0)
     np.savez(
         tmp_path / "features.npz",
@@ -30,8 +33,8 @@ def test_features_have_no_times_of_words_which_is_said_before_training(train, tm
     document = {
         "model": {
             "feature_widths": WIDTHS,
-            "head": "cpsl",
-            "head_kwargs": {"hidden_size": 8, "fusion_size": 8, "alignment": "words"},
+            "head": head,
+            "head_kwargs": {"hidden_size": 8, "alignment": "words"},
         },
         "data": {"path": str(tmp_path / "features.npz")},
         "training": {"epochs": 1, "output_dir": str(tmp_path / "run"), "log_with": None},

@@ -73,7 +73,7 @@ def _read(root: Path, protocol: str, files: Files) -> Reading:
 
 
 def _start(rating: re.Match) -> float:
-    """Start of a rated utterance in seconds; one whose start is no number comes last."""
+    """Start of a rated utterance in seconds; infinity if it is not a number, so it comes last."""
     try:
         return float(rating[1])
     except ValueError:

@@ -131,16 +131,14 @@ class ShapleyModulator(GradientModulator):
         """Task loss with each subset of the modalities, in every `interval`-th step."""
         if self.utility != "task" or self.steps % self.interval or not output.fused_valid:
             return {}
-        modules, training = (self.model.calibrator, self.model.head), self.model.head.training
-        for module in modules:
-            module.eval()  # no dropout, as in prediction; prototypes do not collect
+        training = self.model.training
+        self.model.eval()  # no dropout, as in prediction; prototypes do not collect
         losses = {
             name: self._loss(output.sequences, subset, labels)
             for name, subset in zip(LOSSES, SUBSETS, strict=True)
             if subset in self._subsets
         }
-        for module in modules:
-            module.train(training)
+        self.model.train(training)
         return losses
 
     def _loss(

@@ -100,6 +100,21 @@ def observe(modulator: ShapleyModulator, model: MSAModel, inputs: dict[str, Tens
     return modulator.observe(model(**inputs, output_internals=True), inputs["labels"])
 
 
+def test_contributions_are_measured_without_dropout_in_any_part_that_decides():
+    config = {**make_model(dropout=0.5).config.to_dict(), "context": "gru"}
+    model, inputs = (
+        MSAModel(MSAConfig(**{**config, "context_kwargs": {"dropout": 0.5}})).train(),
+        make_inputs(),
+    )
+    with torch.no_grad():
+        for parameter in model.context.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    inputs |= {"dialogue": torch.zeros(8, dtype=torch.int64), "turn": torch.arange(8)}
+    output = model(**inputs, output_internals=True)
+    once, again = (attached(model).observe(output, inputs["labels"]) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in LOSSES) and model.context.training
+
+
 def context(model: MSAModel, statistics, epoch: int = 0, step: int = 0) -> ModulationContext:
     numbers = {name: float(value) for name, value in statistics.items()}
     return ModulationContext(model.modality_parameters(), numbers, "train", epoch=epoch, step=step, seed=0)
