@@ -192,7 +192,7 @@ def test_without_sound_and_face_the_text_is_read_as_without_a_gate(layer, make_m
     bert.load_state_dict(model.encoders["text"].model.state_dict())
     with torch.no_grad():
         plain = bert(batch["text_input_ids"], batch["text_mask"].long()).last_hidden_state
-        read = model._calibrate(model.encode(**batch))["text"]
+        read = model._head_inputs(model.encode(**batch))["text"]
     assert torch.equal(read.values, plain * batch["text_mask"].unsqueeze(-1))
 
 
