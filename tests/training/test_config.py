@@ -325,7 +325,7 @@ def test_the_learning_rate_of_one_encoder_is_changed_on_the_command_line(read):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("size", [-3, 0, 10**11])
+@pytest.mark.parametrize("size", [-3, 0, 10**18])
 def test_sizes_of_heads_that_cannot_be_built_are_refused(read, head, size):
     with pytest.raises(ConfigurationError, match=r"run\.yaml: model\.head_kwargs: "):
         read(f"model: {{text_encoder: x, head: {head}, head_kwargs: {{hidden_size: {size}}}}}")
