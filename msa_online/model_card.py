@@ -226,7 +226,7 @@ def _context(config: MSAConfig) -> str:
     """A row of the table for a model that reads dialogues."""
     if config.dialogue_turns is None:
         return ""
-    return f" |\n| context | {config.context} over up to {config.dialogue_turns} turns"
+    return f"\n| context | {config.context} over up to {config.dialogue_turns} turns |"
 
 
 def _findings(counts: Mapping[str, int | str]) -> str:

@@ -4,6 +4,7 @@
 
     python scripts/benchmark_heads.py                                        precomputed features
     python scripts/benchmark_heads.py mult --steps 50 375 500                one method, long sequences
+    python scripts/benchmark_heads.py --study control --widths 64 48 48 --steps 1 1 1      variants of a study
     python scripts/benchmark_heads.py misa self_mm --text-encoder bert-base-uncased        raw inputs
 
 A method is a configuration of `configs/`: its head, calibrator, loss weights and modulator. Methods with
@@ -53,6 +54,8 @@ from msa_online.encoders import load_encoder_config
 from msa_online.methods import HEADS, BalancingHead
 from msa_online.missing.modalities import InputMask
 from msa_online.modalities import MODALITIES
+from msa_online.shipped_configs import find_configuration
+from msa_online.studies.study import read_study
 from msa_online.training.config import RunArguments
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.loop import TrainingLoop
@@ -73,8 +76,7 @@ def compare_on_features(options: argparse.Namespace, console: Console) -> None:
     widths, steps = (dict(zip(MODALITIES, each, strict=True)) for each in (options.widths, options.steps))
     batch = random_features(widths, options.batch, steps, accelerator.device)
     loops, steps_of, memory = {}, {}, {}
-    for name in options.methods:
-        arguments = read_arguments(CONFIGS / f"{name}.yaml")
+    for name, arguments in methods_of(options).items():
         model = MSAModel(MSAConfig(feature_widths=widths, **of_method(arguments)))
         loops[name] = make_loop(model, arguments, batch, accelerator)
         own = with_teacher(loops[name].bare_model, batch)
@@ -133,6 +135,14 @@ def compare_with_parts(options: argparse.Namespace, console: Console) -> None:
             name, *(cell for mark in marks for cell in (f"{whole[mark]:.0f}", f"{ratios[mark]:.2f}"))
         )
     console.print(table)
+
+
+def methods_of(options: argparse.Namespace) -> dict[str, RunArguments]:
+    """The chosen methods by name: shipped configurations, or the variants of a study."""
+    if options.study:
+        study = read_study(find_configuration(options.study, "ablations/"))
+        return {run.variant: run.arguments for run in study.runs() if run.seed == study.seeds[0]}
+    return {name: read_arguments(CONFIGS / f"{name}.yaml") for name in options.methods}
 
 
 def of_method(arguments: RunArguments) -> dict:
@@ -229,6 +239,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, help="samples in a batch")
     features = parser.add_argument_group("on features")
     of_each = {"type": int, "nargs": len(MODALITIES), "metavar": ("TEXT", "AUDIO", "VISION")}
+    features.add_argument("--study", help="the variants of this study, in place of METHOD")
     features.add_argument("--widths", **of_each, default=[768, 74, 35], help="widths of the features")
     features.add_argument("--steps", **of_each, default=[50, 50, 50], help="steps of each modality")
     online = parser.add_argument_group("on raw inputs")

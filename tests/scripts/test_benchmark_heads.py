@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -31,6 +32,20 @@ def test_every_method_has_a_row_with_its_time_size_and_memory(benchmark, capsys)
     shown = capsys.readouterr().out
     for name in benchmark.METHODS:
         assert re.search(rf"│ {name} +│ [\d.]+ +│ [\d.]+ +│ [\d,]+ +│ [\d.]+", shown), name
+
+
+def test_the_variants_of_a_study_are_timed_with_their_own_settings(benchmark, tmp_path, capsys):
+    variants = {"narrow": {"model.head_kwargs": {"hidden_size": 4}}, "wide": {}}
+    study = {"config": "late_fusion_plain_offline", "output_dir": "x", "seeds": [1, 2], "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    options = [*SMALL, "--study", str(tmp_path / "study.yaml"), "--steps", "1", "1", "1"]
+    assert benchmark.main([*options, "--widths", "6", "5", "4"]) == 0
+    shown = capsys.readouterr().out
+    narrow, wide = (
+        int(re.search(rf"│ {name} +│ [\d.]+ +│ [\d.]+ +│ ([\d,]+) ", shown)[1].replace(",", ""))
+        for name in variants
+    )
+    assert narrow < wide
 
 
 def test_a_model_with_a_text_encoder_is_compared_with_the_sum_of_its_parts(
