@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawn pictures of the README are those that their scripts write."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -60,3 +61,13 @@ def test_the_result_has_a_row_and_two_dots_for_each_row_of_the_table(repository)
     rows = re.findall(r"^\| ([a-z+ ]+) \| \d", table, re.MULTILINE)
     assert len(rows) == 8 and all(f">{row.replace('+', ' + ')}<" in picture for row in rows)
     assert picture.count("<circle") == 2 * len(rows) + 2  # two of them in the legend
+
+
+def test_the_picture_of_the_evidence_has_the_rows_of_its_table(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    script = importlib.import_module("draw_evidence")
+    page = (repository / "docs/evidence.md").read_text(encoding="utf-8").split(script.TABLE)[1]
+    rows = re.findall(r"^\| ([^|]+) \| \d \| .*? \| ([\d.]+) ±", page.split("![")[0], re.MULTILINE)
+    errors, *_ = script.draw().axes
+    assert [label.get_text() for label in errors.get_yticklabels()] == [name for name, _ in rows]
+    assert len(rows) > 10 and (repository / "docs/evidence.png").stat().st_size > 10_000

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the quality of every method beside its size and the time of its step.
+
+    python scripts/draw_evidence.py                 # reads docs/evidence.md, writes docs/evidence.png
+
+The figures are those of the table "Every method" of the page, in its order.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE = "### Every method"
+QUALITY = {"all": "#1f5fa8", "six incomplete": "#d98b1f"}  # columns of the table, and the colour of each
+COSTS = {"parameters": ("parameters, thousands", 1000), "CPU, ms": ("CPU time of a step, ms", 1)}
+"""Columns of the table, with the title of the panel and the unit of its axis."""
+
+
+def read_figures() -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and deviation of each column of the table, by method; the deviation is 0 where there is none."""
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8").split(f"\n{TABLE}")[1]
+    table = page[page.index("\n|") :].split("\n\n")[0]
+    header, _, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.strip().splitlines())
+    figures = {}
+    for name, *cells in rows:
+        of_method = {}
+        for column, cell in zip(header[1:], cells, strict=True):
+            if column in QUALITY or column in COSTS:
+                mean, _, deviation = cell.replace(",", "").partition("±")
+                of_method[column] = float(mean), float(deviation or 0)
+        figures[re.sub(r"[*`]", "", name)] = of_method
+    return figures
+
+
+def draw() -> plt.Figure:
+    """The picture: one row for each method, panels for errors, parameters and time."""
+    figures = read_figures()
+    places = range(len(figures), 0, -1)
+    drawn, (errors, *costs) = plt.subplots(
+        1, 3, figsize=(10.5, 0.34 * len(figures) + 1.2), sharey=True, width_ratios=(2, 1, 1)
+    )
+    for column, colour in QUALITY.items():
+        means, deviations = zip(*(figures[name][column] for name in figures), strict=True)
+        errors.errorbar(means, places, xerr=deviations, fmt="o", color=colour, capsize=2, label=column)
+    errors.set_title("test MAE", fontsize=10)
+    errors.legend(fontsize=8, loc="upper right")
+    errors.set_yticks(list(places), list(figures), fontsize=9)
+    for panel, (column, (title, unit)) in zip(costs, COSTS.items(), strict=True):
+        panel.barh(places, [figures[name][column][0] / unit for name in figures], 0.5, color="#8a8f98")
+        panel.set_title(title, fontsize=10)
+    for panel in (errors, *costs):
+        panel.grid(alpha=0.3)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawn.tight_layout()
+    return drawn
+
+
+def main() -> int:
+    """Write the picture; returns the exit status."""
+    target = DOCS / "evidence.png"
+    draw().savefig(target, dpi=130)
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
