@@ -75,7 +75,7 @@ def moved(model: MSAModel, batch: dict[str, Tensor], other: dict[str, Tensor]) -
     return (model(**other).logits != model(**batch).logits).any(dim=-1).tolist()
 
 
-# who sees whom
+# which turns reach which outputs
 
 
 @heads

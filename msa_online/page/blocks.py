@@ -170,7 +170,7 @@ class Answers:
 
 
 def _unusable(error: ClipError) -> str:
-    """What a visitor is told of a clip that cannot be used."""
+    """The message on the page for a clip that cannot be used."""
     return DELETED if error.problem == "missing" else clip_problem(error)
 
 
