@@ -81,7 +81,9 @@ MIN_REGION = 16
 """Smallest side in pixels of a searched region; smaller regions are enlarged."""
 
 _LOADING = threading.RLock()
-_NOTICE = re.compile(rb"WARNING: Logging before|INFO: Created TensorFlow Lite|INFO: \[|[IWE]\d{4} \d\d:\d\d:")
+_NOTICE = re.compile(
+    rb"(?:WARNING: Logging before|INFO: Created TensorFlow Lite|INFO: \[|[IWE]\d{4} \d\d:\d\d:).*\n?"
+)
 
 
 @dataclass(frozen=True)
@@ -446,8 +448,8 @@ def _native_log_silenced() -> Iterator[None]:
     """Keeps MediaPipe's C++ notices off the terminal while models are loaded or freed; no setting does.
 
     The log goes to file descriptor 2, which the whole process shares. So only one model is loaded at a time,
-    and lines that other threads write meanwhile are written afterwards. Errors of MediaPipe are exceptions
-    and not affected.
+    and what other threads write meanwhile is written afterwards, without a notice that came in the middle of
+    a line. Errors of MediaPipe are exceptions and not affected.
     """
     with _LOADING:
         try:
@@ -462,4 +464,4 @@ def _native_log_silenced() -> Iterator[None]:
             finally:
                 os.dup2(saved, 2)
                 sink.seek(0)
-                stderr.writelines(line for line in sink if not _NOTICE.match(line))
+                stderr.write(_NOTICE.sub(b"", sink.read()))
