@@ -8,17 +8,17 @@
     python scripts/benchmark_heads.py misa self_mm --text-encoder bert-base-uncased        raw inputs
 
 A method is a configuration of `configs/`: its head, calibrator, loss weights and modulator. Methods with
-stages are timed in the last one, with a teacher. Heads that act inside the text encoder are left out. A step
-is that of a run: forward, backward, the modulator, clipping and AdamW. Steps alternate in one process.
-Weights and inputs are random, nothing is downloaded.
+stages are timed in the last one, with a teacher. A step is that of a run: forward, backward, the modulator,
+clipping and AdamW. Steps alternate in one process. Weights and inputs are random, nothing is downloaded.
 
-Without a text encoder, the model reads features. The table has the step, its CPU time (which other programs
-on the machine change little), the parameters, and the memory that a forward pass keeps for backward.
+Without a text encoder, the model reads features; a head that acts inside the text encoder shifts the features
+(`layer: null`). The table has the step, its CPU time (which other programs on the machine change little), the
+parameters, and the memory that a forward pass keeps for backward.
 
 With one, the model reads tokens, sound and face crops, and trains an encoder of that shape. The table
 compares the step with those of its parts: fine-tuning of the encoder alone (with a linear layer, in a plain
 loop), and the same model with given states in place of the encoder's. The ratio is the whole divided by the
-sum of the two.
+sum of the two. Heads that act inside the text encoder cannot read given states and are left out.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from msa_online.training.optimizer import make_optimizer, make_scheduler
 from msa_online.user_errors import run_command
 
 WITHIN = {name for name, head in HEADS.items() if head.shift_text is not BalancingHead.shift_text}
-METHODS = [name for name in (*HEADS, "balm") if (CONFIGS / f"{name}.yaml").is_file() and name not in WITHIN]
+METHODS = [name for name in (*HEADS, "balm") if (CONFIGS / f"{name}.yaml").is_file()]
 OF_METHOD = ("head", "head_kwargs", "calibrator", "calibrator_kwargs", "loss_weights")
 PLAIN = "text encoder alone"
 EPOCHS = 100  # of the run that is imitated; modulators may act in a window
@@ -77,7 +77,7 @@ def compare_on_features(options: argparse.Namespace, console: Console) -> None:
     batch = random_features(widths, options.batch, steps, accelerator.device)
     loops, steps_of, memory = {}, {}, {}
     for name, arguments in methods_of(options).items():
-        model = MSAModel(MSAConfig(feature_widths=widths, **of_method(arguments)))
+        model = MSAModel(MSAConfig(feature_widths=widths, **on_features(arguments)))
         loops[name] = make_loop(model, arguments, batch, accelerator)
         own = with_teacher(loops[name].bare_model, batch)
         memory[name] = kept_for_backward(loops[name].bare_model, own)
@@ -148,6 +148,14 @@ def methods_of(options: argparse.Namespace) -> dict[str, RunArguments]:
 def of_method(arguments: RunArguments) -> dict:
     """What a configuration says about the method; its encoders are left out."""
     return {key: value for key, value in arguments.model.items() if key in OF_METHOD}
+
+
+def on_features(arguments: RunArguments) -> dict:
+    """What a configuration says about the method, for a model without a text encoder to act in."""
+    method = of_method(arguments)
+    if method["head"] in WITHIN:
+        method["head_kwargs"] = {**method["head_kwargs"], "layer": None}
+    return method
 
 
 def rest(name: str) -> str:
@@ -248,10 +256,11 @@ def main(argv: list[str]) -> int:
     online.add_argument("--mel-steps", type=int, default=400)
     online.add_argument("--frames", type=int, default=8, help="face crops, 96 x 96")
     options = parser.parse_args(argv)
-    options.methods = options.methods or METHODS
+    offered = [name for name in METHODS if name not in WITHIN] if options.text_encoder else METHODS
+    options.methods = options.methods or offered
     for name in options.methods:
-        if name not in METHODS:
-            parser.error(f"unknown method {name!r}: one of {', '.join(METHODS)}")
+        if name not in offered:
+            parser.error(f"unknown method {name!r}: one of {', '.join(offered)}")
     counts = {"batch": options.batch, "rounds": options.rounds, "tokens": options.tokens}
     counts |= {"mel-steps": options.mel_steps, "frames": options.frames}
     counts |= {"widths": min(options.widths), "steps": min(options.steps)}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the quality of every method beside its size and the time of its step.
 
-    python scripts/draw_evidence.py                 # reads docs/evidence.md, writes docs/evidence.png
+    python scripts/draw_evidence.py     # reads docs/evidence.md, writes docs/evidence.png and README.md
 
-The figures are those of the table "Every method" of the page, in its order.
+The figures are those of the table "Every method" of the page, in its order. The README has a shorter form of
+this table.
 """
 
 import re
@@ -12,18 +13,33 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-DOCS = Path(__file__).parents[1] / "docs"
+REPOSITORY = Path(__file__).parents[1]
+DOCS = REPOSITORY / "docs"
 TABLE = "### Every method"
 QUALITY = {"all": "#1f5fa8", "six incomplete": "#d98b1f"}  # columns of the table, and the colour of each
 COSTS = {"parameters": ("parameters, thousands", 1000), "CPU, ms": ("CPU time of a step, ms", 1)}
 """Columns of the table, with the title of the panel and the unit of its axis."""
+SHORT = {
+    "method": "method, stored states",
+    "seeds": "seeds",
+    "all": "MAE, all visible",
+    "six incomplete": "MAE, six incomplete",
+    "parameters": "parameters",
+    "CPU, ms": "step, CPU ms",
+}
+"""Columns of the README's table, and their names there."""
+
+
+def read_table() -> list[list[str]]:
+    """Cells of the table, row by row; the first row has the names of the columns."""
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8").split(f"\n{TABLE}")[1]
+    header, _, *rows = page[page.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in (header, *rows)]
 
 
 def read_figures() -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and deviation of each column of the table, by method; the deviation is 0 where there is none."""
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8").split(f"\n{TABLE}")[1]
-    table = page[page.index("\n|") :].split("\n\n")[0]
-    header, _, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.strip().splitlines())
+    header, *rows = read_table()
     figures = {}
     for name, *cells in rows:
         of_method = {}
@@ -33,6 +49,15 @@ def read_figures() -> dict[str, dict[str, tuple[float, float]]]:
                 of_method[column] = float(mean), float(deviation or 0)
         figures[re.sub(r"[*`]", "", name)] = of_method
     return figures
+
+
+def short_table() -> str:
+    """The table of the README: its columns of the page's table, without line break at the end."""
+    header, *rows = read_table()
+    places = [header.index(column) for column in SHORT]
+    cells = [[*SHORT.values()], *([row[at] for at in places] for row in rows)]
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([head, "|---|" + "---:|" * (len(SHORT) - 1), *lines])
 
 
 def draw() -> plt.Figure:
@@ -60,10 +85,13 @@ def draw() -> plt.Figure:
 
 
 def main() -> int:
-    """Write the picture; returns the exit status."""
-    target = DOCS / "evidence.png"
+    """Write the picture and the table of the README; returns the exit status."""
+    target, readme = DOCS / "evidence.png", REPOSITORY / "README.md"
     draw().savefig(target, dpi=130)
-    print(target)
+    page = readme.read_text(encoding="utf-8")
+    old = re.search(rf"^\| {SHORT['method']} \|(.*\n)(\|.*\n)*", page, re.MULTILINE)
+    readme.write_text(page.replace(old.group(), short_table() + "\n"), encoding="utf-8")
+    print(target, readme, sep="\n")
     return 0
 
 

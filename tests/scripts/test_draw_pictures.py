@@ -71,3 +71,11 @@ def test_the_picture_of_the_evidence_has_the_rows_of_its_table(repository, monke
     errors, *_ = script.draw().axes
     assert [label.get_text() for label in errors.get_yticklabels()] == [name for name, _ in rows]
     assert len(rows) > 10 and (repository / "docs/evidence.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_table_of_the_evidence(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    table = importlib.import_module("draw_evidence").short_table()
+    assert len(table.splitlines()) > 10
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{table}\n\n" in readme, "the table is out of date: run python scripts/draw_evidence.py"
