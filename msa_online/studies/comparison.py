@@ -126,20 +126,30 @@ def clip_errors(predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Args:
         predictions: As `read_predictions` returns them.
     """
+    errors = condition_errors(predictions)
+    if MISSING_RATES not in errors and len(errors) == 1:
+        return {"only": next(iter(errors.values()))}
+    incomplete = [errors[name] for name in CONDITIONS if name != COMPLETE]
+    return {
+        "all": errors[COMPLETE],
+        "incomplete": np.mean(incomplete, axis=0),
+        **({"imr": errors[MISSING_RATES]} if MISSING_RATES in errors else {}),
+    }
+
+
+def condition_errors(predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Error of a run on each clip `(clips,)` by condition: absolute, or 1 for a wrong class.
+
+    Args:
+        predictions: As `read_predictions` returns them.
+    """
     labels = predictions[LABELS]
     errors = {
         name: np.abs(logits[:, 0] - labels) if logits.shape[1] == 1 else logits.argmax(axis=1) != labels
         for name, logits in predictions.items()
         if name != LABELS
     }
-    if MISSING_RATES not in errors and len(errors) == 1:
-        return {"only": next(iter(errors.values())).astype(float)}
-    incomplete = [errors[name] for name in CONDITIONS if name != COMPLETE]
-    return {
-        "all": errors[COMPLETE].astype(float),
-        "incomplete": np.mean(incomplete, axis=0),
-        **({"imr": errors[MISSING_RATES].astype(float)} if MISSING_RATES in errors else {}),
-    }
+    return {name: each.astype(float) for name, each in errors.items()}
 
 
 def differences(

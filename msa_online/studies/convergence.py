@@ -193,7 +193,8 @@ def draw_diagnostics(ends: Sequence[RunEnd], target: Path) -> bool:
                     axis.axhline(alone[modality], color=f"C{number}", linestyle="--", linewidth=1)
             axis.set_title(f"{variant}: {DIAGNOSED[kind]}", fontsize="small")
             axis.set_xlabel("epoch")
-            axis.legend(fontsize="x-small")
+            if axis.get_legend_handles_labels()[1]:  # some variants measured less than others
+                axis.legend(fontsize="x-small")
     figure.savefig(target, dpi=110)
     return True
 

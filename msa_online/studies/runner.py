@@ -36,6 +36,7 @@ from msa_online.studies.convergence import (
     draw_learning_curves,
     warnings_of,
 )
+from msa_online.studies.sensitivity import draw_sensitivity, sweeps
 from msa_online.studies.study import Study, StudyRun, name_in
 from msa_online.training.checkpoint import read_predictions
 from msa_online.training.model import require_encoders
@@ -176,6 +177,8 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     draw_diagnostics(ends, folder / "diagnostics.png")
     if study.settings:
         draw_curves(compared, study, split, folder / "curves.png")
+    if swept := sweeps(study, finished):
+        draw_sensitivity(compared, swept, split, folder / "sensitivity.png")
     show(comparison_table(compared, title), console)
     if tested:
         show(differing, console)

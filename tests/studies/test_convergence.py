@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,17 @@ def test_diagnostics_are_drawn_where_they_were_measured_beside_models_of_one_mod
     alone = finished(["fit"] * 3, best=2, epochs=9, variant="alone", condition="text")
     assert draw_diagnostics([RunEnd.of(joint), RunEnd.of(alone), plain], tmp_path / "diagnostics.png")
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_variants_may_measure_different_diagnostics(finished, tmp_path):
+    ends = []
+    for kind in ("share", "probe"):
+        run = finished(["fit"] * 3, best=2, epochs=9, variant=kind)
+        history = json.loads((run.folder / "history.json").read_text())
+        for entry in history:
+            entry["losses"][f"{kind}/text"] = 0.5
+        (run.folder / "history.json").write_text(json.dumps(history))
+        ends.append(RunEnd.of(run))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an empty panel has no legend
+        assert draw_diagnostics(ends, tmp_path / "diagnostics.png")
