@@ -202,18 +202,20 @@ def checked_label(row: Row, label_range: tuple[float, float] | None) -> float | 
     """The label of a row: a number within `label_range`, or a class name if that is None.
 
     Raises:
-        RowProblem: The label is empty, not a number, not finite or out of range.
+        RowProblem: The label is empty or not finite; or, with a range, not a number or out of it.
     """
     if row.label is None:
         return None
     cell = row.label.strip()
     if not clean_text(cell):
         raise RowProblem("the label is empty: rate the clip or delete the row")
+    value = number_in(cell)
     if label_range is None:
+        if value is not None and not math.isfinite(value):
+            raise RowProblem(f"label {cell!r} is not finite: write a class or a number, or delete the row")
         return cell
     low, high = label_range
     wanted = f"write a number from {low:g} to {high:g}"
-    value = number_in(cell)
     if value is None:
         raise RowProblem(f"label {cell!r} is not a number: {wanted}")
     if not math.isfinite(value):

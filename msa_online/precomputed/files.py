@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msa_online.corpora.corpus import CorpusError
-from msa_online.corpora.csv_table import MOST_ROWS, CsvTable, read_csv
+from msa_online.corpora.csv_table import LONGEST_CELL, MOST_ROWS, SHOWN, CsvTable, read_csv
 from msa_online.corpora.limited_process import installed_memory
 from msa_online.corpora.reading import FEATURES
 from msa_online.corpora.validation import why_not_writable
@@ -32,6 +33,7 @@ METADATA = "metadata.csv"
 ORIGIN = "origin.json"
 PICKLES = (".pkl", ".pickle")
 COLUMNS = ("id", "text", "label", "split", "speaker")
+NO_TEXT = re.compile("[\ud800-\udfff\0]")  # halves of characters, and the end of a text in C
 TRANSCRIPT = "raw_text"  # key of the transcript in an .npz or a pickle, where `text` has the features
 DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError),
@@ -193,6 +195,14 @@ def table_of(source: Path, columns: Mapping[str, Sequence[str]]) -> CsvTable:
     for key, cells in columns.items():
         if len(cells) != count:
             raise CorpusError(f"{source}: {len(cells):,} {key} for {count:,} ids: one is needed for each")
+        if NO_TEXT.search(key):
+            raise CorpusError(f"{source}: {key!r} cannot be the name of a column: rename the key")
+        for row, cell in enumerate(cells, start=1):
+            if len(cell) > LONGEST_CELL or (not cell.isascii() and NO_TEXT.search(cell)):
+                raise CorpusError(
+                    f"{source}: {key} of row {row:,} is {cell[:SHOWN]!r}, which a csv file cannot store: "
+                    f"write at most {LONGEST_CELL:,} characters, and no halves of characters (surrogates)"
+                )
     names = tuple("text" if name == TRANSCRIPT else name for name in columns)
     rows = enumerate(zip(*columns.values(), strict=True), start=1)
     return CsvTable(
@@ -223,20 +233,39 @@ def unpadded(source: Path, name: str, values: np.ndarray, lengths: np.ndarray | 
     if lengths is None:
         backwards = values.any(axis=-1)[:, ::-1]  # NaN counts as non-zero
         lengths = np.where(backwards.any(axis=1), time - backwards.argmax(axis=1), 0)
-    lengths = _whole_numbers(source, name, np.asarray(lengths).ravel())
+    lengths = np.asarray(lengths).ravel()
     if len(lengths) != len(values):
         raise CorpusError(f"{source}: {len(lengths):,} {name}_lengths for {len(values):,} samples of {name}")
-    if impossible := np.flatnonzero((lengths < 0) | (lengths > time)).tolist():
-        row = impossible[0]
-        raise CorpusError(
-            f"{source}: {name}_lengths says {lengths[row]} steps in row {row + 1}, but {name} has {time} "
-            f"({len(impossible):,} such rows): correct the lengths, or leave them out"
-        )
+    lengths = checked_lengths(source, name, lengths, np.full(len(lengths), time))
     kept = values[np.arange(time) < lengths[:, None]]
     with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused later
         return FeatureSteps(
             torch.from_numpy(kept.astype(np.float32, copy=False)), np.cumsum([0, *lengths], dtype=np.int64)
         )
+
+
+def checked_lengths(source: Path, name: str, lengths: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """The steps of each sample, `(samples,)` int64.
+
+    Args:
+        source: The file, for messages.
+        name: The modality, for messages.
+        lengths: The steps as written, `(samples,)`.
+        most: The steps that there are, `(samples,)`.
+
+    Raises:
+        CorpusError: A length is not a whole number, negative, or beyond the steps that there are.
+    """
+    if lengths.dtype.kind not in "iuf":
+        raise CorpusError(f"{source}: {name}_lengths must be whole numbers, not {lengths.dtype}")
+    possible = (lengths >= 0) & (lengths <= most) & (lengths == np.round(lengths))  # all False for NaN
+    if wrong := np.flatnonzero(~possible).tolist():
+        row = wrong[0]
+        raise CorpusError(
+            f"{source}: {name}_lengths says {lengths[row]:.15g} steps in row {row + 1}, but {name} has "
+            f"{most[row]:,} ({len(wrong):,} such rows): correct the lengths, or leave them out"
+        )
+    return lengths.astype(np.int64)
 
 
 def require_new_folder(folder: Path) -> None:
@@ -342,11 +371,3 @@ def check_sizes(table: FeatureTable, source: Path) -> FeatureTable:
                 f"{count:,}: both must have the same samples in the same order"
             )
     return table
-
-
-def _whole_numbers(source: Path, name: str, lengths: np.ndarray) -> np.ndarray:
-    if lengths.dtype.kind in "iu":
-        return lengths.astype(np.int64)
-    if lengths.dtype.kind == "f" and np.array_equal(lengths, np.round(lengths)):
-        return lengths.astype(np.int64)
-    raise CorpusError(f"{source}: {name}_lengths must be whole numbers, not {lengths.dtype}")

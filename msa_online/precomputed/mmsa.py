@@ -14,15 +14,17 @@ from msa_online.corpora.corpus import CorpusError
 from msa_online.corpora.csv_table import MOST_ROWS
 from msa_online.corpora.limited_process import LimitExceededError, last_line, run_limited
 from msa_online.corpora.splits import split_of
+from msa_online.corpora.validation import number_in
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureSteps
-from msa_online.precomputed.files import FeatureTable, check_sizes, table_of, unpadded
+from msa_online.precomputed.files import FeatureTable, check_sizes, checked_lengths, table_of, unpadded
 from msa_online.precomputed.mmsa_pickle import (
     COLUMNS,
     FOREIGN,
     TENSORS,
     TOKENS,
     TOO_MANY_ROWS,
+    UNUSABLE,
 )
 
 READER = Path(__file__).with_name("mmsa_pickle.py")
@@ -58,6 +60,11 @@ def read_mmsa_features(path: Path, *, tokens: bool = False) -> FeatureTable:
             f"{path} does not have MMSA's layout: train, valid and test with a key 'id' in each are needed, "
             f"the file contains: {', '.join(held) or 'none of these'}"
         )
+    columns = {
+        split: of_split for split, of_split in columns.items() if not _is_empty(split, of_split, tensors)
+    }
+    if not columns:
+        raise CorpusError(f"{path}: {', '.join(splits)} have no samples: copy or download it again")
     metadata = table_of(path, _joined_columns(path, columns, splits))
     held = [name for name in (*MODALITIES, TOKENS) if any(f"{split}/{name}" in tensors for split in columns)]
     if "text" in held and TOKENS in held and not tokens:
@@ -93,6 +100,8 @@ def _read_in_a_process(path: Path, folder: str) -> None:
             f"{path} contains {done.stdout.strip()}, which is neither an array nor plain data. Nothing of "
             "the file was executed. Save the features as numpy arrays, in a pickle or an .npz file."
         )
+    if done.returncode == UNUSABLE:
+        raise CorpusError(f"{path}: {done.stdout.strip()}")
     if done.returncode != 0:
         raise CorpusError(f"{path} cannot be read as a pickle ({last_line(done)}): copy or download it again")
 
@@ -100,7 +109,7 @@ def _read_in_a_process(path: Path, folder: str) -> None:
 def _joined_columns(
     path: Path, columns: Mapping[str, Mapping[str, list[str]]], splits: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """The columns that all splits have, concatenated over splits, and `split`.
+    """All columns, concatenated over splits, and `split`; a cell is empty where a split lacks its column.
 
     Ids that join a video and a clip give `speaker`, `dialogue` and `turn` too.
     """
@@ -111,8 +120,10 @@ def _joined_columns(
                     f"{path}: {split} has {len(cells):,} {key} for {len(of_split['id']):,} ids: one is "
                     "needed for each"
                 )
-    shared = [key for key in next(iter(columns.values())) if all(key in each for each in columns.values())]
-    joined = {key: [cell for of_split in columns.values() for cell in of_split[key]] for key in shared}
+    joined: dict[str, list[str]] = {key: [] for of_split in columns.values() for key in of_split}
+    for of_split in columns.values():
+        for key, cells in joined.items():
+            cells += of_split.get(key, [""] * len(of_split["id"]))
     joined["split"] = [splits[split] for split, of_split in columns.items() for _ in of_split["id"]]
     videos, _, clips = zip(*(name.rpartition(SEPARATOR) for name in joined["id"]), strict=True)
     if not all(videos):
@@ -128,22 +139,38 @@ def _joined_steps(
     for split, of_split in columns.items():
         key = f"{split}/{name}"
         if key not in tensors:
-            raise CorpusError(f"{path}: {split} has no {name}, though other splits have it")
-        if f"{key}/lengths" in tensors:
-            ends = np.cumsum([0, *tensors[f"{key}/lengths"]])
-            sequences = [tensors[key][start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
-            parts.append(FeatureSteps.join(sequences, tensors[key].shape[-1]))
-        else:
-            lengths = of_split.get(f"{name}_lengths")
-            parts.append(unpadded(path, f"{split} {name}", tensors[key], lengths and _numbers(path, lengths)))
+            raise CorpusError(
+                f"{path}: {split} has no {name}, though other splits have it: add it, or delete it from all"
+            )
+        cells = of_split.get(f"{name}_lengths")
+        lengths = None if cells is None else _lengths(path, f"{split} {name}_lengths", cells)
+        own = tensors.get(f"{key}/lengths")
+        if own is None:
+            parts.append(unpadded(path, f"{split} {name}", tensors[key], lengths))
+            continue
+        if lengths is None or len(lengths) != len(own):  # another number of samples is refused later
+            lengths = own
+        kept = checked_lengths(path, f"{split} {name}", lengths, own)
+        starts = np.cumsum([0, *own[:-1]])
+        sequences = [tensors[key][at : at + steps] for at, steps in zip(starts, kept, strict=True)]
+        parts.append(FeatureSteps.join(sequences, tensors[key].shape[-1]))
     if len(widths := sorted({part.width for part in parts})) > 1:
         raise CorpusError(f"{path}: {name} is {' and '.join(map(str, widths))} wide in different splits")
     lengths = np.concatenate([part.lengths for part in parts])
     return FeatureSteps(torch.cat([part.values for part in parts]), np.cumsum([0, *lengths], dtype=np.int64))
 
 
-def _numbers(path: Path, cells: list[str]) -> np.ndarray:
-    try:
-        return np.array(cells, dtype=np.float64)
-    except ValueError as error:
-        raise CorpusError(f"{path}: lengths are not numbers ({error})") from error
+def _is_empty(split: str, of_split: Mapping[str, list[str]], tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a split has the keys of one but no samples."""
+    features = [array for key, array in tensors.items() if key.startswith(f"{split}/")]
+    return not any(map(len, [*of_split.values(), *features]))
+
+
+def _lengths(path: Path, key: str, cells: list[str]) -> np.ndarray:
+    numbers = [number_in(cell) for cell in cells]
+    if None in numbers:
+        row = numbers.index(None)
+        raise CorpusError(
+            f"{path}: {key} is {cells[row]!r} in row {row + 1}: write whole numbers, or leave the key out"
+        )
+    return np.array(numbers, dtype=np.float64)

@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 MODALITIES = ("text", "audio", "vision")
 TOKENS = "text_bert"  # of each sample: token ids, attention mask and segments, (3, tokens)
 TENSORS, COLUMNS = "features.safetensors", "columns.json"
-FOREIGN, TOO_MANY_ROWS = 3, 4  # exit statuses
-SHOWN = 100  # characters of a name that the file chose
+LENGTHS = tuple(f"{name}_lengths" for name in MODALITIES)
+FOREIGN, TOO_MANY_ROWS, UNUSABLE = 3, 4, 5  # exit statuses
+SHOWN, LONGEST = 100, 300  # characters of a name that the file chose, and of a message
 
 
 class ForeignObject(Exception):
@@ -35,6 +36,10 @@ class ForeignObject(Exception):
 
 class TooManyRows(Exception):
     """A split has more samples than a corpus may have."""
+
+
+class UnusableKey(Exception):
+    """A key that is read as features, tokens or lengths contains something else; the argument says what."""
 
 
 def _array(_: object, shape: tuple, kind: bytes) -> np.ndarray:
@@ -119,6 +124,7 @@ def plain_parts(
 
     Raises:
         TooManyRows: A key has more samples.
+        UnusableKey: Features, tokens or lengths have another shape or type.
     """
     tensors: dict[str, np.ndarray] = {}
     columns: dict[str, dict[str, list[str]]] = {}
@@ -127,44 +133,127 @@ def plain_parts(
         for key, value in part.items() if isinstance(part, Mapping) else ():
             if _rows(value) > most_rows:
                 raise TooManyRows
-            if key in MODALITIES and _is_features(value):
-                tensors |= {f"{split}/{name}": array for name, array in _features(key, value).items()}
-            elif key == TOKENS and _is_features(value) and value[0].ndim == 2:
-                by_token = [np.transpose(each) for each in value]
-                tensors |= {f"{split}/{name}": array for name, array in _features(key, by_token).items()}
-            elif cells := _cells(value):
+            name, cells = f"{split} {key}", _cells(value)
+            if key in MODALITIES and not _are_words(value):
+                tensors |= {f"{split}/{key}{kind}": array for kind, array in _features(name, value).items()}
+            elif key == TOKENS:
+                try:
+                    arrays = _tokens(name, value)
+                except UnusableKey:
+                    if "text" not in part:
+                        raise
+                    continue  # what is not used cannot make the file unusable
+                tensors |= {f"{split}/{key}{kind}": array for kind, array in arrays.items()}
+            elif cells is not None:
                 columns[str(split)][str(key)] = cells
+            elif key in LENGTHS:
+                raise UnusableKey(f"{name} is {_described(value)}: a whole number for each sample is needed")
     return tensors, columns
+
+
+def _has_samples(value: Any) -> bool:
+    """Whether a key contains something for each sample."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _rows(value: Any) -> int:
     """Number of samples in a key; 0 if it is not a column."""
+    return len(value) if _has_samples(value) else 0
+
+
+def _are_words(value: Any) -> bool:
+    """Whether a key contains a string for each sample: transcripts in place of features."""
+    return _rows(value) > 0 and all(isinstance(each, str | bytes) for each in value)
+
+
+def _features(name: str, value: Any) -> dict[str, np.ndarray]:
+    """Arrays of a key of features: "" and, if each sample is an array of its own, "/lengths".
+
+    In the order of C: safetensors writes an array as it lies in memory.
+
+    Raises:
+        UnusableKey: A sample is not one step `(width,)` or steps `(time, width)` of numbers.
+    """
+    if isinstance(value, np.ndarray) and (value.dtype != object or value.ndim != 1):
+        return {"": _numbers(name, value)}
+    if not _has_samples(value):
+        raise UnusableKey(f"{name} is {_described(value)}: an array of numbers is needed")
+    samples = []
+    for number, each in enumerate(value, start=1):
+        steps = _numbers(f"{name} of sample {number}", each)
+        if steps.ndim not in (1, 2):
+            raise UnusableKey(
+                f"{name} of sample {number} is {_described(each)}: numbers of the shape (width,) or (time, "
+                "width) are needed"
+            )
+        samples.append(np.atleast_2d(steps))
+    return _joined(name, samples)
+
+
+def _tokens(name: str, value: Any) -> dict[str, np.ndarray]:
+    """Arrays of a key of tokens, `(3, tokens)` of each sample, like those of `_features`."""
+    if not _has_samples(value):
+        raise UnusableKey(f"{name} is {_described(value)}: token ids, mask and segments are needed")
+    samples = []
+    for number, each in enumerate(value, start=1):
+        rows = _numbers(f"{name} of sample {number}", each)
+        if rows.ndim != 2:
+            raise UnusableKey(
+                f"{name} of sample {number} is {_described(each)}: token ids, mask and segments (3, tokens) "
+                "are needed"
+            )
+        samples.append(rows.T)
+    return _joined(name, samples)
+
+
+def _joined(name: str, samples: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Samples `(time, width)`, one after the other, with their lengths; an empty one has no steps."""
+    if not samples:
+        return {}
+    number, first = next(((n, each) for n, each in enumerate(samples, 1) if each.size), (1, samples[0]))
+    width = first.shape[1]
+    kept = [each if each.size else np.zeros((0, width), first.dtype) for each in samples]
+    for other, each in enumerate(kept, start=1):
+        if each.shape[1] != width:
+            raise UnusableKey(
+                f"{name} of sample {other} is {each.shape[1]} wide, and that of sample {number} is {width}: "
+                "all samples need the same width"
+            )
+    lengths = np.array([len(each) for each in kept])
+    return {"": np.ascontiguousarray(np.concatenate(kept)), "/lengths": lengths}
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """An array, or nested lists, as an array of numbers that safetensors can store.
+
+    Raises:
+        UnusableKey: It contains anything else.
+    """
+    try:
+        array = np.asarray(value)
+        if array.dtype == object:  # numbers of Python, one by one
+            array = array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = np.zeros((), "O")
+    if array.dtype.kind not in "fiub" or array.ndim == 0:
+        raise UnusableKey(f"{name} is {_described(value)}: an array of numbers is needed")
+    return np.ascontiguousarray(array, np.float64 if array.dtype.itemsize > 8 else None)
+
+
+def _described(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        return len(value) if value.ndim else 0
-    return len(value) if isinstance(value, list | tuple) else 0
+        return f"an array {value.shape} of {value.dtype.name}"
+    return f"a {type(value).__name__}" + (f" of {len(value):,}" if isinstance(value, list | tuple) else "")
 
 
-def _is_features(value: Any) -> bool:
-    first = value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) else None
-    return isinstance(first, np.ndarray) and first.ndim > 0
-
-
-def _features(key: str, value: Any) -> dict[str, np.ndarray]:
-    """In the order of C: safetensors writes an array as it lies in memory."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return {key: np.ascontiguousarray(value)}
-    lengths = np.array([len(each) for each in value])
-    return {key: np.ascontiguousarray(np.concatenate(list(value))), f"{key}/lengths": lengths}
-
-
-def _cells(value: Any) -> list[str]:
-    """A column of one cell a sample, as text; an empty list for anything else."""
+def _cells(value: Any) -> list[str] | None:
+    """A column of one cell a sample, as text; None for anything else."""
     if isinstance(value, np.ndarray) and value.ndim and value.size == len(value):
         value = value.reshape(-1)
-    if not isinstance(value, list | tuple | np.ndarray) or not all(
+    if not _has_samples(value) or not all(
         isinstance(cell, str | bytes | int | float | np.generic) for cell in value
     ):
-        return []
+        return None
     return [_cell(each) for each in value]
 
 
@@ -186,6 +275,9 @@ def main(argv: list[str]) -> int:
         return FOREIGN
     except TooManyRows:
         return TOO_MANY_ROWS
+    except UnusableKey as error:
+        print(str(error)[:LONGEST])
+        return UNUSABLE
     try:
         save_file(tensors, folder / TENSORS)
     except SafetensorError as error:

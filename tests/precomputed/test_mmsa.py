@@ -203,9 +203,41 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
         ("test", {"text": np.ones((2, 4, 9))}, "text is 5 and 9 wide"),
         ("test", {"annotations": ["Neutral"]}, "1 annotations for 2 ids"),
         ("test", {"audio_lengths": [6, 7]}, "says 7 steps in row 2"),
-        ("test", {"audio_lengths": ["a", "b"]}, "lengths are not numbers"),
+        ("test", {"audio_lengths": [6, "b"]}, "test audio_lengths is 'b' in row 2: write whole numbers"),
+        (
+            "test",
+            {"audio_lengths": [6, 2.5]},
+            "test audio_lengths says 2.5 steps in row 2, but test audio has 6",
+        ),
+        ("test", {"audio_lengths": [np.inf, 1]}, "test audio_lengths says inf steps in row 1"),
+        ("test", {"audio_lengths": [-1, np.nan]}, r"says -1 steps in row 1, but test audio has 6 \(2 such"),
+        ("test", {"audio_lengths": [10**30, 1]}, r"says 1e\+30 steps in row 1"),
+        ("test", {"audio_lengths": [None, 1]}, "test audio_lengths is a list of 2: a whole number for each"),
+        ("test", {"audio_lengths": 6}, "test audio_lengths is a int: a whole number for each"),
+        ("test", {"audio_lengths": []}, "test has 0 audio_lengths for 2 ids"),
         ("test", {"vision": np.ones((3, 6, 2))}, "2 test vision_lengths for 3 samples"),
-        ("valid", {"audio": "lost"}, "valid has no audio, though other splits have it"),
+        ("valid", {"audio": []}, "valid has no audio, though other splits have it: add it, or delete"),
+        ("valid", {"audio": "lost"}, "valid audio is a str: an array of numbers is needed"),
+        ("valid", {"audio": None}, "valid audio is a NoneType: an array of numbers"),
+        ("valid", {"audio": np.array(1.0)}, r"valid audio is an array \(\) of float64"),
+        ("valid", {"audio": [1.0, 2.0, 3.0]}, "valid audio of sample 1 is a float: an array of numbers"),
+        ("valid", {"audio": np.full((3, 6, 3), "x")}, r"valid audio is an array \(3, 6, 3\) of str32"),
+        (
+            "valid",
+            {"audio": [np.ones((2, 3)), None, np.ones((1, 3))]},
+            "valid audio of sample 2 is a NoneType",
+        ),
+        ("valid", {"audio": [np.ones((2, 3)), {}, np.ones((1, 3))]}, "valid audio of sample 2 is a dict"),
+        ("valid", {"audio": [[[1, 2, 3]], [[1], [2, 3]], []]}, "valid audio of sample 2 is a list of 2"),
+        (
+            "valid",
+            {"audio": [np.ones((2, 3)), np.ones((2, 4)), np.ones((1, 3))]},
+            "valid audio of sample 2 is 4 wide, and that of sample 1 is 3",
+        ),
+        ("valid", {"audio": [np.ones((1, 2, 3))] * 3}, r"sample 1 is an array \(1, 2, 3\) of float64"),
+        ("valid", {"id": ["a", "b", "\udc80"]}, "id of row 7 is .* no halves of characters"),
+        ("valid", {"id": ["a", "b", "c" * 131_073]}, "id of row 7 is .* at most 131,072 characters"),
+        ("valid", {"a\0b": [1, 2, 3]}, "cannot be the name of a column: rename the key"),
         ("train", {"id": 5}, "does not have MMSA's layout.* a key 'id' in each .* contains: train"),
     ],
 )
@@ -213,6 +245,68 @@ def test_a_pickle_whose_parts_do_not_fit_is_refused(content, write_pickle, split
     content[split] |= change
     with pytest.raises(CorpusError, match=expected):
         read_mmsa_features(write_pickle(content))
+
+
+FORMS = {  # the same features as an array `(samples, time, width)`, in other forms
+    "big-endian": lambda values: values.astype(">f8"),
+    "in the order of Fortran": np.asfortranarray,
+    "extended precision": lambda values: values.astype(np.longdouble),
+    "objects of numbers": lambda values: values.astype(object),
+    "a list of arrays": list,
+    "a tuple of big-endian arrays": lambda values: tuple(values.astype(">f4")),
+    "nested lists": np.ndarray.tolist,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_in_any_form_have_the_lengths_and_values_of_the_array(content, write_pickle, form):
+    expected = read_mmsa_features(write_pickle(content)).steps["audio"]
+    for split in content.values():
+        split["audio"] = FORMS[form](split["audio"])
+    steps = read_mmsa_features(write_pickle(content)).steps["audio"]
+    np.testing.assert_array_equal(steps.offsets, expected.offsets)
+    torch.testing.assert_close(steps.values, expected.values, rtol=0, atol=0)
+
+
+def test_a_list_of_vectors_has_one_step_a_sample_and_an_empty_one_none(content, write_pickle):
+    for split in content.values():
+        split["audio"] = [np.arange(3.0) for _ in split["id"]]
+        del split["audio_lengths"]
+    content["train"]["audio"][1] = np.zeros(0)
+    steps = read_mmsa_features(write_pickle(content)).steps["audio"]
+    assert steps.lengths.tolist() == [1, 0, *[1] * 7]
+    assert steps.of(0).tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_unusable_tokens_do_not_make_a_file_with_features_unusable(content, write_pickle):
+    for split in content.values():
+        split["text_bert"] = np.ones((len(split["id"]), 5))
+    assert "text" in read_mmsa_features(write_pickle(content)).steps
+    del content["test"]["text"]
+    assert "test text_bert of sample 1 is an array (5,) of float64" in refusal(write_pickle(content))
+
+
+def test_a_split_without_samples_is_left_out(content, write_pickle):
+    content["test"] = {key: cells[:0] for key, cells in content["test"].items()}
+    table = read_mmsa_features(write_pickle(content))
+    assert {cells["split"] for _, cells in table.metadata.rows} == {"train", "valid"}
+    everything = dict.fromkeys(content, content["test"])
+    assert "have no samples" in refusal(write_pickle(everything))
+
+
+def test_labels_that_a_split_lacks_are_broken_rows_and_no_reason_to_take_other_labels(
+    content, write_pickle, tmp_path
+):
+    del content["test"]["regression_labels"]
+    content["train"]["regression_labels"][2] = np.nan
+    path = write_pickle(content)
+    with pytest.raises(CorpusError) as caught:
+        convert_features(path, tmp_path / "corpus")
+    assert "3 broken rows" in str(caught.value)
+    assert "row 3: label 'nan' is not finite" in str(caught.value)
+    assert "row 8: the label is empty" in str(caught.value)
+    convert_features(path, tmp_path / "corpus", skip_broken=True)
+    assert len(read_features(tmp_path / "corpus", label_range=(-3, 3)).samples) == 6
 
 
 @pytest.mark.parametrize("layout", [{"first": {"id": ["a"]}}, ["train", "valid"], {"train": [1]}, "text"])
