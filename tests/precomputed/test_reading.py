@@ -225,7 +225,7 @@ def test_an_archive_without_ids_is_refused(feature_arrays, write_archive):
         ("vision", np.zeros((12, 2, 2, 2)), r"\(12, 2, 2, 2\) of float64"),
         ("vision", np.full((12, 2), "x"), "of <U1"),
         ("text_lengths", np.full(12, 5), "says 5 steps in row 1, but text has 4"),
-        ("text_lengths", np.full(12, 0.5), "must be whole numbers"),
+        ("text_lengths", np.full(12, 0.5), "text_lengths says 0.5 steps in row 1"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(feature_arrays, write_archive, key, value, expected):
