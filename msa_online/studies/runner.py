@@ -36,6 +36,7 @@ from msa_online.studies.convergence import (
     draw_learning_curves,
     warnings_of,
 )
+from msa_online.studies.folder import held, require_writable
 from msa_online.studies.sensitivity import draw_sensitivity, sweeps
 from msa_online.studies.study import Study, StudyRun, name_in
 from msa_online.training.checkpoint import read_predictions
@@ -51,10 +52,15 @@ def carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     """Train all runs that are not finished; prints one line per run.
 
     Raises:
-        ConfigurationError: A folder contains a finished run of other settings; or an encoder of a variant is
-            unavailable or unsuitable, which is checked before the first run; or a run stopped with an error
-            of its input. Finished runs are kept.
+        ConfigurationError: The folder cannot be written, or another process works there; or it contains a
+            finished run of other settings; or an encoder of a variant is unavailable or unsuitable, which is
+            checked before the first run; or a run stopped with an error of its input. Finished runs are kept.
     """
+    with held(Path(study.output_dir)):
+        _carry_out(runs, study, console)
+
+
+def _carry_out(runs: Sequence[StudyRun], study: Study, console: Console) -> None:
     for run in runs:
         if run.record and run.difference:
             raise ConfigurationError(
@@ -126,8 +132,9 @@ def report(runs: Sequence[StudyRun], study: Study, name: str, console: Console) 
     """Show the finished runs in a table; write the table to `table.md` and all values to `results.json`.
 
     Raises:
-        ConfigurationError: No run is finished.
+        ConfigurationError: No run is finished, or the folder cannot be written.
     """
+    require_writable(Path(study.output_dir))
     finished = [run for run in runs if run.record]
     if not finished:
         raise ConfigurationError(f"{study.output_dir}: no run of the study is finished there")

@@ -27,6 +27,7 @@ from msa_online.training.config_reader import read_arguments
 from msa_online.training.stages import make_schedule
 from msa_online.training.yaml_reader import ConfigurationError, read_change, read_document, structure
 
+SECTIONS = ("model", "data", "training")
 SET_BY_THE_STUDY = ("training.seed", "training.output_dir", "training.resume", "training.overwrite")
 
 
@@ -172,9 +173,10 @@ class StudyRun:
             return None
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no JSON
             return None
-        return config.get("trained_on")
+        record = config.get("trained_on") if isinstance(config, dict) else None
+        return record if isinstance(record, dict) and "results" in record else None
 
     @property
     def is_interrupted(self) -> bool:
@@ -184,7 +186,12 @@ class StudyRun:
     @property
     def difference(self) -> str | None:
         """A setting in which the run in the folder differs from this one, with both values; None if equal."""
-        before = read_document(self.folder / SETTINGS, "configuration of the run")
+        try:
+            before = read_document(self.folder / SETTINGS, "configuration of the run")
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}; delete {self.folder}, and the study makes the run again"
+            ) from error
         before.pop("launch", None)
         if former := former_key(before):
             return f"{former} of an earlier version, now {FORMER_KEYS[former]}"
@@ -249,9 +256,19 @@ def _problems(study: Study) -> Iterator[str]:
             yield f"{name!r}: the name of a variant or setting needs a letter or a digit"
         elif (twin := folders.setdefault(folder_name(name), name)) != name:
             yield f"{twin!r} and {name!r} would share the folder {folder_name(name)!r}: rename one"
+    combined: dict[str, str] = {}
+    for setting in study.settings:
+        for variant in study.variants:
+            name = name_in(variant, setting)
+            if (twin := combined.setdefault(folder_name(name), f"{variant!r} in {setting!r}")) != (
+                here := f"{variant!r} in {setting!r}"
+            ):
+                yield f"{twin} and {here} would share the folder {folder_name(name)!r}: rename one"
     for name, changes in (("changes", study.changes), *study.variants.items(), *study.settings.items()):
         if taken := [key for key in SET_BY_THE_STUDY if key in changes]:
             yield f"{name!r} sets {taken[0]}: the study sets that for every run itself"
+        if whole := [key for key in SECTIONS if key in changes]:
+            yield f"{name!r} sets the whole section {whole[0]}: name its keys, like {whole[0]}.KEY: VALUE"
 
 
 def name_in(variant: str, setting: str) -> str:

@@ -11,6 +11,7 @@ Ranges of whole numbers give whole numbers. A search that was stopped continues:
 the journal of the output folder.
 """
 
+import json
 import math
 import shutil
 import time
@@ -26,9 +27,10 @@ from rich.table import Table
 
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.evaluation.tables import format_metric, selection_metric, show
+from msa_online.studies.folder import LOCK, held
 from msa_online.studies.runner import quietly
-from msa_online.studies.study import as_options
-from msa_online.training.checkpoint import write_atomically
+from msa_online.studies.study import SECTIONS, as_options
+from msa_online.training.checkpoint import draft_of, write_atomically
 from msa_online.training.config import RunArguments, first_difference
 from msa_online.training.config_reader import read_arguments
 from msa_online.training.divergence import DivergedError
@@ -146,6 +148,8 @@ def _dimension(key: str, content: Any, space: Path) -> Dimension:
     """A line of a search space; raises `ConfigurationError`."""
     if key in SET_BY_THE_SEARCH:
         raise ConfigurationError(f"{space}: {key} is set by the search: leave it out")
+    if key in SECTIONS:
+        raise ConfigurationError(f"{space}: {key} is a whole section: name its keys, like {key}.KEY")
     if not isinstance(content, dict) or len(content) != 1 or next(iter(content)) not in KINDS:
         raise ConfigurationError(
             f"{space}: {key} is {content!r}: write one of {{log: [LOW, HIGH]}}, {{uniform: [LOW, HIGH]}} and "
@@ -185,12 +189,18 @@ def carry_out_search(search: Search, trials: int, console: Console) -> None:
     trial has the values of the configuration itself, if it names all of them.
 
     Raises:
-        ConfigurationError: The folder contains another search, or an encoder is unavailable, or no trial has
-            a score.
+        ConfigurationError: The folder contains another search or cannot be written, or another process works
+            there; or an encoder is unavailable, or no trial has a score.
     """
+    require_encoders(search.arguments)
+    _check_folder(search)
+    with held(search.folder):
+        _carry_out(search, trials, console)
+
+
+def _carry_out(search: Search, trials: int, console: Console) -> None:
     from optuna.trial import TrialState
 
-    require_encoders(search.arguments)
     study = _open(search)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -222,6 +232,29 @@ def carry_out_search(search: Search, trials: int, console: Console) -> None:
     )
 
 
+def _check_folder(search: Search) -> None:
+    """Check that the folder is new, or that of this search; does not change it.
+
+    Raises:
+        ConfigurationError: It contains another search, or something else.
+    """
+    path = search.folder / RECORD
+    if path.exists():
+        before = read_document(path, "record of the search")
+        if changed := first_difference(before, _record(search), ("training.output_dir", "training.resume")):
+            key, earlier, now = changed
+            raise ConfigurationError(
+                f"{search.folder} holds a search with {key}={earlier!r}, not {now!r}: give another "
+                "training.output_dir, or restore the settings"
+            )
+    elif search.folder.is_dir() and any(
+        entry.name not in (LOCK, draft_of(path).name) for entry in search.folder.iterdir()
+    ):
+        raise ConfigurationError(
+            f"{search.folder} holds something else than a search: give another training.output_dir"
+        )
+
+
 def _open(search: Search) -> "Study":
     """Open the journal; trials that were interrupted are marked and their values tried again."""
     import optuna
@@ -230,38 +263,38 @@ def _open(search: Search) -> "Study":
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    record = _record(search)
     path = search.folder / RECORD
-    if path.exists():
-        before = read_document(path, "record of the search")
-        if changed := first_difference(before, record, ("training.output_dir", "training.resume")):
-            key, earlier, now = changed
-            raise ConfigurationError(
-                f"{search.folder} holds a search with {key}={earlier!r}, not {now!r}: give another "
-                "training.output_dir, or restore the settings"
-            )
-    elif search.folder.exists() and (search.folder.is_file() or any(search.folder.iterdir())):
-        raise ConfigurationError(
-            f"{search.folder} holds something else than a search: give another training.output_dir"
+    if not path.exists():
+        write_atomically(path, yaml.safe_dump(_record(search), sort_keys=False))
+    journal = search.folder / JOURNAL
+    _drop_cut_record(journal)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        study = optuna.create_study(
+            storage=storage, study_name="search", direction="maximize", load_if_exists=True
         )
-    else:
-        search.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, yaml.safe_dump(record, sort_keys=False))
-    storage = JournalStorage(JournalFileBackend(str(search.folder / JOURNAL)))
-    study = optuna.create_study(
-        storage=storage, study_name="search", direction="maximize", load_if_exists=True
-    )
-    begun = study.get_trials(deepcopy=False)
+        begun = study.get_trials(deepcopy=False)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{journal} is damaged ({error}): restore it, or give another training.output_dir"
+        ) from error
     for trial in begun:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
     # a search that continues must not draw the values of its first trials again
-    seed = search.arguments.training.seed + len(begun)
+    seed = (search.arguments.training.seed + len(begun)) % 2**32
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
     if not begun and (own := _own_values(search)):
         study.enqueue_trial(own)
     return study
+
+
+def _drop_cut_record(journal: Path) -> None:
+    """Remove the last record of a journal if it was cut off, by a full disk; its trial is tried again."""
+    if journal.exists() and (content := journal.read_bytes()) and not content.endswith(b"\n"):
+        with open(journal, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _record(search: Search) -> dict[str, Any]:

@@ -81,15 +81,22 @@ class RunFolder:
                 f"{self.path} holds an earlier run: set training.resume=true to continue it, "
                 "training.overwrite=true to replace it, or give another training.output_dir"
             )
-        elif self.path.is_dir() and not (self.path / SETTINGS).exists() and any(self.path.iterdir()):
+        elif foreign := self._foreign_file():
             raise ConfigurationError(
-                f"{self.path} holds files that belong to no run (for example "
-                f"{next(self.path.iterdir()).name}): give another training.output_dir"
+                f"{self.path} holds files that belong to no run (for example {foreign}): give another "
+                "training.output_dir"
             )
         elif reason := "it is a file" if self.path.is_file() else why_not_writable(self.path):
             raise ConfigurationError(
                 f"training.output_dir={self.path} cannot be created: {reason}; name another"
             )
+
+    def _foreign_file(self) -> str | None:
+        """Name of a file in a folder that is not that of a run; None if there is none."""
+        if not self.path.is_dir() or (self.path / SETTINGS).exists():
+            return None
+        names = (entry.name for entry in self.path.iterdir())
+        return next((name for name in names if name != draft_of(self.path / SETTINGS).name), None)
 
     def open(self, arguments: RunArguments, data: Mapping[str, list[str]] | None = None) -> None:
         """Prepare the folder for a new run; the folder of a run to resume is not changed.
@@ -106,13 +113,16 @@ class RunFolder:
             self._require_same_data(data)
         self.accelerator.wait_for_everyone()  # all processes check before one writes
         if self.accelerator.is_main_process and not arguments.training.resume:
-            if (self.path / SETTINGS).exists():
-                shutil.rmtree(self.path)  # the folder of a run, as `check` has verified
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(self._record(arguments), sort_keys=False)
+            # the folder of a run, as `check` has verified; its settings, which show that, are kept to the end
+            for entry in self.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != SETTINGS:
+                    entry.unlink()
+            write_atomically(self.path / SETTINGS, yaml.safe_dump(self._record(arguments), sort_keys=False))
             if data is not None:
                 write_atomically(self.path / DATA, json.dumps(data, indent=0))
-            write_atomically(self.path / SETTINGS, settings)
         self.accelerator.wait_for_everyone()
 
     def _require_same_data(self, data: Mapping[str, list[str]]) -> None:
@@ -266,6 +276,7 @@ class RunFolder:
         if not self.accelerator.is_main_process:
             return
         staging = self.path / "publish.new"
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         model.save_pretrained(staging, state_dict=merged_weights(model))
         if processor is not None:
             processor.save_pretrained(staging)
@@ -415,6 +426,11 @@ def _published(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step, so that it is never incomplete."""
-    draft = path.with_name(path.name + ".new")
+    draft = draft_of(path)
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+def draft_of(path: Path) -> Path:
+    """Where `write_atomically` writes a file before it replaces it."""
+    return path.with_name(path.name + ".new")

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import LoggerType
@@ -42,6 +43,8 @@ LOWEST = {  # where null is allowed, it has no limit
     "training.accumulation": 1,
     "training.weight_decay": 0,
 }
+HIGHEST = {"data.missing.seed": 2**32 - 1, "training.seed": 2**32 - 1}  # numpy takes no larger seed
+LONGEST_NAME = 200  # bytes of a folder's name; files beside it have longer ones
 ABOVE_ZERO = (
     *("training.learning_rate", "training.clip_norm"),
     "data.max_audio_seconds",
@@ -71,12 +74,21 @@ def problems(arguments: RunArguments) -> Iterator[str]:
     for key, lowest in LOWEST.items():
         if (value := attrgetter(key)(arguments)) is not None and value < lowest:
             yield f"{key} is {value}: at least {lowest}"
+    for key, highest in HIGHEST.items():
+        if (value := attrgetter(key)(arguments)) > highest:
+            yield f"{key} is {value}: at most {highest}"
     for key in ABOVE_ZERO:
         if (value := attrgetter(key)(arguments)) <= 0:
             yield f"{key} is {value}: above 0"
     for key in NOT_EMPTY:
         if not attrgetter(key)(arguments):
             yield f"{key} is empty: give a name"
+    if any(
+        len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in Path(training.output_dir).parts
+    ):
+        yield f"training.output_dir is {training.output_dir!r}: names of at most {LONGEST_NAME} bytes"
+    if "\0" in training.output_dir:
+        yield f"training.output_dir is {training.output_dir!r}: leave out the zero byte"
     if not data.label_range[0] < data.label_range[1]:
         yield f"data.label_range is {list(data.label_range)}: the lower end comes first"
     if not 0 <= training.warmup <= 1:

@@ -24,12 +24,24 @@ class ConfigurationError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans: no, off, yes and on are words, as in YAML 1.2."""
+    """YAML in which only true and false are booleans: no, off, yes and on are words, as in YAML 1.2.
+
+    A key that occurs twice in a section is an error; PyYAML would take the last one.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The keys of a section; raises `yaml.YAMLError` for one that occurs twice."""
+        keys = [each.value for each, _ in node.value if isinstance(each, yaml.ScalarNode)]
+        if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated[0]!r} occurs twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", TRUTHS, list("tTfF"))

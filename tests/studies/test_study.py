@@ -127,6 +127,14 @@ def test_the_recorded_changes_make_the_same_run_with_train_py(write, config):
         ({"variants": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share the folder 'a_b'"),
         ({"variants": {"a": {"training.seed": 3}}}, "'a' sets training.seed: the study sets that"),
         ({"changes": {"training.output_dir": "x"}}, "'changes' sets training.output_dir"),
+        (
+            {"variants": {"a": {"training": {"seed": 3}}}},
+            "'a' sets the whole section training: name its keys",
+        ),
+        (
+            {"variants": {"a": {}, "a, b": {}}, "settings": {"b, c": {}, "c": {}}},
+            "'a' in 'b, c' and 'a, b' in 'c' would share the folder 'a_b_c'",
+        ),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_with_the_key_and_the_remedy(write, changes, message):
@@ -159,6 +167,9 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigurationError, match="not YAML"):
         read_study(tmp_path / "broken.yaml")
+    (tmp_path / "twice.yaml").write_text("variants:\n  a: {training.epochs: 1}\n  a: {training.epochs: 2}\n")
+    with pytest.raises(ConfigurationError, match="the key 'a' occurs twice"):
+        read_study(tmp_path / "twice.yaml")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,13 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
 def test_a_variant_that_cannot_work_is_named_before_anything_is_trained(write, own, message):
     with pytest.raises(ConfigurationError, match=message):
         read_study(write(variants={"plain": {}, "mine": own})).runs()
+
+
+def test_seeds_and_names_that_no_run_can_have_are_refused_before_anything_is_trained(write):
+    with pytest.raises(ConfigurationError, match="variant 'plain': .*training.seed is 4294967296: at most"):
+        read_study(write(seeds=[2**32], variants={"plain": {}})).runs()
+    with pytest.raises(ConfigurationError, match="training.output_dir is .*: names of at most 200 bytes"):
+        read_study(write(variants={"x" * 201: {}})).runs()
 
 
 def leave(run, **settings) -> None:
@@ -208,8 +226,9 @@ def test_a_run_is_finished_only_once_its_results_are_there_and_its_state_is_gone
     assert run.record is None and run.to_train().training.overwrite
     (run.folder / "config.json").write_text(json.dumps({"trained_on": None}))
     assert run.record is None
-    (run.folder / "config.json").write_text('{"trained_on": {"resu')
-    assert run.record is None
+    for damaged in (b'{"trained_on": {"resu', b"[]", b"\xff", b'{"trained_on": {"seed": 1}}'):
+        (run.folder / "config.json").write_bytes(damaged)
+        assert run.record is None
     (run.folder / "config.json").write_text(json.dumps({"trained_on": {"results": {}}}))
     assert run.record == {"results": {}} and run.difference is None
     (run.folder / "state").mkdir()

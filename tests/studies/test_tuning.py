@@ -115,6 +115,7 @@ def test_a_trial_that_diverges_counts_as_the_worst_and_the_search_goes_on(search
         ({"training.learning_rate": {"uniform": [0.2, 0.1]}}, "a low and a high number"),
         ({"training.batch_size": {"choice": [4]}}, "a list of two or more"),
         ({"training.output_dir": {"choice": ["a", "b"]}}, "is set by the search"),
+        ({"training": {"choice": [{"epochs": 1}, {"epochs": 2}]}}, "training is a whole section: name its"),
         ("{}", "no key to search"),
         ("[", "not YAML"),
     ],
@@ -123,6 +124,19 @@ def test_a_faulty_space_is_refused_in_one_line_before_anything_is_trained(search
     status, output = search(1, space=space)
     assert status == 1 and message in output, output
     assert len(output.splitlines()) == 1 and not (tmp_path / "search").exists()
+
+
+def test_a_record_that_a_full_disk_cut_off_loses_no_finished_trial(search, tmp_path):
+    search(1)
+    journal = tmp_path / "search" / "journal.log"
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "')
+    status, output = search(2)
+    assert status == 0 and "best of 2 trials" in output, output
+    assert len(trials_of(tmp_path / "search")) == 2
+    journal.write_bytes(b"no journal\n")
+    status, output = search(3)
+    assert status == 1 and f"{journal} is damaged" in output and "Traceback" not in output
 
 
 def test_a_missing_space_and_a_foreign_folder_are_refused(search, tmp_path):

@@ -104,6 +104,16 @@ def test_overwrite_begins_with_an_empty_folder(begun, path):
     assert "epochs: 7" in (path / "run.yaml").read_text()
 
 
+def test_a_run_that_was_killed_while_its_folder_was_made_can_be_started_again(path):
+    path.mkdir(parents=True)
+    (path / "run.yaml.new").write_text("model:")
+    with pytest.raises(TypeError):  # stops between the settings and the data
+        Run(path).folder.open(configured(path), {"a clip": object()})
+    assert not (path / "data.json").exists()
+    Run(path).folder.open(configured(path, overwrite=True))
+    assert [file.name for file in path.iterdir()] == ["run.yaml"]
+
+
 def test_overwrite_never_deletes_what_the_run_did_not_write(path):
     path.mkdir(parents=True)
     (path / "interview.mp4").write_text("the only copy")
