@@ -7,6 +7,7 @@ docs/methods/context.md.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -27,22 +28,31 @@ class Context(nn.Module):
 
     Args:
         widths: Width of each modality's states.
+
+    Attributes:
+        exchange: What carries states from turn to turn; None adds nothing.
     """
+
+    reads_speakers: ClassVar[bool] = False
+    """Whether each turn of a dialogue must have a speaker."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
+        self.exchange: Exchange | None = None
 
     def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """Map sequences to sequences of the same shapes; absent modalities stay absent.
+        """Map states `(batch, time, width)` to states of the same shapes; absent modalities stay absent.
 
         Samples with the same `dialogue` see each other, in the order of `turn`. A batch without dialogues has
         one utterance in each.
         """
-        return sequences
+        return sequences if self.exchange is None else self.exchange(sequences)
 
     def modality_parameters(self) -> dict[str, list[Parameter]]:
         """Parameters that process one modality alone; the others are shared."""
-        return {name: [] for name in MODALITIES}
+        if self.exchange is None:
+            return {name: [] for name in MODALITIES}
+        return self.exchange.modality_parameters()
 
 
 class GRUContext(Context):
@@ -76,14 +86,6 @@ class GRUContext(Context):
         self.exchange = Exchange(
             widths, hidden_size, joint, dropout, lambda: Recurrence(hidden_size, layers, causal)
         )
-
-    def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """Add the context to states `(batch, time, width)` of each modality."""
-        return self.exchange(sequences)
-
-    def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Everything of a modality, unless modalities are read together."""
-        return self.exchange.modality_parameters()
 
 
 class TransformerContext(Context):
@@ -124,14 +126,6 @@ class TransformerContext(Context):
             dropout,
             lambda: Attention(hidden_size, layers, heads, causal, dropout),
         )
-
-    def forward(self, sequences: dict[str, ModalitySequence]) -> dict[str, ModalitySequence]:
-        """Add the context to states `(batch, time, width)` of each modality."""
-        return self.exchange(sequences)
-
-    def modality_parameters(self) -> dict[str, list[Parameter]]:
-        """Everything of a modality, unless modalities are read together."""
-        return self.exchange.modality_parameters()
 
 
 CONTEXTS: dict[str, type[Context]] = {
