@@ -16,7 +16,7 @@ from feature_extractors import FeatureCache
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import load_features
 from msa_online.corpora.corpus import ReadyCorpus, Sample
-from msa_online.corpora.dialogues import windows_of
+from msa_online.corpora.dialogues import places_of, windows_of
 from msa_online.modalities import MODALITIES
 from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, require_widths
 from msa_online.precomputed.states import SampleStates
@@ -60,7 +60,8 @@ class SplitDataset(Dataset, ABC):
         unit: Unit of `lengths`.
         processor: Pads samples to a batch.
         windows: Samples that a batch never separates, see `windows_of`; None for a model without context.
-            Each sample then has `dialogue`, the number of its window, and `turn`, its place in it.
+            Each sample then has `dialogue`, the number of its window, `turn`, its place in it, and `speaker`,
+            the number of its speaker within it.
     """
 
     unit: ClassVar[str]
@@ -77,9 +78,8 @@ class SplitDataset(Dataset, ABC):
         self.lengths = lengths
         self.windows = None if longest is None else windows_of(samples, longest)
         self.places = {
-            sample: {"dialogue": torch.tensor(number), "turn": torch.tensor(turn)}
-            for number, window in enumerate(self.windows or ())
-            for turn, sample in enumerate(window)
+            sample: {name: torch.tensor(value) for name, value in place.items()}
+            for sample, place in places_of(samples, self.windows or ()).items()
         }
         self.labels = [sample.label if label2id is None else label2id[sample.label] for sample in samples]
         self.label_type = torch.float32 if label2id is None else torch.int64

@@ -84,7 +84,7 @@ class GRUContext(Context):
         super().__init__(widths)
         _check_sizes(hidden_size=hidden_size, layers=layers)
         self.exchange = Exchange(
-            widths, hidden_size, joint, dropout, lambda: Recurrence(hidden_size, layers, causal)
+            widths, hidden_size, joint, dropout, lambda: Recurrence(hidden_size, hidden_size, layers, causal)
         )
 
 
@@ -128,10 +128,47 @@ class TransformerContext(Context):
         )
 
 
+class GraphContext(Context):
+    """Graphs over the turns around a turn, by order and by speaker, like GCNet's ((20.7) to (20.10)).
+
+    Args:
+        widths: Width of each modality's states.
+        hidden_size: Width of a turn's state, of the GRUs in each direction and of the graphs.
+        layers: Layers of each GRU.
+        window: Turns on each side that a turn has an edge to.
+        causal: See no later turns.
+        joint: As in `GRUContext`.
+        dropout: Share of a turn's state dropped in training.
+
+    Raises:
+        ValueError: A size is below 1 or `dropout` is out of range.
+    """
+
+    reads_speakers = True
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        *,
+        hidden_size: int = 128,
+        layers: int = 1,
+        window: int = 6,
+        causal: bool = False,
+        joint: bool = False,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(widths)
+        _check_sizes(hidden_size=hidden_size, layers=layers, window=window)
+        self.exchange = Exchange(
+            widths, hidden_size, joint, dropout, lambda: Graphs(hidden_size, layers, window, causal)
+        )
+
+
 CONTEXTS: dict[str, type[Context]] = {
     "none": Context,
     "gru": GRUContext,
     "transformer": TransformerContext,
+    "graph": GraphContext,
 }
 
 
@@ -144,22 +181,24 @@ class Turns:
         turn: Place of each sample in its dialogue, `(batch,)`, from 0.
         lengths: Turns of each dialogue, `(dialogues,)`.
         longest: Turns of the longest dialogue.
+        speaker: Number of each sample's speaker within its dialogue, `(batch,)`; None if unknown.
     """
 
     dialogue: Tensor
     turn: Tensor
     lengths: Tensor
     longest: int
+    speaker: Tensor | None
 
     @classmethod
     def of(cls, sequence: ModalitySequence) -> "Turns":
         """Places of the samples of a sequence; each is a dialogue of its own if it has none."""
         if sequence.dialogue is None:
             rows = torch.arange(len(sequence.present), device=sequence.present.device)
-            return cls(rows, torch.zeros_like(rows), torch.ones_like(rows), 1)
+            return cls(rows, torch.zeros_like(rows), torch.ones_like(rows), 1, torch.zeros_like(rows))
         names, rows = torch.unique(sequence.dialogue, return_inverse=True)
         lengths = rows.new_zeros(len(names)).scatter_reduce(0, rows, sequence.turn + 1, "amax")
-        return cls(rows, sequence.turn, lengths, int(lengths.max()))
+        return cls(rows, sequence.turn, lengths, int(lengths.max()), sequence.speaker)
 
     def spread(self, states: Tensor) -> Tensor:
         """Arrange `(batch, ...)` by dialogue and turn, `(dialogues, longest, ...)`; padding is zero."""
@@ -201,7 +240,7 @@ class Exchange(nn.Module):
         hidden_size: int,
         joint: bool,
         dropout: float,
-        make_network: Callable[[], "Recurrence | Attention"],
+        make_network: Callable[[], "Recurrence | Attention | Graphs"],
     ) -> None:
         super().__init__()
         self.read = nn.ModuleDict(
@@ -253,15 +292,16 @@ class Recurrence(nn.Module):
     """A GRU from the first turn on, and another from the last turn back unless `causal`.
 
     Args:
-        hidden_size: Width of the input and of each GRU.
+        inputs: Width of the input.
+        hidden_size: Width of each GRU.
         layers: Layers of each GRU.
         causal: See no later turns.
     """
 
-    def __init__(self, hidden_size: int, layers: int, causal: bool) -> None:
+    def __init__(self, inputs: int, hidden_size: int, layers: int, causal: bool) -> None:
         super().__init__()
-        self.forwards = nn.GRU(hidden_size, hidden_size, layers, batch_first=True)
-        self.backwards = None if causal else nn.GRU(hidden_size, hidden_size, layers, batch_first=True)
+        self.forwards = nn.GRU(inputs, hidden_size, layers, batch_first=True)
+        self.backwards = None if causal else nn.GRU(inputs, hidden_size, layers, batch_first=True)
         self.width = hidden_size * (1 if causal else 2)
 
     def forward(self, states: Tensor, present: Tensor, turns: Turns) -> Tensor:
@@ -364,6 +404,103 @@ class AttentionLayer(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
         states = states + self.dropout(self.merge(rearrange(attended, "d h t w -> d t (h w)")))
         return states + self.dropout(self.perceptron(states))
+
+
+class Graphs(nn.Module):
+    """A GRU over the turns, then a graph by order and a graph by speaker, whose results are added.
+
+    Args:
+        hidden_size: Width of the states, of the GRUs in each direction and of the graphs.
+        layers: Layers of each GRU.
+        window: Turns on each side that a turn has an edge to.
+        causal: See no later turns.
+    """
+
+    def __init__(self, hidden_size: int, layers: int, window: int, causal: bool) -> None:
+        super().__init__()
+        self.window = window
+        self.causal = causal
+        self.order = Recurrence(hidden_size, hidden_size, layers, causal)
+        kinds = {"order": 2 if causal else 3, "speaker": 2}  # relations of each graph
+        self.graphs = nn.ModuleDict(
+            {
+                name: TurnGraph(self.order.width, hidden_size, relations, layers, causal)
+                for name, relations in kinds.items()
+            }
+        )
+        self.width = hidden_size
+
+    def forward(self, states: Tensor, present: Tensor, turns: Turns) -> Tensor:
+        """Map `(dialogues, turns, hidden)` to the same shape; absent turns are zero inputs.
+
+        Raises:
+            ValueError: The batch has dialogues and no speakers.
+        """
+        nodes = self.order(states, present, turns)  # x (20.7)
+        edges = self._edges(turns)
+        results = [self.graphs[name](nodes, edges[name], present, turns) for name in self.graphs]
+        return torch.stack(results).sum(dim=0)
+
+    def _edges(self, turns: Turns) -> dict[str, Tensor]:
+        """Edges to turn i from turn j by relation, `(relations, dialogues, i, j)` bool, of each graph."""
+        if turns.speaker is None:
+            raise ValueError("a graph of turns needs their speakers: `speaker` beside `dialogue` and `turn`")
+        steps = torch.arange(turns.longest, device=turns.turn.device)
+        apart = steps - steps.unsqueeze(1)  # below 0 the neighbour is an earlier turn
+        order = [apart == 0, apart < 0, *([] if self.causal else [apart > 0])]
+        near = (apart.abs() <= self.window) & torch.stack(order).any(dim=0)
+        there = turns.spread(torch.ones_like(turns.turn, dtype=torch.bool))
+        near = near & there.unsqueeze(1)  # (dialogues, i, j)
+        speakers = turns.spread(turns.speaker)
+        same = speakers.unsqueeze(2) == speakers.unsqueeze(1)
+        return {
+            "order": torch.stack([near & relation for relation in order]),
+            "speaker": torch.stack([near & same, near & ~same]),
+        }
+
+
+class TurnGraph(nn.Module):
+    """A convolution by relation, one over all neighbours, and a GRU over nodes and results.
+
+        g_i = W x_i + w + sum_r mean_{j in N_i^r} W_r x_j            (20.8)
+        h_i = K g_i + k + mean_{j in N_i} V g_j                      (20.9)
+        c_i = ReLU(M GRU([x; h])_i + m)                              (20.10)
+
+    Args:
+        inputs: Width of x.
+        hidden_size: Width of g, h, c, and of the GRU in each direction.
+        relations: Number of relations r.
+        layers: Layers of the GRU.
+        causal: See no later turns.
+    """
+
+    def __init__(self, inputs: int, hidden_size: int, relations: int, layers: int, causal: bool) -> None:
+        super().__init__()
+        self.own = ScaledLinear(inputs, hidden_size)
+        self.by_relation = nn.ModuleList(
+            ScaledLinear(inputs, hidden_size, bias=False) for _ in range(relations)
+        )
+        self.keep = ScaledLinear(hidden_size, hidden_size)
+        self.gather = ScaledLinear(hidden_size, hidden_size, bias=False)
+        self.order = Recurrence(inputs + hidden_size, hidden_size, layers, causal)
+        self.merge = ScaledLinear(self.order.width, hidden_size)
+
+    def forward(self, nodes: Tensor, edges: Tensor, present: Tensor, turns: Turns) -> Tensor:
+        """Map `(dialogues, turns, inputs)` to c `(dialogues, turns, hidden)`.
+
+        `edges` `(relations, dialogues, i, j)` says which j are neighbours of i.
+        """
+        local = self.own(nodes)
+        for relation, of_relation in zip(self.by_relation, edges, strict=True):
+            local = local + relation(_mean_over(of_relation, nodes))
+        spread = self.keep(local) + self.gather(_mean_over(edges.any(dim=0), local))
+        return F.relu(self.merge(self.order(torch.cat([nodes, spread], dim=-1), present, turns)))
+
+
+def _mean_over(edges: Tensor, nodes: Tensor) -> Tensor:
+    """Mean of the neighbours of each turn, `(dialogues, turns, width)`; zero without any."""
+    shares = edges.to(nodes.dtype)
+    return (shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)) @ nodes
 
 
 class ScaledLinear(nn.Linear):

@@ -48,6 +48,7 @@ class ModalitySequence:
         dialogue: Number of the dialogue that each sample is a turn of, `(batch,)` int64; None without
             dialogues.
         turn: Place of each sample in its dialogue, `(batch,)` int64, from 0.
+        speaker: Number of the speaker of each sample within its dialogue, `(batch,)` int64.
     """
 
     values: Tensor
@@ -56,6 +57,7 @@ class ModalitySequence:
     spans: Tensor | None = None
     dialogue: Tensor | None = None
     turn: Tensor | None = None
+    speaker: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "ModalitySequence":
@@ -82,7 +84,7 @@ class ModalitySequence:
         spans = self.spans
         if spans is not None:
             spans = torch.where(present[:, None, None, None], spans, torch.nan)
-        return replace(visible, spans=spans, dialogue=self.dialogue, turn=self.turn)
+        return replace(visible, spans=spans, dialogue=self.dialogue, turn=self.turn, speaker=self.speaker)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class MSAModel(PreTrainedModel):
             sequence = encoder(inputs)
         else:
             sequence = encoder.read(ModalitySequence.of(states, inputs[f"{name}_states_mask"]))
-        places = {key: inputs.get(key) for key in ("dialogue", "turn")}
+        places = {key: inputs.get(key) for key in ("dialogue", "turn", "speaker")}
         return replace(sequence, spans=inputs.get(f"{name}_spans"), **places)
 
     def decide(
@@ -209,6 +209,7 @@ class MSAModel(PreTrainedModel):
         vision_states_mask: Tensor | None = None,
         dialogue: Tensor | None = None,
         turn: Tensor | None = None,
+        speaker: Tensor | None = None,
         labels: Tensor | None = None,
         teacher: Tensor | None = None,
         index: Tensor | None = None,
@@ -248,6 +249,8 @@ class MSAModel(PreTrainedModel):
             dialogue: Number of the dialogue that each sample is a turn of, `(batch,)` int64, for a model with
                 context; None if each sample is alone.
             turn: Place of each sample in its dialogue, `(batch,)` int64, from 0; with `dialogue`.
+            speaker: Number of the speaker of each sample within its dialogue, `(batch,)` int64, for a context
+                that reads speakers; with `dialogue`.
             labels: `(batch,)`, numbers in regression and int64 in classification; None computes no losses.
             teacher: What `teach` of an earlier stage's best model returned for these samples, `(batch, ...)`,
                 for heads with a teacher.
@@ -276,6 +279,7 @@ class MSAModel(PreTrainedModel):
             "vision_states_mask": vision_states_mask,
             "dialogue": dialogue,
             "turn": turn,
+            "speaker": speaker,
         }
         self._require_inputs(inputs)
         sequences = self.encode(modality_present, **inputs)

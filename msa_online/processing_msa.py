@@ -441,7 +441,7 @@ class MSAProcessor(ProcessorMixin):
         ]
 
 
-NUMBERS = ("dialogue", "turn", "labels", "index")
+NUMBERS = ("dialogue", "turn", "speaker", "labels", "index")
 """Keys with one number a sample."""
 
 
@@ -460,7 +460,7 @@ class MSADataCollator:
 
         Args:
             samples: What `MSAProcessor.encode` returns, as tensors or nested lists, optionally with `labels`
-                (a number), and with `index`, `dialogue` and `turn` (integers).
+                (a number), and with `index`, `dialogue`, `turn` and `speaker` (integers).
         """
         columns = {key: [torch.as_tensor(sample[key]) for sample in samples] for key in samples[0]}
         plain = {key: torch.stack(columns.pop(key)) for key in NUMBERS if key in columns}

@@ -16,6 +16,7 @@ from msa_online.batching import label2id_of, make_dataset, make_loader, make_sam
 from msa_online.commands.json_output import write_json
 from msa_online.confidence import Confidence, shortfall_line, too_few_line
 from msa_online.configuration_msa import MSAConfig
+from msa_online.context import CONTEXTS
 from msa_online.corpora.cache_filling import prepare
 from msa_online.corpora.corpus import Corpus, CorpusError, require_splits
 from msa_online.corpora.dialogues import check_dialogues
@@ -225,9 +226,9 @@ def _labels_to_read(options: Namespace, config: MSAConfig) -> dict[str, Any]:
 
 
 def _require_fit(corpus: Corpus | FeatureCorpus, config: MSAConfig) -> None:
-    """Check that the checkpoint knows the labels, and that the turns of dialogues it reads have an order."""
+    """Check that the checkpoint knows the labels, and that the dialogues it reads have what it needs."""
     if config.dialogue_turns is not None:
-        check_dialogues(corpus, required=False)
+        check_dialogues(corpus, required=False, speakers=CONTEXTS[config.context].reads_speakers)
     known = label2id_of(config)
     if known is not None and (unknown := sorted({sample.label for sample in corpus.samples} - known.keys())):
         raise CorpusError(

@@ -3,6 +3,7 @@
 
 The column `dialogue` names the conversation of a sample; the column `turn`, a number, is its place in it. The
 samples of a dialogue that are in one split are put in order of their turns. Gaps between turns do not matter.
+The column `speaker` says who speaks.
 """
 
 import math
@@ -13,19 +14,21 @@ from msa_online.corpora.corpus import BySplit, CorpusError, Sample, place
 from msa_online.corpora.validation import number_in
 
 NUMBER_THEM = "number the utterances of each dialogue in the column 'turn'"
+NAME_THEM = "say who speaks in the column 'speaker', or choose a context without speakers (model.context=gru)"
 
 
-def check_dialogues(corpus: BySplit, required: bool = True) -> None:
+def check_dialogues(corpus: BySplit, required: bool = True, speakers: bool = False) -> None:
     """Check that the turns of every dialogue can be put in order.
 
     Args:
         corpus: The samples.
         required: Refuse a corpus without any dialogue.
+        speakers: Refuse turns without a speaker.
 
     Raises:
         CorpusError: No sample has a dialogue; or a sample of a dialogue has no turn, a turn that is not a
-            number, or that of another sample. One line for each kind of problem, with its first row and
-            counts.
+            number, or that of another sample; or no speaker where there must be one. One line for each kind
+            of problem, with its first row and counts.
     """
     of_dialogues = [sample for sample in corpus.samples if sample.dialogue is not None]
     if required and not of_dialogues:
@@ -61,6 +64,11 @@ def check_dialogues(corpus: BySplit, required: bool = True) -> None:
             f"{place(sample.source, sample.line)}: turn {sample.turn} of dialogue {sample.dialogue!r} is "
             f"also that of {place(earlier.source, earlier.line)} ({_counted([each for each, _ in twice])}): "
             "give each utterance of a dialogue its own turn"
+        )
+    if speakers and (unnamed := [sample for sample in of_dialogues if sample.speaker is None]):
+        problems.append(
+            f"{place(unnamed[0].source, unnamed[0].line)}: dialogue {unnamed[0].dialogue!r} has a sample "
+            f"without a speaker ({_counted(unnamed)}): {NAME_THEM}"
         )
     if problems:
         raise CorpusError("\n".join(problems))
@@ -120,6 +128,27 @@ def windows_of(samples: Sequence[Sample], longest: int) -> list[list[int]]:
         cuts = [len(positions) * part // parts for part in range(parts + 1)]
         windows += [positions[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
     return windows
+
+
+def places_of(samples: Sequence[Sample], windows: Sequence[Sequence[int]]) -> dict[int, dict[str, int]]:
+    """Numbers that tell a model which samples it reads together.
+
+    Args:
+        samples: The samples.
+        windows: Positions of the samples of each window.
+
+    Returns:
+        For each position `dialogue`, the number of its window, `turn`, its place in it, and `speaker`, the
+        number of its speaker within it, in order of appearance. Samples without a speaker share a number.
+    """
+    places = {}
+    for number, window in enumerate(windows):
+        names = dict.fromkeys(samples[position].speaker for position in window)
+        numbers = {name: number_of for number_of, name in enumerate(names)}
+        for turn, position in enumerate(window):
+            speaker = numbers[samples[position].speaker]
+            places[position] = {"dialogue": number, "turn": turn, "speaker": speaker}
+    return places
 
 
 def _turn(sample: Sample) -> float | None:

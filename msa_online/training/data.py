@@ -13,14 +13,14 @@ from feature_extractors import FeatureCache
 from msa_online.batching import make_dataset, make_loader, make_sampler
 from msa_online.configuration_msa import MSAConfig
 from msa_online.corpora.cache_filling import prepare
-from msa_online.corpora.corpus import Corpus, ReadyCorpus, require_splits
+from msa_online.corpora.corpus import Corpus, ReadyCorpus, Sample, require_splits
 from msa_online.corpora.dialogues import check_dialogues, dialogue_warnings
 from msa_online.corpora.prepared_corpus import PreparedCorpus, findings_table
 from msa_online.corpora.reading import read_corpus
 from msa_online.corpora.split_checks import copy_warnings, corpus_warnings, refuse_warnings, size_warnings
 from msa_online.corpora.validation import check_class_names
 from msa_online.evaluation.tables import show
-from msa_online.precomputed.corpus import FeatureCorpus, features_table
+from msa_online.precomputed.corpus import FeatureCorpus, FeatureSample, features_table
 from msa_online.precomputed.files import is_precomputed_path
 from msa_online.precomputed.reading import read_features
 from msa_online.precomputed.states import SampleStates
@@ -91,13 +91,14 @@ def prepare_data(
     console: Console,
     transcriber: Transcriber | None = None,
     longest: int | None = None,
+    speakers: bool = False,
 ) -> ReadyCorpus:
     """Prepare the corpus for loading and print the findings; all ranks return the same samples.
 
     Features of clips that are not in the cache are extracted by the main process, while the others wait.
     `processor` is that of the model of clips; None for precomputed features. `transcriber` makes the texts of
     clips that have none. `longest` is the number of turns that a model with context reads together; None for
-    other models.
+    other models, and `speakers` says whether its context needs the speaker of each turn.
 
     Raises:
         CorpusError: Clips cannot be used and `skip_broken` is not set, a split is empty without them, there
@@ -106,7 +107,7 @@ def prepare_data(
     """
     warnings = [*corpus_warnings(corpus, data.legal_range), *size_warnings(corpus.sizes)]
     if longest is not None:
-        check_dialogues(corpus)
+        check_dialogues(corpus, speakers=speakers)
         warnings += dialogue_warnings(corpus, longest)
     if data.strict:
         refuse_warnings(corpus.source, warnings)  # before clips are decoded
@@ -170,10 +171,11 @@ def transcripts_record(data: ReadyCorpus, language: str | None) -> dict[str, Any
     return {"model": model, "language": language, "made": made, "of": len(data.samples)}
 
 
-def fingerprint(data: ReadyCorpus, *, turns: bool = False) -> dict[str, list[str]]:
+def fingerprint(data: ReadyCorpus, *, turns: bool = False, speakers: bool = False) -> dict[str, list[str]]:
     """Split, label, and hashes of text and content, by sample id; a resumed run must find the same.
 
-    With `turns`, for a model that reads dialogues, a sample of one adds dialogue and turn.
+    With `turns`, for a model that reads dialogues, a sample of one adds dialogue and turn, and with
+    `speakers` its speaker.
     """
     return {
         sample.id: [
@@ -181,10 +183,15 @@ def fingerprint(data: ReadyCorpus, *, turns: bool = False) -> dict[str, list[str
             str(sample.label),
             hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
             data.contents[sample.id][:16],
-            *([f"{sample.dialogue} {sample.turn}"] if turns and sample.dialogue is not None else []),
+            *([_place_of(sample, speakers)] if turns and sample.dialogue is not None else []),
         ]
         for sample in data.samples
     }
+
+
+def _place_of(sample: Sample | FeatureSample, speakers: bool) -> str:
+    """Dialogue and turn of a sample, and its speaker on request."""
+    return " ".join([sample.dialogue, str(sample.turn), *([str(sample.speaker)] if speakers else [])])
 
 
 def changed_data(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> str | None:

@@ -209,7 +209,10 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     modulator = make_modulator(training, model, schedule.total_epochs, accelerator)
     require_space(folder.path, model)
     longest = model.config.dialogue_turns
-    data = prepare_data(corpus, arguments.data, processor, accelerator, console, transcriber, longest)
+    speakers = model.context.reads_speakers
+    data = prepare_data(
+        corpus, arguments.data, processor, accelerator, console, transcriber, longest, speakers
+    )
     if model.head.needs_word_times:
         check_word_times(data, console)
     masks = draw_split_masks(data, arguments.data.missing, training.condition)
@@ -226,7 +229,7 @@ def build(arguments: RunArguments, accelerator: Accelerator) -> Run:
     loaders = make_loaders(data, processor, model.config, arguments, accelerator, states)
     console.print(parameters_line(model), highlight=False)
     console.print(steps_line(loaders, schedule.total_epochs), soft_wrap=True, highlight=False)
-    folder.open(arguments, fingerprint(data, turns=longest is not None))
+    folder.open(arguments, fingerprint(data, turns=longest is not None, speakers=speakers))
 
     optimizer = make_optimizer(
         model,

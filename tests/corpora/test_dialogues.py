@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msa_online.corpora.corpus import Corpus, CorpusError
-from msa_online.corpora.dialogues import check_dialogues, dialogue_warnings, windows_of
+from msa_online.corpora.dialogues import check_dialogues, dialogue_warnings, places_of, windows_of
 from msa_online.corpora.reading import read_corpus
 from msa_online.precomputed.reading import read_features
 
@@ -119,3 +119,23 @@ def test_features_have_dialogues_too(tmp_path):
     np.savez(tmp_path / "features.npz", **arrays)
     samples = read_features(Path(tmp_path / "features.npz")).split("train")
     assert windows_of(samples, 8) == [[1, 0]]
+
+
+def test_speakers_are_numbered_within_a_window_and_asked_for_where_they_are_read(tmp_path):
+    rows = ["a,0,Ann", "a,1,Bob", "b,0,Bob", "a,2,Ann", "b,1,", ",,"]
+    lines = [f"{HEADER},speaker"]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.mp4").write_bytes(b"media")
+        lines.append(f"{number}.mp4,a text,0,train,{row}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    corpus = read_corpus(tmp_path, label_range=(-3, 3))
+    samples = corpus.split("train")
+    found = places_of(samples, windows_of(samples, 8))
+    assert [found[at]["speaker"] for at in range(6)] == [0, 1, 0, 0, 1, 0]
+    check_dialogues(corpus)
+    with pytest.raises(CorpusError) as caught:
+        check_dialogues(corpus, speakers=True)
+    assert str(caught.value).endswith(
+        "metadata.csv line 6: dialogue 'b' has a sample without a speaker (1 such sample in 1 dialogue): say "
+        "who speaks in the column 'speaker', or choose a context without speakers (model.context=gru)"
+    )

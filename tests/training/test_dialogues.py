@@ -19,7 +19,9 @@ from msa_online.hub import load_checkpoint
 from msa_online.modalities import COMPLETE
 from msa_online.precomputed.reading import read_features
 from msa_online.training.config_reader import parse_arguments
+from msa_online.training.data import changed_data, fingerprint
 from msa_online.training.yaml_reader import ConfigurationError
+from msa_online_cli import main
 from tests.training_fixtures import STOPPED_AND_RESUMED
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5}
@@ -98,6 +100,67 @@ def test_a_label_that_the_turn_before_decides_is_learned_with_context_and_not_wi
             predicted = model.eval()(**whole["test"]).logits.squeeze(-1)
         errors[kind] = (predicted - whole["test"]["labels"]).abs().mean().item()
     assert errors.pop("none") > 0.8 and max(errors.values()) < 0.6, errors
+
+
+def test_a_label_that_the_other_speaker_decides_is_learned_by_a_graph(describe, tmp_path):
+    """The label of a turn is the mean of what the other speaker says in the dialogue."""
+    said = np.random.default_rng(0).uniform(-2, 2, size=(40, TURNS))  # as in `write_dialogues`
+    speakers = np.random.default_rng(1).integers(0, 2, size=said.shape)
+    others = speakers[:, :, None] != speakers[:, None]
+    labels = (others * said[:, None]).sum(axis=-1) / others.sum(axis=-1).clip(min=1)
+    archive = write_dialogues(
+        tmp_path / "speakers.npz",
+        label=labels.ravel(),
+        speaker=np.where(speakers.ravel() == 0, "Ann", "Bob"),
+    )
+    corpus, errors = read_features(archive, label_range=(-3, 3)), {}
+    for kind in ("gru", "graph"):
+        torch.manual_seed(0)
+        model = MSAModel(parse_arguments(describe(kind=kind)).model_config(()))
+        whole = {}
+        for split in ("train", "test"):
+            dataset = make_dataset(corpus, split, None, model.config)
+            (whole[split],) = make_loader(dataset, make_sampler(dataset, len(dataset)))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(**whole["train"]).loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            predicted = model.eval()(**whole["test"]).logits.squeeze(-1)
+        errors[kind] = (predicted - whole["test"]["labels"]).abs().mean().item()
+    assert errors["graph"] < 0.6 * errors["gru"], errors
+
+
+def test_a_graph_needs_the_speaker_of_each_turn_in_training_and_evaluation(
+    describe, train, archive, tmp_path, capsys
+):
+    document = describe(kind="graph", epochs=1)
+    with pytest.raises(
+        CorpusError, match=r"without a speaker \(240 such samples in 40 dialogues\)"
+    ) as caught:
+        train(document)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "state").exists()
+    names = np.array(["Ann", "Bob", "Cy"] * 80)
+    document["data"]["path"] = str(write_dialogues(tmp_path / "speakers.npz", speaker=names))
+    run = train(document)
+    capsys.readouterr()
+    options = ["--split", "test", "--mixed-precision", "no"]
+    assert main(["evaluate", str(run), str(archive), *options]) == 1
+    assert "without a speaker (48 such samples in 8 dialogues)" in " ".join(capsys.readouterr().err.split())
+    assert main(["evaluate", str(run), document["data"]["path"], *options]) == 0
+
+
+def test_other_speakers_are_other_data_where_they_are_read(tmp_path):
+    names = np.array(["Ann", "Bob", "Cy"] * 80)
+    corpora = [
+        read_features(write_dialogues(tmp_path / "features.npz", speaker=each), label_range=(-3, 3))
+        for each in (names, np.roll(names, 1))
+    ]
+    for speakers in (True, False):
+        before, now = (fingerprint(corpus, turns=True, speakers=speakers) for corpus in corpora)
+        found = changed_data(before, now)
+        assert (found or "").startswith("240 of 240 turns differ (for example 's0': 'd0 0 Ann'") == speakers
 
 
 @heads
