@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations, count
+from math import comb
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ PARTS = {**HEADS, **MODULATORS, **CALIBRATORS}
 FILES = {name: kind.__module__.split(".")[2] for name, kind in PARTS.items()}  # of msa_online.methods
 METHODS = sorted({*FILES.values()} - {"base", "late_fusion"})
 
+
+def methods_to_delete(methods: list[str]) -> list[list[str]]:
+    """Methods to delete from each copy: for any two, some copy lacks the first and has the second.
+
+    A copy costs the collection of all tests, so there are as few as possible. A method is deleted from half
+    of n copies, and no two methods from the same ones; n is the least number with so many choices.
+    """
+    copies = next(n for n in count(2) if comb(n, n // 2) >= len(methods))
+    chosen = dict(zip(methods, combinations(range(copies), copies // 2), strict=False))
+    return [[method for method in methods if copy in chosen[method]] for copy in range(copies)]
+
+
+DELETED = methods_to_delete(METHODS)
 PASSES = (
     "test_layers and import or test_a_configuration or configs_lists or help or keywords or in_the_order "
     "or classes_are_named"
@@ -78,14 +93,22 @@ def words_of(content) -> set[str]:
     return {content} if isinstance(content, str) else set()
 
 
+def test_for_any_two_methods_a_copy_lacks_the_first_and_has_the_second():
+    for first in METHODS:
+        for second in {*METHODS} - {first}:
+            assert any(first in deleted and second not in deleted for deleted in DELETED)
+    assert not [deleted for deleted in DELETED if len(deleted) in (0, len(METHODS))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_without_a_method_everything_else_is_collected_and_passes(method, tmp_path):
+@pytest.mark.parametrize("deleted", DELETED, ids=range(len(DELETED)))
+def test_without_some_methods_everything_else_is_collected_and_passes(deleted, tmp_path):
     for name in ("msa_online", "feature_extractors", "tests", "configs", "scripts", "docs"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     for file in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.md"), REPOSITORY / "pyproject.toml"]:
         shutil.copy(file, tmp_path)
-    delete(method, tmp_path)
+    for method in deleted:
+        delete(method, tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-k", PASSES, "-p", "no:cacheprovider", "-p", "no:xdist"],
         cwd=tmp_path,
@@ -94,4 +117,4 @@ def test_without_a_method_everything_else_is_collected_and_passes(method, tmp_pa
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, f"without {', '.join(deleted)}: {done.stdout[-6000:]}"

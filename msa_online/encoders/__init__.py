@@ -147,7 +147,8 @@ def load_preprocessors(config: MSAConfig) -> dict[str, Any]:
         extractor = load_feature_extractor(name) or kind.default_feature_extractor(config.audio_config)
     if (name := config.vision_encoder) is not None:
         processor = load_image_processor(name)
-    require_fitting_sound(config, extractor)
+    if config.feature_widths is None:
+        require_fitting_sound(config, extractor)
     return {"tokenizer": tokenizer, "audio_feature_extractor": extractor, "image_processor": processor}
 
 
