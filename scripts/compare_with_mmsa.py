@@ -51,7 +51,7 @@ MODELS = {  # name of the toolkit: settings there, head here, its settings
     "lf_dnn": ({}, "late_fusion", {"hidden_size": 128}),
     "mult": ({"nlevels": 2}, "mult", {"hidden_size": 50, "heads": 10, "depth": 2, "kernel_size": 5}),
     "misa": (FROZEN, "misa", {"hidden_size": 128}),
-    "self_mm": (FROZEN, "self_mm", {}),
+    "self_mm": (FROZEN, "self_mm", {"input_norm": False}),  # as there
 }
 LOSSES = {
     "misa": {"similarity": 0.3, "difference": 0.1, "reconstruction": 1.0, "unimodal": 0},

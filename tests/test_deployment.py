@@ -205,7 +205,9 @@ def test_attention_that_a_text_encoder_lacks_is_refused_in_words(make_model, tmp
 # --- torch.export ---
 
 SMALL_HEADS = {
-    head: {"hidden_size": 8, **({"depth": 1} if head in ("ebmc", "pase", "mult") else {})} for head in HEADS
+    head: {"hidden_size": 8}
+    | {name: 1 for name in ("depth", "memory_depth") if name in inspect.signature(HEADS[head]).parameters}
+    for head in HEADS
 }
 
 

@@ -149,7 +149,6 @@ def test_classes_are_scored_by_the_most_probable_one(tiny_config, make_batch, ac
     )  # "happy": precision 3/4, recall 1; "sad": 0
 
 
-@pytest.mark.filterwarnings("ignore:all predictions are")
 def test_regression_is_scored_in_the_units_of_the_labels(model, make_batch, accelerator):
     torch.nn.init.zeros_(model.head.classifier.weight)
     torch.nn.init.constant_(model.head.classifier.bias, 2.0)  # always 2

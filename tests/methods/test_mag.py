@@ -283,7 +283,7 @@ def test_a_run_on_clips_with_a_frozen_text_encoder_ends_with_a_model_that_predic
             },
             "data": {"path": str(tiny_corpus), "num_frames": 4, "face_size": 32},
             "training": {
-                **{"epochs": 2, "batch_size": 8, "freeze": ["text"], "log_with": None},
+                **{"epochs": 1, "batch_size": 8, "freeze": ["text"], "log_with": None},
                 **{"modality_dropout": {"text": 0.3}, "modulator": modulator, "mixed_precision": "no"},
                 "output_dir": str(tmp_path / "run"),
             },
