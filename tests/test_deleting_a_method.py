@@ -31,10 +31,13 @@ def methods_to_delete(methods: list[str]) -> list[list[str]]:
     """Methods to delete from each copy: for any two, some copy lacks the first and has the second.
 
     A copy costs the collection of all tests, so there are as few as possible. A method is deleted from half
-    of n copies, and no two methods from the same ones; n is the least number with so many choices.
+    of n copies, and no two methods from the same ones; n is the least number with so many choices. Choices
+    from both ends of their list leave each copy about half of the methods.
     """
     copies = next(n for n in count(2) if comb(n, n // 2) >= len(methods))
-    chosen = dict(zip(methods, combinations(range(copies), copies // 2), strict=False))
+    choices = list(combinations(range(copies), copies // 2))
+    ends = (choice for pair in zip(choices, reversed(choices), strict=True) for choice in pair)
+    chosen = dict(zip(methods, ends, strict=False))
     return [[method for method in methods if copy in chosen[method]] for copy in range(copies)]
 
 
