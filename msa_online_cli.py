@@ -344,7 +344,7 @@ def _add_plot_states(commands: argparse._SubParsersAction) -> None:
     plot.add_argument("--label-column", help="column of the labels (default: as in training)")
     plot.add_argument("--split-column", help="column of the splits, for features (default: as in training)")
     plot.add_argument("--batch-size", type=_at_least(1), default=32)
-    plot.add_argument("--seed", type=int, default=1111, help="of t-SNE (default 1111)")
+    plot.add_argument("--seed", type=_seed, default=1111, help="of t-SNE (default 1111)")
     _add_extraction(plot)
     _add_plugin(plot)
     plot.set_defaults(refuse=plot.error)
@@ -708,6 +708,13 @@ def _port(text: str) -> int:
     """Option type: numbers of ports."""
     if not 0 < _number(text, int) < 65536:
         raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """Option type: seeds of numpy's random generators."""
+    if not 0 <= _number(text, int) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to {2**32 - 1}")
     return int(text)
 
 

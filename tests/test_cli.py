@@ -658,6 +658,9 @@ def test_states_that_cannot_be_drawn_are_refused_in_one_line(capsys, archive, fe
     target = str(tmp_path / "x.png")
     assert "end its name with .png" in usage_error(capsys, *words, str(tmp_path / "x.gif"))
     assert "--conditions 'smell'" in usage_error(capsys, *words, target, "--conditions", "smell")
+    for seed in ("-1", "4294967296"):
+        message = usage_error(capsys, *words, target, f"--seed={seed}")
+        assert f"{seed} is no seed: give a number from 0 to 4294967295" in message
     assert "test has 4 samples: t-SNE needs 5 or more" in usage_error(capsys, *words, target)
 
 

@@ -138,7 +138,7 @@ def read_feature_archive(path: Path) -> FeatureTable:
         if key in MODALITIES and (array.ndim > 1 or array.dtype.kind not in "US"):
             steps[key] = unpadded(path, key, array, arrays.get(f"{key}_lengths"))
         elif array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
-            strings = array.astype(str) if array.dtype.kind == "S" else array
+            strings = np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
             columns[TRANSCRIPT if key == "text" else key] = [str(cell) for cell in strings.ravel()]
     metadata = table_of(path, columns)
     return check_sizes(FeatureTable(metadata, tuple(range(len(metadata.rows))), steps), path)

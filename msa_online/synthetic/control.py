@@ -58,6 +58,8 @@ BISECTIONS = 40  # steps that find a median to 1e-11
 FRESH_SAMPLES = 20_000  # new samples on which the best possible error is measured
 TRUTH = "truth.json"
 
+LARGEST = 1_000_000  # strength and noise
+
 # Each kind of random choice has its own random stream.
 DIRECTIONS, SAMPLES, FRESH = range(3)
 
@@ -99,21 +101,21 @@ class ControlRecipe:
             if set(values) != set(names):
                 raise CorpusError(f"{title} name {sorted(values)}: give one for each of {names}")
         for name, value in self.strengths.items():
-            if not 0 <= value < math.inf:
-                raise CorpusError(f"strength of {name} is {value}: choose a number from 0 on")
+            if not 0 <= value <= LARGEST:
+                raise CorpusError(f"strength of {name} is {value}: choose a number from 0 to {LARGEST:,}")
         if not any(self.strengths.values()):
             raise CorpusError("all strengths are 0: give one factor a strength above 0")
         for name, value in self.difficulty.items():
             if not 0 <= value <= HARDEST:
                 raise CorpusError(f"difficulty of {name} is {value}: choose a number from 0 to {HARDEST}")
         for name, value in self.noise.items():
-            if not 0.01 <= value < math.inf:
-                raise CorpusError(f"noise of {name} is {value}: choose a number from 0.01 on")
+            if not 0.01 <= value <= LARGEST:
+                raise CorpusError(f"noise of {name} is {value}: choose a number from 0.01 to {LARGEST:,}")
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each factor in the unclipped label."""
-        norm = math.sqrt(sum(strength**2 for strength in self.strengths.values()))
+        norm = math.hypot(*self.strengths.values())  # the square of a small number may be 0
         return {name: LABEL_DEVIATION * self.strengths[name] / norm for name in FACTORS}
 
     @property

@@ -190,6 +190,14 @@ def test_a_number_that_is_none_is_refused_naming_sample_modality_and_step(
     assert f"audio of 's5' contains {value} in step 3" in message and "--non-finite zero" in message
 
 
+def test_texts_as_bytes_are_read_as_utf_8(feature_arrays, write_archive):
+    count = len(feature_arrays["id"])
+    feature_arrays["id"] = np.array([f"é{number}".encode() for number in range(count)])
+    feature_arrays["speaker"] = np.array([b"\xff"] * count)
+    corpus = read_features(write_archive(feature_arrays), label_range=(-3, 3))
+    assert corpus.samples[0].id == "é0" and corpus.samples[0].speaker == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_ids_are_refused_that_are_empty_or_taken(feature_arrays, write_archive):
     feature_arrays["id"][[3, 5]] = ["s1", " "]
     message = refusal(write_archive(feature_arrays))

@@ -175,11 +175,18 @@ def test_standard_error_of_the_truth_covers_another_draw():
     assert abs(one["mean"] - other["mean"]) < 4 * one["standard_error"]
 
 
+def test_only_the_ratios_of_the_strengths_matter():
+    tiny = replace(ControlRecipe(), strengths=dict.fromkeys(FACTORS, 1e-200))
+    assert tiny.weights == pytest.approx(ControlRecipe().weights)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sizes": (10, 1, 10)}, "at least 2 samples"),
         ({"seed": -1}, "seed is -1"),
+        ({"strengths": dict.fromkeys(FACTORS, 1e300)}, "strength of text is 1e.300: .* to 1,000,000"),
+        ({"noise": {"text": 1.0, "audio": 1e30, "vision": 1.0}}, "noise of audio is 1e.30: .* to 1,000,000"),
         ({"strengths": {**dict.fromkeys(FACTORS, 1.0), "text": -1.0}}, "strength of text is -1.0"),
         ({"strengths": dict.fromkeys(FACTORS, 0.0)}, "all strengths are 0"),
         ({"difficulty": {"text": 0.0, "audio": 2.5, "vision": 1.0}}, "difficulty of audio is 2.5"),
