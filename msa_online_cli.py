@@ -712,9 +712,11 @@ def _port(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    """Option type: seeds of numpy's random generators."""
-    if not 0 <= _number(text, int) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to {2**32 - 1}")
+    """Option type: seeds."""
+    from msa_online.training.config_validation import SEEDS
+
+    if not 0 <= _number(text, int) < SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to {SEEDS - 1}")
     return int(text)
 
 

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msa_online.corpora.validation import why_not_writable
+from msa_online.training.checkpoint import LOCK
 from msa_online.training.yaml_reader import ConfigurationError
 
 try:
     import fcntl
 except ImportError:  # Windows: folders are not held there
     fcntl = None
-
-LOCK = ".lock"
 
 
 def require_writable(folder: Path) -> None:
@@ -31,21 +30,21 @@ def require_writable(folder: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """Create a folder and hold it: another process that wants to is refused.
 
-    The system lets go when this process ends, however it ends.
+    The system lets go when this process and those it forked have ended, however they end.
 
     Raises:
         ConfigurationError: Another process holds the folder, or it cannot be written.
     """
     require_writable(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "w", encoding="utf-8") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w", encoding="utf-8") as file:
+        try:
             _lock(file.fileno())
-            yield
-    except BlockingIOError as error:
-        raise ConfigurationError(
-            f"{folder}: another process is working there: wait for its end, or give another output_dir"
-        ) from error
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"{folder}: another process is working there: wait for its end, or give another output_dir"
+            ) from error
+        yield
 
 
 def _lock(file: int) -> None:

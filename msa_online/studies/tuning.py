@@ -27,12 +27,13 @@ from rich.table import Table
 
 from msa_online.evaluation.conditions import UndefinedScoreError
 from msa_online.evaluation.tables import format_metric, selection_metric, show
-from msa_online.studies.folder import LOCK, held
+from msa_online.studies.folder import held
 from msa_online.studies.runner import quietly
 from msa_online.studies.study import SECTIONS, as_options
-from msa_online.training.checkpoint import draft_of, write_atomically
+from msa_online.training.checkpoint import LOCK, draft_of, write_atomically
 from msa_online.training.config import RunArguments, first_difference
 from msa_online.training.config_reader import read_arguments
+from msa_online.training.config_validation import SEEDS
 from msa_online.training.divergence import DivergedError
 from msa_online.training.model import require_encoders
 from msa_online.training.run import best_validation_score
@@ -283,7 +284,7 @@ def _open(search: Search) -> "Study":
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
     # a search that continues must not draw the values of its first trials again
-    seed = (search.arguments.training.seed + len(begun)) % 2**32
+    seed = (search.arguments.training.seed + len(begun)) % SEEDS
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
     if not begun and (own := _own_values(search)):
         study.enqueue_trial(own)

@@ -36,6 +36,7 @@ PHASES = "phases"
 DATA = "data.json"
 PREDICTIONS = "predictions.npz"
 ADAPTER = "adapter"
+LOCK = ".lock"  # of a study or search; alone in its folder if that was refused before it began
 FREE_TO_CHANGE_ON_RESUME = {
     "training.output_dir",  # the folder may have been moved
     *("training.resume", "training.overwrite", "training.log_with", "training.cache_states"),
@@ -96,7 +97,7 @@ class RunFolder:
         if not self.path.is_dir() or (self.path / SETTINGS).exists():
             return None
         names = (entry.name for entry in self.path.iterdir())
-        return next((name for name in names if name != draft_of(self.path / SETTINGS).name), None)
+        return next((name for name in names if name not in (LOCK, draft_of(self.path / SETTINGS).name)), None)
 
     def open(self, arguments: RunArguments, data: Mapping[str, list[str]] | None = None) -> None:
         """Prepare the folder for a new run; the folder of a run to resume is not changed.

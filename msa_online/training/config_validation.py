@@ -43,7 +43,9 @@ LOWEST = {  # where null is allowed, it has no limit
     "training.accumulation": 1,
     "training.weight_decay": 0,
 }
-HIGHEST = {"data.missing.seed": 2**32 - 1, "training.seed": 2**32 - 1}  # numpy takes no larger seed
+SEEDS = 2**32
+"""How many seeds there are, from 0: optuna and t-SNE seed numpy's `RandomState`, which takes no others."""
+HIGHEST = {"data.missing.seed": SEEDS - 1, "training.seed": SEEDS - 1}
 LONGEST_NAME = 200  # bytes of a folder's name; files beside it have longer ones
 ABOVE_ZERO = (
     *("training.learning_rate", "training.clip_norm"),

@@ -16,6 +16,7 @@ import yaml
 
 T = TypeVar("T")
 CHECKED = (bool, int, float, str, list, tuple, dict, Sequence)  # a plug-in may have other annotations
+MERGE = "tag:yaml.org,2002:merge"
 TRUTHS = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
 
 
@@ -34,14 +35,16 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The keys of a section; raises `yaml.YAMLError` for one that occurs twice."""
-        keys = [each.value for each, _ in node.value if isinstance(each, yaml.ScalarNode)]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A section as it is written, before `<<` adds keys; raises `yaml.YAMLError` for a repeated key."""
+        node = super().compose_mapping_node(anchor)
+        keys = [(each.tag, each.value) for each, _ in node.value if isinstance(each, yaml.ScalarNode)]
+        keys = [key for key in keys if key[0] != MERGE]
         if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated[0]!r} occurs twice", node.start_mark
+            raise yaml.composer.ComposerError(
+                None, None, f"the key {repeated[0][1]!r} occurs twice", node.start_mark
             )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", TRUTHS, list("tTfF"))

@@ -36,7 +36,7 @@ def write_study(tmp_path: Path):
             seen = [run.arguments.training.condition] if settings else list(errors)
             logits = {name: labels + noise.normal(errors[name], 0.01, labels.shape) for name in seen}
             run.folder.mkdir(parents=True)
-            (run.folder / "config.json").write_text(json.dumps({"trained_on": {"epoch": 1}}))
+            (run.folder / "config.json").write_text(json.dumps({"trained_on": {"results": {}}}))
             arrays = {f"test/{name}": each[:, None] for name, each in logits.items()}
             np.savez(run.folder / PREDICTIONS, **arrays, **{"test/labels": labels})
         return str(path)

@@ -19,6 +19,11 @@ def test_a_folder_that_is_held_is_refused_until_its_holder_ends(tmp_path):
         assert folder.is_dir()
 
 
+def test_what_goes_wrong_while_a_folder_is_held_is_not_taken_for_another_process(tmp_path):
+    with pytest.raises(BlockingIOError, match="a full pipe"), held(tmp_path):
+        raise BlockingIOError("a full pipe")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "notes").write_text("a file")
     for folder in (tmp_path / "notes", tmp_path / "notes" / "study"):

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from msa_online import MSAModel
-from msa_online.training.checkpoint import RunFolder, require_space
+from msa_online.studies.folder import held
+from msa_online.training.checkpoint import LOCK, RunFolder, require_space
 from msa_online.training.config import RunArguments
 from msa_online.training.config_reader import parse_arguments
 from msa_online.training.loop import Progress
@@ -112,6 +113,14 @@ def test_a_run_that_was_killed_while_its_folder_was_made_can_be_started_again(pa
     assert not (path / "data.json").exists()
     Run(path).folder.open(configured(path, overwrite=True))
     assert [file.name for file in path.iterdir()] == ["run.yaml"]
+
+
+def test_the_lock_of_a_study_that_was_refused_early_is_no_foreign_file(path):
+    with pytest.raises(ConfigurationError, match="no such encoder"), held(path):
+        raise ConfigurationError("no such encoder")
+    assert [file.name for file in path.iterdir()] == [LOCK]
+    Run(path).folder.open(configured(path))
+    assert (path / "run.yaml").exists()
 
 
 def test_overwrite_never_deletes_what_the_run_did_not_write(path):

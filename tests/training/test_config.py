@@ -10,7 +10,7 @@ import yaml
 from msa_online.methods import HEADS
 from msa_online.training.config import StageArguments, first_difference
 from msa_online.training.config_reader import parse_arguments, read_arguments
-from msa_online.training.yaml_reader import ConfigurationError, typed
+from msa_online.training.yaml_reader import ConfigurationError, read_yaml, typed
 
 MODEL = "model: {text_encoder: bert-base-uncased}\n"
 
@@ -160,6 +160,40 @@ def test_stages_can_be_given_in_the_file_and_on_the_command_line(read):
 def test_a_change_that_cannot_be_made_is_named(read, change, named):
     with pytest.raises(ConfigurationError, match=named):
         read(MODEL + "training: {epochs: 3}", change)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (
+            "base: &base {x: 1}\nouter: {a: &a {<<: *base, x: 2}}\nb: {<<: *a}",
+            {"base": {"x": 1}, "outer": {"a": {"x": 2}}, "b": {"x": 2}},
+        ),
+        (
+            "a: &a {x: 1}\nb: &b {y: 2}\nboth:\n  <<: *a\n  <<: *b",
+            {"a": {"x": 1}, "b": {"y": 2}, "both": {"x": 1, "y": 2}},
+        ),
+        ("{1: a, '1': b}", {1: "a", "1": "b"}),
+    ],
+    ids=["overridden after a merge", "two merges", "a number and a text"],
+)
+def test_keys_that_only_look_repeated_are_read(text, content):
+    assert read_yaml(text) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{x: 1, x: 2}",
+        "{'x': 1, x: 2}",
+        "[{a: {x: 1, x: 2}}]",
+        "a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}",
+    ],
+    ids=["plain", "quoted", "in a list", "beside a merge"],
+)
+def test_a_key_that_is_written_twice_is_refused(text):
+    with pytest.raises(yaml.YAMLError, match="the key 'x' occurs twice"):
+        read_yaml(text)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
