@@ -87,7 +87,8 @@ class CPSLHead(BalancingHead):
             takes the steps of audio and vision during its word, where a recogniser measured its time.
 
     Raises:
-        ValueError: `pooling`, `regression_loss` or `alignment` is not among its choices.
+        ValueError: `pooling`, `regression_loss` or `alignment` is not among its choices, or the text has
+            width 1.
     """
 
     loss_names = ("task", "recon", "unimodal", "div", "stat")
@@ -117,6 +118,12 @@ class CPSLHead(BalancingHead):
         self.needs_word_times = alignment == "words"
         self.regression_loss = regression_loss
         text_width = widths["text"]
+        if text_width < 2:
+            raise ValueError(
+                "the text has width 1: audio and vision reach the prediction as a shift of the text's state, "
+                "and a layer norm makes a single number constant. Where no sample has text, set "
+                "model.feature_widths.text=64"
+            )
         self.scaling = nn.ModuleDict({name: RunningMinMax(widths[name]) for name in ENCODED})
         self.encoders = nn.ModuleDict(
             {name: GaussianEncoder(widths[name], hidden_size, dropout) for name in ENCODED}

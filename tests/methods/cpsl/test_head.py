@@ -341,6 +341,11 @@ def test_an_unknown_pooling_is_refused(make_cpsl):
         make_cpsl(pooling="max")
 
 
+def test_a_text_of_width_one_is_refused():
+    with pytest.raises(ValueError, match="the text has width 1.*feature_widths.text=64"):
+        CPSLHead({"text": 1, "audio": 4, "vision": 4}, 1)
+
+
 # what is absent
 
 
