@@ -82,8 +82,11 @@ MIN_REGION = 16
 
 _LOADING = threading.RLock()
 _NOTICE = re.compile(
-    rb"(?:WARNING: Logging before|INFO: Created TensorFlow Lite|INFO: \[|[IWE]\d{4} \d\d:\d\d:).*\n?"
+    rb"(?m:^INFO: \[.*\n?)"
+    rb"|(?:WARNING: Logging before|INFO: Created TensorFlow Lite"
+    rb"|[IWE]\d{4} \d\d:\d\d:\d+\.\d+ +\d+ [\w.]+:\d+\]).*\n?"
 )
+"""Notices of MediaPipe and TensorFlow Lite. All but the first form can begin in the middle of a line."""
 
 
 @dataclass(frozen=True)

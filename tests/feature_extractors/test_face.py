@@ -260,6 +260,13 @@ def test_a_notice_in_the_middle_of_a_line_leaves_the_line_whole(capfd):
     assert capfd.readouterr().err == "half of a line"
 
 
+def test_a_line_of_another_program_stays(capfd):
+    line = b"2026-01-31 09:30 copying INFO: [3/10] W0131 done\n"
+    with _native_log_silenced():
+        os.write(2, line)
+    assert capfd.readouterr().err == line.decode()
+
+
 def test_a_model_is_loaded_without_standard_error():
     program = "import os\nos.close(2)\nfrom feature_extractors import FaceExtractor\nFaceExtractor().close()"
     subprocess.run([sys.executable, "-c", program], check=True)
