@@ -154,7 +154,7 @@ def on_features(arguments: RunArguments) -> dict:
     """What a configuration says about the method, for a model without a text encoder to act in."""
     method = of_method(arguments)
     if method["head"] in WITHIN:
-        method["head_kwargs"] = {**method["head_kwargs"], "layer": None}
+        method["head_kwargs"] = {**method.get("head_kwargs", {}), "layer": None}
     return method
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 import numpy as np
 from rich.console import Console
 
-from msa_online.evaluation.significance import difference_in_error
+from msa_online.evaluation.significance import Difference, difference_in_error
 from msa_online.evaluation.tables import as_markdown
 from msa_online.modalities import CONDITIONS
 from msa_online.shipped_configs import find_configuration
@@ -49,14 +49,18 @@ def compare_subsets(options: argparse.Namespace, console: Console) -> None:
         ConfigurationError: The study has no finished runs with two subsets to compare.
     """
     study = read_study(find_configuration(options.study, "ablations/"), options.changes)
-    rows = [row for model, pairs, errors in read_errors(study) for row in rows_of(model, pairs, errors)]
-    if not rows:
+    compared = [
+        ((model, pairs, *cells), difference)
+        for model, pairs, errors in read_errors(study)
+        for cells, difference in steps_of(errors, same_runs=pairs == "tested")
+    ]
+    if not compared:
         raise ConfigurationError(
             f"{study.output_dir}: no finished runs under two subsets of the modalities: run the study first"
         )
-    worse = sum(row[-2].endswith("*") for row in rows)
-    console.out(as_markdown(HEADER, rows))
-    console.out(f"\nlarger error beyond the interval: {worse} of {len(rows)}")
+    console.out(as_markdown(HEADER, [[*cells, *described(difference)] for cells, difference in compared]))
+    worse = sum(difference.low > 0 for _, difference in compared)
+    console.out(f"\nlarger error beyond the interval: {worse} of {len(compared)}")
 
 
 def read_errors(study: Study) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
@@ -79,26 +83,24 @@ def read_errors(study: Study) -> Iterator[tuple[str, str, dict[str, np.ndarray]]
             yield variant, "tested", {name: np.stack(each) for name, each in by_condition.items()}
 
 
-def rows_of(model: str, pairs: str, errors: dict[str, np.ndarray]) -> Iterator[list[str]]:
-    """Rows of the table: one for each step from a subset to a larger one."""
+def steps_of(
+    errors: dict[str, np.ndarray], *, same_runs: bool
+) -> Iterator[tuple[tuple[str, ...], Difference]]:
+    """The subsets and mean errors of each step from a subset to a larger one, and the difference."""
     for few, more in STEPS:
         if few in errors and more in errors:
             before, after = errors[few], errors[more]
-            if pairs == "tested":  # the same runs: their differences are drawn together
-                found = difference_in_error(after - before, np.zeros_like(before[:1]), resamples=RESAMPLES)
-            else:
-                found = difference_in_error(after, before, resamples=RESAMPLES)
-            numbers = [f"{value.mean():.3f}" for value in (before, after)]
-            mark = "*" if found.low > 0 else ""
-            yield [
-                model,
-                pairs,
-                few,
-                more,
-                *numbers,
-                f"{found.mean:+.3f}{mark}",
-                f"{found.low:+.3f} to {found.high:+.3f}",
-            ]
+            system, reference = after, before
+            if same_runs:  # as two systems, their runs would be drawn apart; a run is its own pair
+                system, reference = after - before, np.zeros_like(before[:1])
+            difference = difference_in_error(system, reference, resamples=RESAMPLES)
+            yield (few, more, *(f"{value.mean():.3f}" for value in (before, after))), difference
+
+
+def described(difference: Difference) -> tuple[str, str]:
+    """The cells of a difference and its interval."""
+    mark = "*" if difference.low > 0 else ""
+    return f"{difference.mean:+.3f}{mark}", f"{difference.low:+.3f} to {difference.high:+.3f}"
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the quality of every method beside its size and the time of its step.
 
-    python scripts/draw_evidence.py     # reads docs/evidence.md, writes docs/evidence.png and README.md
+    python scripts/draw_evidence.py     # writes docs/evidence.png and the table in README.md
 
-The figures are those of the table "Every method" of the page, in its order. The README has a shorter form of
-this table.
+The figures are those of the table "Every method" of docs/evidence.md, in its order. The README has a shorter
+form of this table.
 """
 
 import re
@@ -87,9 +87,12 @@ def draw() -> plt.Figure:
 def main() -> int:
     """Write the picture and the table of the README; returns the exit status."""
     target, readme = DOCS / "evidence.png", REPOSITORY / "README.md"
-    draw().savefig(target, dpi=130)
     page = readme.read_text(encoding="utf-8")
     old = re.search(rf"^\| {SHORT['method']} \|(.*\n)(\|.*\n)*", page, re.MULTILINE)
+    if old is None:
+        print(f"{readme} has no table whose first column is {SHORT['method']!r}: add one", file=sys.stderr)
+        return 1
+    draw().savefig(target, dpi=130)
     readme.write_text(page.replace(old.group(), short_table() + "\n"), encoding="utf-8")
     print(target, readme, sep="\n")
     return 0

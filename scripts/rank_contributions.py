@@ -7,7 +7,7 @@
 
 Reads the histories of runs with the modulator `shapley`. The contributions are Shapley values of the loss
 that a modality saves (docs/methods/pase.md, 2.7); *phi* are the coefficients that follow from them: smaller
-for a modality that contributes more. Each row is the mean over the runs of one folder.
+for a modality that contributes more. Each row is the mean over the runs of one variant of a study.
 """
 
 import argparse
@@ -17,10 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from msa_online.evaluation.tables import as_markdown
 from msa_online.methods.pase.modulator import equilibrium
 from msa_online.modalities import MODALITIES
 
@@ -33,8 +35,11 @@ def measured(path: Path, first: int) -> list[dict[str, float]]:
     Raises:
         ValueError: The file is no history, or has no contributions from that epoch on.
     """
-    history = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(history, list) and history and all("losses" in record for record in history)):
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON
+        history = None
+    if not (isinstance(history, list) and history and all(map(is_epoch, history))):
         raise ValueError(f"{path} is not the history of a run: give the history.json of its folder")
     names = {name: f"contribution/{name}" for name in MODALITIES}
     found = [
@@ -50,8 +55,17 @@ def measured(path: Path, first: int) -> list[dict[str, float]]:
     return found
 
 
-def row_of(runs: str, epochs: Sequence[dict[str, float]], order: Sequence[str]) -> str:
-    """A row of the table for the epochs of all runs of a folder."""
+def is_epoch(record: Any) -> bool:
+    """Whether this is the record of an epoch: a dict with its number and its losses."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("epoch"), int)
+        and isinstance(record.get("losses"), dict)
+    )
+
+
+def row_of(runs: str, epochs: Sequence[dict[str, float]], order: Sequence[str]) -> list[str]:
+    """A row of the table for the epochs of all runs of a variant."""
     shares, weights, right = defaultdict(list), defaultdict(list), 0
     for contributions in epochs:
         total = sum(max(value, 0) for value in contributions.values())
@@ -59,13 +73,12 @@ def row_of(runs: str, epochs: Sequence[dict[str, float]], order: Sequence[str]) 
             shares[name].append(100 * max(contributions[name], 0) / total if total else 0)
             weights[name].append(weight)
         right += sorted(contributions, key=contributions.get, reverse=True) == list(order)
-    cells = [
+    return [
         runs,
         " / ".join(f"{fmean(shares[name]):.0f}" for name in MODALITIES),
         " / ".join(f"{fmean(weights[name]):.2f}" for name in MODALITIES),
         f"{right} of {len(epochs)} ({right / len(epochs):.0%})",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: list[str]) -> int:
@@ -79,15 +92,16 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if len(set(options.order)) < len(options.order):
         parser.error(f"--order names {' '.join(options.order)}: give each modality once")
-    by_folder: dict[str, list[dict[str, float]]] = defaultdict(list)
+    by_folder: dict[Path, list[dict[str, float]]] = defaultdict(list)
     try:
         for path in options.histories:
-            by_folder[path.resolve().parents[1].name] += measured(path, options.from_epoch)
+            by_folder[path.resolve().parent.parent] += measured(path, options.from_epoch)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"| {' | '.join(HEADER)} |", "|---|---|---|---:|", sep="\n")
-    for runs, epochs in by_folder.items():
-        print(row_of(runs, epochs, options.order))
+    rows = [
+        row_of("/".join(folder.parts[-2:]), epochs, options.order) for folder, epochs in by_folder.items()
+    ]
+    print(as_markdown(HEADER, rows))
     return 0
 
 

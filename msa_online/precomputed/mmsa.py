@@ -111,7 +111,7 @@ def _joined_columns(
 ) -> dict[str, list[str]]:
     """All columns, concatenated over splits, and `split`; a cell is empty where a split lacks its column.
 
-    Ids that join a video and a clip give `speaker`, `dialogue` and `turn` too.
+    Ids that join a video and a clip give `speaker`, `dialogue` and `turn` to the splits that lack them.
     """
     for split, of_split in columns.items():
         for key, cells in of_split.items():
@@ -120,15 +120,25 @@ def _joined_columns(
                     f"{path}: {split} has {len(cells):,} {key} for {len(of_split['id']):,} ids: one is "
                     "needed for each"
                 )
+    columns = _with_columns_of_ids(columns)
     joined: dict[str, list[str]] = {key: [] for of_split in columns.values() for key in of_split}
     for of_split in columns.values():
         for key, cells in joined.items():
             cells += of_split.get(key, [""] * len(of_split["id"]))
     joined["split"] = [splits[split] for split, of_split in columns.items() for _ in of_split["id"]]
-    videos, _, clips = zip(*(name.rpartition(SEPARATOR) for name in joined["id"]), strict=True)
-    if not all(videos):
-        return joined
-    return {"speaker": [*videos], "dialogue": [*videos], "turn": [*clips], **joined}
+    return joined
+
+
+def _with_columns_of_ids(columns: Mapping[str, Mapping[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
+    """The columns of each split, with those that follow from the ids if all ids join a video and a clip."""
+    found = {}
+    for split, of_split in columns.items():
+        parts = [name.rpartition(SEPARATOR) for name in of_split["id"]]
+        videos, clips = [video for video, _, _ in parts], [clip for _, _, clip in parts]
+        if not all(videos):
+            return {split: dict(of_split) for split, of_split in columns.items()}
+        found[split] = {"speaker": videos, "dialogue": videos, "turn": clips, **of_split}
+    return found
 
 
 def _joined_steps(
@@ -154,10 +164,14 @@ def _joined_steps(
         starts = np.cumsum([0, *own[:-1]])
         sequences = [tensors[key][at : at + steps] for at, steps in zip(starts, kept, strict=True)]
         parts.append(FeatureSteps.join(sequences, tensors[key].shape[-1]))
-    if len(widths := sorted({part.width for part in parts})) > 1:
+    widths = sorted({part.width for part in parts} - {0})  # 0: empty lists, which have no width
+    if not widths:
+        raise CorpusError(f"{path}: {name} is empty in every sample: add its features, or delete the key")
+    if len(widths) > 1:
         raise CorpusError(f"{path}: {name} is {' and '.join(map(str, widths))} wide in different splits")
     lengths = np.concatenate([part.lengths for part in parts])
-    return FeatureSteps(torch.cat([part.values for part in parts]), np.cumsum([0, *lengths], dtype=np.int64))
+    values = torch.cat([part.values for part in parts if part.width])
+    return FeatureSteps(values, np.cumsum([0, *lengths], dtype=np.int64))
 
 
 def _is_empty(split: str, of_split: Mapping[str, list[str]], tensors: Mapping[str, np.ndarray]) -> bool:

@@ -26,6 +26,7 @@ MODALITIES = ("text", "audio", "vision")
 TOKENS = "text_bert"  # of each sample: token ids, attention mask and segments, (3, tokens)
 TENSORS, COLUMNS = "features.safetensors", "columns.json"
 LENGTHS = tuple(f"{name}_lengths" for name in MODALITIES)
+NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 FOREIGN, TOO_MANY_ROWS, UNUSABLE = 3, 4, 5  # exit statuses
 SHOWN, LONGEST = 100, 300  # characters of a name that the file chose, and of a message
 
@@ -231,8 +232,8 @@ def _numbers(name: str, value: Any) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
-        if array.dtype == object:  # numbers of Python, one by one
-            array = array.astype(np.float64)
+        if array.dtype == object and all(isinstance(each, NUMBERS) for each in array.flat):
+            array = array.astype(np.float64)  # without the check, None would become NaN
     except (TypeError, ValueError, OverflowError):
         array = np.zeros((), "O")
     if array.dtype.kind not in "fiub" or array.ndim == 0:

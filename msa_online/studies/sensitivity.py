@@ -25,9 +25,11 @@ def sweeps(study: Study, runs: Sequence[StudyRun]) -> dict[str, dict[float, str]
     variants = {} if study.settings else {name: study.variants[name] for name in finished}
     found: dict[str, dict[float, str]] = {}
     for variant, changes in variants.items():
-        if len(changes) == 1 and all(map(_is_number, changes.values())):
-            ((key, value),) = changes.items()
-            found.setdefault(key, {})[value] = variant
+        if len(changes) == 1:
+            (key,) = changes
+            value = _value_of(finished[variant], key)  # a number also where YAML reads 1e-3 as text
+            if _is_number(value):
+                found.setdefault(key, {})[value] = variant
     found = {key: points for key, points in found.items() if len(points) > 1}
     for unchanged in [variant for variant, changes in variants.items() if not changes][:1]:
         for key, points in found.items():

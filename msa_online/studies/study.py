@@ -259,11 +259,9 @@ def _problems(study: Study) -> Iterator[str]:
     combined: dict[str, str] = {}
     for setting in study.settings:
         for variant in study.variants:
-            name = name_in(variant, setting)
-            if (twin := combined.setdefault(folder_name(name), f"{variant!r} in {setting!r}")) != (
-                here := f"{variant!r} in {setting!r}"
-            ):
-                yield f"{twin} and {here} would share the folder {folder_name(name)!r}: rename one"
+            folder, here = folder_name(name_in(variant, setting)), f"{variant!r} in {setting!r}"
+            if (twin := combined.setdefault(folder, here)) != here:
+                yield f"{twin} and {here} would share the folder {folder!r}: rename one"
     for name, changes in (("changes", study.changes), *study.variants.items(), *study.settings.items()):
         if taken := [key for key in SET_BY_THE_STUDY if key in changes]:
             yield f"{name!r} sets {taken[0]}: the study sets that for every run itself"

@@ -197,6 +197,12 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.pkl")
 
 
+WITHOUT_FEATURES = (
+    *("id", "raw_text", "audio_lengths", "vision_lengths"),
+    *("regression_labels", "annotations", "classification_labels"),
+)
+
+
 @pytest.mark.parametrize(
     ("split", "change", "expected"),
     [
@@ -229,6 +235,12 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
         ),
         ("valid", {"audio": [np.ones((2, 3)), {}, np.ones((1, 3))]}, "valid audio of sample 2 is a dict"),
         ("valid", {"audio": [[[1, 2, 3]], [[1], [2, 3]], []]}, "valid audio of sample 2 is a list of 2"),
+        ("valid", {"audio": [[[1, 2, 3]], [[1, None, 3]], []]}, "valid audio of sample 2 is a list of 1"),
+        (
+            "valid",
+            {"audio": np.full((3, 6, 3), "1", object)},
+            r"valid audio is an array \(3, 6, 3\) of object",
+        ),
         (
             "valid",
             {"audio": [np.ones((2, 3)), np.ones((2, 4)), np.ones((1, 3))]},
@@ -238,6 +250,7 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
         ("valid", {"id": ["a", "b", "\udc80"]}, "id of row 7 is .* no halves of characters"),
         ("valid", {"id": ["a", "b", "c" * 131_073]}, "id of row 7 is .* at most 131,072 characters"),
         ("valid", {"a\0b": [1, 2, 3]}, "cannot be the name of a column: rename the key"),
+        ("test", dict.fromkeys(WITHOUT_FEATURES, ()), "0 test audio_lengths for 2 samples"),
         ("train", {"id": 5}, "does not have MMSA's layout.* a key 'id' in each .* contains: train"),
     ],
 )
@@ -276,6 +289,28 @@ def test_a_list_of_vectors_has_one_step_a_sample_and_an_empty_one_none(content, 
     steps = read_mmsa_features(write_pickle(content)).steps["audio"]
     assert steps.lengths.tolist() == [1, 0, *[1] * 7]
     assert steps.of(0).tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_empty_lists_in_one_split_have_the_width_of_the_others(content, write_pickle):
+    content["valid"]["audio"] = [[], [], []]
+    del content["valid"]["audio_lengths"]
+    steps = read_mmsa_features(write_pickle(content)).steps["audio"]
+    assert (steps.width, steps.lengths.tolist()) == (3, [6, 0, 5, 5, 0, 0, 0, 6, 0])
+    for split in content.values():
+        split["audio"] = [[] for _ in split["id"]]
+        split.pop("audio_lengths", None)
+    assert "audio is empty in every sample" in refusal(write_pickle(content))
+
+
+def test_speakers_of_one_split_leave_those_of_the_others_to_their_ids(content, write_pickle):
+    content["train"] |= {"speaker": ["Anna"] * 4, "turn": [7, 8, 9, 10]}
+    rows = [cells for _, cells in read_mmsa_features(write_pickle(content)).metadata.rows]
+    assert [cells["speaker"] for cells in rows[:4]] == ["Anna"] * 4
+    assert [cells["turn"] for cells in rows[:4]] == ["7", "8", "9", "10"]
+    for cells in rows:
+        assert cells["dialogue"] == cells["id"].partition("$_$")[0]
+    for cells in rows[4:]:
+        assert (cells["speaker"], "$_$", cells["turn"]) == cells["id"].partition("$_$")
 
 
 def test_unusable_tokens_do_not_make_a_file_with_features_unusable(content, write_pickle):

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from msa_online.methods import HEADS
+from msa_online.training.config import RunArguments
 from msa_online.training.config_reader import read_arguments
 
 SMALL = ["--device", "cpu", "--rounds", "1", "--batch", "3"]
@@ -46,6 +47,11 @@ def test_the_variants_of_a_study_are_timed_with_their_own_settings(benchmark, tm
         for name in variants
     )
     assert narrow < wide
+
+
+def test_a_method_without_head_settings_acts_on_features(benchmark):
+    arguments = RunArguments(model={"head": "mag"})
+    assert benchmark.on_features(arguments) == {"head": "mag", "head_kwargs": {"layer": None}}
 
 
 def test_a_model_with_a_text_encoder_is_compared_with_the_sum_of_its_parts(

@@ -79,3 +79,16 @@ def test_the_readme_has_the_table_of_the_evidence(repository, monkeypatch):
     assert len(table.splitlines()) > 10
     readme = (repository / "README.md").read_text(encoding="utf-8")
     assert f"\n\n{table}\n\n" in readme, "the table is out of date: run python scripts/draw_evidence.py"
+
+
+def test_a_readme_without_the_table_is_said_before_anything_is_written(
+    repository, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    script = importlib.import_module("draw_evidence")
+    monkeypatch.setattr(script, "REPOSITORY", tmp_path)
+    (tmp_path / "README.md").write_text("# No table\n", encoding="utf-8")
+    before = (repository / "docs/evidence.png").stat().st_mtime_ns
+    assert script.main() == 1
+    assert "README.md has no table whose first column is 'method, stored states'" in capsys.readouterr().err
+    assert (repository / "docs/evidence.png").stat().st_mtime_ns == before

@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def history(script, tmp_path):
         }
         for epoch, each in enumerate(EPOCHS, start=1)
     ]
-    path = tmp_path / "PaSE" / "1" / "history.json"
+    path = tmp_path / "study" / "PaSE" / "1" / "history.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(records))
     return path
@@ -36,7 +37,7 @@ def history(script, tmp_path):
 def test_epochs_with_the_expected_order_are_counted(script, history, capsys):
     assert script.main([str(history), str(history), "--order", "text", "vision", "audio"]) == 0
     *_, row = capsys.readouterr().out.splitlines()
-    assert row.startswith("| PaSE |") and row.endswith("| 4 of 6 (67%) |")
+    assert row.startswith("| study/PaSE |") and row.endswith("| 4 of 6 (67%) |")
     assert "| 55 / 10 / 35 |" in row  # means of 57, 33, 75; of 14, 17, 0; of 29, 50, 25
 
 
@@ -54,3 +55,21 @@ def test_a_wrong_call_is_explained(script, history, arguments, said, capsys):
     with pytest.raises(SystemExit):
         script.main([str(history), *arguments])
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_variants_of_the_same_name_in_two_studies_have_a_row_each(script, history, tmp_path, capsys):
+    shutil.copytree(tmp_path / "study", tmp_path / "other")
+    other = tmp_path / "other" / "PaSE" / "1" / "history.json"
+    assert script.main([str(history), str(other), "--order", "text", "vision", "audio"]) == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| study/PaSE", "| other/PaSE"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", '[["losses"]]', '[{"losses": {}}]', '[{"epoch": 1, "losses": []}]', "{}", "no JSON"]
+)
+def test_a_file_that_is_no_history_is_refused_by_name(script, history, content, capsys):
+    history.write_text(content)
+    with pytest.raises(SystemExit):
+        script.main([str(history), "--order", "text", "vision", "audio"])
+    assert f"{history} is not the history of a run" in capsys.readouterr().err

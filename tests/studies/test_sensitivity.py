@@ -33,6 +33,15 @@ def test_variants_that_change_one_number_are_points_of_its_sweep_beside_the_unch
     assert list(sweeps(study, study.runs())["model.loss_weights.emc"]) == [0, 0.1, 1]
 
 
+def test_numbers_that_yaml_reads_as_text_are_points_too(tmp_path):
+    changed = {"slow": {"training.learning_rate": "1e-4"}, "fast": {"training.learning_rate": "1e-2"}}
+    study = Study("ebmc_offline", str(tmp_path), [1], changed)
+    assert sweeps(study, study.runs()) == {"training.learning_rate": {1e-4: "slow", 1e-2: "fast"}}
+    changed = {"low": {"model.loss_weights.emc": "1e-3"}, "high": {"model.loss_weights.emc": 1}}
+    study = Study("ebmc_offline", str(tmp_path), [1], changed)
+    assert sweeps(study, study.runs()) == {"model.loss_weights.emc": {1e-3: "low", 1: "high"}}
+
+
 def test_a_sweep_has_finished_variants_only(make_study):
     study = make_study()
     runs = [run for run in study.runs() if run.variant != "without EMC"]
