@@ -28,7 +28,12 @@ def finished(tmp_path: Path):
             for number, stage in enumerate(names, start=1)
         ]
         (folder / "history.json").write_text(json.dumps(history))
-        record = {"epoch": best, "effort": {"steps": 1230, "hours": 0.05}, "parameters": {"all": 4567}}
+        record = {
+            "epoch": best,
+            "results": {},
+            "effort": {"steps": 1230, "hours": 0.05},
+            "parameters": {"all": 4567},
+        }
         (folder / "config.json").write_text(json.dumps({"trained_on": record}))
         return StudyRun(variant, seed, folder, [], RunArguments(training=TrainingArguments(**training)))
 
