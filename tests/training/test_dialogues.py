@@ -78,6 +78,24 @@ def describe(archive, tmp_path):
     return configure
 
 
+def error_after(steps, corpus, arguments):
+    """MAE on the test split of a model trained on the whole training split, `steps` times."""
+    torch.manual_seed(0)
+    model = MSAModel(arguments.model_config(()))
+    whole = {}
+    for split in ("train", "test"):
+        dataset = make_dataset(corpus, split, None, model.config)
+        (whole[split],) = make_loader(dataset, make_sampler(dataset, len(dataset)))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**whole["train"]).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        predicted = model.eval()(**whole["test"]).logits.squeeze(-1)
+    return (predicted - whole["test"]["labels"]).abs().mean().item()
+
+
 @heads
 def test_a_label_that_the_turn_before_decides_is_learned_with_context_and_not_without(head, describe):
     errors = {}
@@ -85,20 +103,7 @@ def test_a_label_that_the_turn_before_decides_is_learned_with_context_and_not_wi
         document = describe(kind=kind, head=head)
         arguments = parse_arguments(document)
         corpus = read_features(arguments.data.path, label_range=(-3, 3))
-        torch.manual_seed(0)
-        model = MSAModel(arguments.model_config(()))
-        whole = {}
-        for split in ("train", "test"):
-            dataset = make_dataset(corpus, split, None, model.config)
-            (whole[split],) = make_loader(dataset, make_sampler(dataset, len(dataset)))
-        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(50):
-            optimizer.zero_grad()
-            model(**whole["train"]).loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            predicted = model.eval()(**whole["test"]).logits.squeeze(-1)
-        errors[kind] = (predicted - whole["test"]["labels"]).abs().mean().item()
+        errors[kind] = error_after(50, corpus, arguments)
     assert errors.pop("none") > 0.8 and max(errors.values()) < 0.6, errors
 
 
@@ -115,20 +120,7 @@ def test_a_label_that_the_other_speaker_decides_is_learned_by_a_graph(describe, 
     )
     corpus, errors = read_features(archive, label_range=(-3, 3)), {}
     for kind in ("gru", "graph"):
-        torch.manual_seed(0)
-        model = MSAModel(parse_arguments(describe(kind=kind)).model_config(()))
-        whole = {}
-        for split in ("train", "test"):
-            dataset = make_dataset(corpus, split, None, model.config)
-            (whole[split],) = make_loader(dataset, make_sampler(dataset, len(dataset)))
-        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(60):
-            optimizer.zero_grad()
-            model(**whole["train"]).loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            predicted = model.eval()(**whole["test"]).logits.squeeze(-1)
-        errors[kind] = (predicted - whole["test"]["labels"]).abs().mean().item()
+        errors[kind] = error_after(60, corpus, parse_arguments(describe(kind=kind)))
     assert errors["graph"] < 0.6 * errors["gru"], errors
 
 
